@@ -1,0 +1,38 @@
+# Everything happens inside .venv, which the first target that needs it creates.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test slow lint docs wheel clean
+
+demo: .venv/installed
+	$(BIN)/python -m nat_jax.main --config=configs/digits.py
+
+test: .venv/installed-test
+	$(BIN)/pytest
+
+slow: .venv/installed-test
+	$(BIN)/pytest -m slow
+
+lint: .venv/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: .venv/installed
+	$(BIN)/pip install -e '.[docs]'
+	$(BIN)/pdoc --docformat google --output-directory build/docs nat_jax nat_jax.assign nat_jax.train
+
+wheel: .venv/installed
+	$(BIN)/pip wheel --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+.venv/installed: pyproject.toml setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -e .
+	touch $@
+
+.venv/installed-test: .venv/installed
+	$(BIN)/pip install -e '.[test]'
+	touch $@

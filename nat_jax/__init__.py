@@ -1,0 +1,48 @@
+"""Unsupervised image features by predicting noise (Bojanowski & Joulin, ICML 2017) in JAX.
+
+Dimension letters used throughout the library: B global batch, N images in the data set,
+D feature dimension, H height, W width, C channels.
+
+Sub-modules load on first use, so that ``import nat_jax; nat_jax.assign.auction(cost)`` pulls in
+jax and numpy only.
+"""
+
+import importlib
+from types import ModuleType
+
+__version__ = "0.1.0"
+
+_SUBMODULES = frozenset(
+    {
+        "assign",
+        "checkpoint",
+        "config",
+        "evaluate",
+        "input_pipeline",
+        "losses",
+        "metrics",
+        "models",
+        "optim",
+        "preemption",
+        "preprocess",
+        "records",
+        "report",
+        "run",
+        "sharding",
+        "targets",
+        "train",
+        "train_step",
+    }
+)
+
+__all__ = ["__version__", *sorted(_SUBMODULES)]
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"nat_jax.{name}")
+    raise AttributeError(f"module 'nat_jax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_SUBMODULES])

@@ -1,0 +1,74 @@
+"""SciPy's exact solver on the host, with the interface of the others."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+
+from nat_jax.assign._assignment import Assignment
+from nat_jax.assign._problem import as_cost, complete, solve_all, wide
+
+
+def scipy(cost: ArrayLike, *, maximize: bool = False) -> Assignment:
+    """Match rows to columns with ``scipy.optimize.linear_sum_assignment`` on the host.
+
+    Exact in float64. Outside jit the host solves directly; under `jit`, `vmap` and `scan` a
+    `jax.pure_callback` does, whose code is NumPy and SciPy alone, one problem after the other,
+    while the device waits.
+
+    Args:
+        cost: float, integer or bool [..., n, m], as for `auction`.
+        maximize: find the largest total instead.
+
+    Returns:
+        The `Assignment`, with the certificate of `auction`; `rounds` is 0.
+
+    Raises:
+        TypeError: `cost` holds no real numbers.
+        ValueError: `cost` has fewer than two dimensions.
+    """
+    array = as_cost(cost)
+    host = partial(_solve_on_host, maximize=bool(maximize))
+    tall = wide(array)
+    if isinstance(array, jax.core.Tracer):
+        shape = jax.ShapeDtypeStruct(tall.shape[:-1], jnp.int32)
+        tall = lax.stop_gradient(tall)
+        col4row = jax.pure_callback(host, shape, tall, vmap_method="expand_dims")
+    else:
+        col4row = jnp.asarray(host(np.asarray(tall)))
+    return _certified(array, col4row, maximize=bool(maximize))
+
+
+@partial(jax.jit, static_argnames="maximize")
+def _certified(cost: jax.Array, col4row: jax.Array, *, maximize: bool) -> Assignment:
+    return solve_all(partial(complete, maximize=maximize), cost, col4row)
+
+
+def _solve_on_host(cost: np.ndarray, *, maximize: bool) -> np.ndarray:
+    """Solve every problem of [..., n, m], n <= m; return int32[..., n]."""
+    cost = np.asarray(cost)
+    col4row = np.zeros(cost.shape[:-1], np.int32)
+    for place in np.ndindex(*cost.shape[:-2]):
+        col4row[place] = _match(cost[place].astype(np.float64), maximize)
+    return col4row
+
+
+def _match(cost: np.ndarray, maximize: bool) -> np.ndarray:
+    from scipy.optimize import linear_sum_assignment
+
+    if cost.size == 0:
+        return np.zeros(cost.shape[0], np.int32)
+    if maximize:
+        cost = -cost
+    finite = np.isfinite(cost)
+    high = cost[finite].max(initial=0.0)
+    cost = np.where(finite | (cost == np.inf), cost, high)
+    try:
+        return linear_sum_assignment(cost)[1]
+    except ValueError:  # no complete matching over allowed pairs: use as few others as possible
+        spread = high - cost[finite].min(initial=0.0)
+        dear = high + (spread + 1.0) * len(cost)
+        return linear_sum_assignment(np.where(cost == np.inf, dear, cost))[1]

@@ -1,0 +1,318 @@
+"""The configuration: its defaults, its checks, and what may change between runs of a workdir.
+
+Every key that a run reads is in ``default()``; ``validate`` finds every mistake that can be found
+without touching a device or a record.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict, config_dict
+
+from nat_jax import assign, optim, targets
+
+# Groups that may differ when a workdir is used again: they change what is shown or kept, not what
+# is trained.
+FREE_GROUPS = ("checkpoint", "eval", "log", "task")
+# Lengths may grow: "more epochs" extends a finished run.
+LENGTHS = ("epochs", "steps")
+
+LABELS_ALL = 0
+
+
+def default() -> ConfigDict:
+    """Return the defaults: the paper's method on the digits that ship with scikit-learn."""
+    c = ConfigDict()
+    c.task = "pretrain"
+    c.seeds = (0,)  # one independent run each; several share one table (mean and deviation)
+    c.epochs = config_dict.placeholder(float)  # exactly one of epochs and steps
+    c.steps = config_dict.placeholder(int)
+    c.batch_size = 256  # global: over all devices and processes
+
+    c.data = ConfigDict()
+    c.data.source = "digits"  # digits | folder:PATH | arrays:PATH | tfds:NAME
+    c.data.image_size = 8
+    c.data.resize = 0  # shortest side before the crop; 0: images already have image_size
+    c.data.pad = 0  # zero padding before a random crop of image_size
+    c.data.flip = False  # mirror half of the images
+    c.data.on_bad_record = "grey"  # grey: keep its place, weight 0 | error: stop at the first
+    c.data.threads = 2  # decoding threads per process
+    c.data.prefetch = 8  # batches prepared ahead, per process
+
+    c.model = ConfigDict()
+    c.model.name = "convnet"
+    c.model.dim = 16  # D, the dimension of features and targets
+    c.model.frontend = "sobel"  # rgb | highpass | sobel
+    c.model.dtype = "float32"  # compute dtype: float32 | bfloat16
+    c.model.options = ConfigDict()  # arguments of the network's function
+
+    c.targets = ConfigDict()
+    c.targets.kind = "sphere"  # sphere | basis (the paper's discrete targets; k = model.dim)
+    c.targets.storage = "auto"  # table | virtual | auto (a table up to 1 GiB)
+
+    c.assign = ConfigDict()
+    c.assign.solver = "auction"
+    c.assign.reassign_every_epochs = 3  # epochs 0, 3, 6, ... re-match every batch
+    c.assign.block = config_dict.placeholder(int)  # images matched together; None: the whole batch
+    c.assign.options = ConfigDict()  # arguments of the solver, for instance eps
+
+    c.optim = ConfigDict()
+    c.optim.learning_rate = 5.12  # on 1/(2n) sum |z-c|^2: the authors' 0.01 on a summed loss
+    c.optim.schedule = "constant"  # constant | inverse (the paper's) | cosine
+    c.optim.decay_start = 0  # t0 in steps, for inverse
+    c.optim.gamma = 0.0  # per step, for inverse
+    c.optim.warmup_epochs = config_dict.placeholder(float)  # at most one of the two
+    c.optim.warmup_steps = config_dict.placeholder(int)
+    c.optim.momentum = 0.0
+    c.optim.weight_decay = 0.0
+
+    c.mesh = ConfigDict()
+    c.mesh.data = -1  # devices along the batch; -1: all that mesh.model leaves
+    c.mesh.model = 1  # devices along large kernels
+
+    c.eval = ConfigDict()
+    c.eval.source = ""  # judged on this source's test split; "": data.source
+    c.eval.train_source = ""  # probes learn on this source's train split; "": eval.source
+    c.eval.every_epochs = 0  # also judge during training; 0: at the end only
+    c.eval.probes = ("knn", "linear_probe", "mlp_probe")
+    c.eval.layers = ("z", "last_conv")  # layer names; last_conv: the last convolution
+    c.eval.labels_per_class = (LABELS_ALL, 10)  # 0: all labels
+    c.eval.max_train = 0  # records that probes learn on, drawn by seed; 0: all
+    c.eval.max_features = 9216  # wider conv maps are average-pooled to at most this many values
+    c.eval.batch_size = 256
+    c.eval.knn_k = 20
+    c.eval.mlp_width = 4096
+    c.eval.mlp_epochs = 100
+
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every_epochs = config_dict.placeholder(float)  # exactly one of the two
+    c.checkpoint.every_steps = config_dict.placeholder(int)
+    c.checkpoint.keep = 2
+
+    c.log = ConfigDict()
+    c.log.every_steps = 10
+    c.log.tensorboard = False  # needs the extra nat_jax[tensorboard]
+    return c
+
+
+def steps_from(group: Mapping[str, Any], name: str, steps_per_epoch: int) -> int:
+    """Return a duration in steps, given in a config as ``<name>epochs`` or ``<name>steps``.
+
+    Args:
+        group: the part of the config that holds the two keys.
+        name: the common start of their names, for instance "every_"; may be empty.
+        steps_per_epoch: steps in one pass over the data.
+
+    Raises:
+        ValueError: unless exactly one of the two is set, to a non-negative number.
+    """
+    epochs, steps = group[f"{name}epochs"], group[f"{name}steps"]
+    if (epochs is None) == (steps is None):
+        raise ValueError(
+            f"expected exactly one of {name}epochs and {name}steps; got {epochs} and {steps}. "
+            f"Set the other to None in the config file"
+        )
+    value = steps if epochs is None else round(epochs * steps_per_epoch)
+    if value < 0:
+        raise ValueError(f"{name}epochs / {name}steps: expected at least 0; got {value} steps")
+    return value
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return {"group.key": value}; tuples become lists, as JSON has them."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping | ConfigDict):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def to_dict(config: ConfigDict) -> dict[str, Any]:
+    """Return nested plain dicts and lists, ready for JSON."""
+    return {
+        key: to_dict(value)
+        if isinstance(value, ConfigDict)
+        else (list(value) if isinstance(value, tuple) else value)
+        for key, value in config.items()
+    }
+
+
+def from_dict(saved: Mapping[str, Any]) -> ConfigDict:
+    """Return the config that ``to_dict`` made ``saved`` of; keys unknown to this version fail."""
+    config = default()
+    for key, value in flatten(saved).items():
+        *groups, last = key.split(".")
+        node = config
+        for group in groups:
+            node = node[group]
+        node[last] = tuple(value) if isinstance(value, list) else value
+    return config
+
+
+def packaged() -> Path:
+    """Return the folder of the configs that come with the library.
+
+    Beside the package in a checkout, inside it where it was installed from a wheel.
+    """
+    inside = Path(__file__).parent / "configs"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def resolve_path(path: str) -> str:
+    """Return the config file to load: ``path`` if it exists, else the one that came with us.
+
+    ``configs/digits.py`` names the same file in a checkout and beside an installed wheel. A
+    ``:argument`` behind the file name is kept.
+    """
+    file, colon, argument = path.partition(":")
+    ours = packaged() / Path(file).name
+    if not Path(file).exists() and Path(file).parent == Path("configs") and ours.exists():
+        file = str(ours)
+    return f"{file}{colon}{argument}"
+
+
+def validate(config: ConfigDict, probes: Mapping[str, Any]) -> None:
+    """Check everything that needs neither devices nor records.
+
+    Args:
+        config: the config to check.
+        probes: the known probes by name.
+
+    Raises:
+        ValueError: one message for the first mistake: the key, what is expected, what it is.
+    """
+    _check_keys(config)
+    _one_of("assign.solver", config.assign.solver, assign.SOLVERS)
+    _one_of("targets.kind", config.targets.kind, targets.KINDS)
+    _one_of("targets.storage", config.targets.storage, targets.STORAGES)
+    _one_of("optim.schedule", config.optim.schedule, optim.SCHEDULES)
+    _one_of("data.on_bad_record", config.data.on_bad_record, ("grey", "error"))
+    for probe in config.eval.probes:
+        _one_of("eval.probes", probe, probes)
+    _at_least(config, 1, "batch_size", "data.image_size", "data.threads", "data.prefetch")
+    _at_least(config, 1, "assign.reassign_every_epochs", "checkpoint.keep", "log.every_steps")
+    _at_least(config, 1, "eval.batch_size", "eval.knn_k", "eval.mlp_width", "eval.mlp_epochs")
+    _at_least(config, 0, "data.resize", "data.pad", "eval.every_epochs", "eval.max_train")
+    _at_least(config, 0, "optim.momentum", "optim.weight_decay", "optim.gamma")
+    if not config.optim.learning_rate > 0 or not math.isfinite(config.optim.learning_rate):
+        raise ValueError(
+            f"optim.learning_rate: expected a positive number; got {config.optim.learning_rate}"
+        )
+    steps_from(config, "", 1)
+    steps_from(config.checkpoint, "every_", 1)
+    if config.optim.warmup_epochs is not None or config.optim.warmup_steps is not None:
+        steps_from(config.optim, "warmup_", 1)
+    if not config.seeds or len(set(config.seeds)) != len(config.seeds):
+        raise ValueError(f"seeds: expected one or more distinct integers; got {config.seeds}")
+    if 0 < config.data.resize < config.data.image_size:
+        raise ValueError(
+            f"data.resize: expected 0 or at least data.image_size = {config.data.image_size}; "
+            f"got {config.data.resize}"
+        )
+    _check_block(config)
+
+
+def _check_block(config: ConfigDict) -> None:
+    block, batch = config.assign.block, config.batch_size
+    if block is None:
+        return
+    if block > batch:
+        raise ValueError(
+            f"assign.block: expected at most batch_size = {batch}; got {block}. "
+            "Lower assign.block or raise batch_size"
+        )
+    if block < 1 or batch % block:
+        raise ValueError(
+            f"assign.block: expected a positive divisor of batch_size = {batch}; got {block}"
+        )
+
+
+def check_devices(config: ConfigDict, mesh_shape: Mapping[str, int], processes: int) -> None:
+    """Check what depends on the number of devices and processes.
+
+    Raises:
+        ValueError: if the global batch cannot be dealt evenly to them.
+    """
+    for count, what in ((mesh_shape["data"], "devices along mesh.data"), (processes, "processes")):
+        if config.batch_size % count:
+            below = config.batch_size // count * count
+            hint = f"{below} or {below + count}" if below else f"{count}"
+            raise ValueError(
+                f"batch_size: expected a multiple of the {count} {what}; got "
+                f"{config.batch_size}. Set --config.batch_size={hint}"
+            )
+
+
+def seed_folder(config: ConfigDict, workdir: Path, seed: int) -> Path:
+    """Return where a seed's run lives: the workdir itself if there is one seed only."""
+    return workdir if len(config.seeds) == 1 else workdir / f"seed-{seed}"
+
+
+def check_workdir(workdir: Path, config: ConfigDict) -> None:
+    """Check that what a workdir holds, if anything, is this run; see ``check_same_run``.
+
+    A folder in which no checkpoint was ever saved has nothing to lose and is taken over.
+    """
+    path = workdir / "config.json"
+    if path.exists() and any(workdir.glob("**/checkpoints/[0-9]*")):
+        check_same_run(json.loads(path.read_text()), config, workdir)
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds; None where there is no file."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a killed process leaves the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    partial.replace(path)
+
+
+def check_same_run(saved: Mapping[str, Any], config: ConfigDict, workdir: Path) -> None:
+    """Check that a workdir's config and this one describe the same training.
+
+    Groups ``log``, ``eval`` and ``checkpoint`` may differ, and the run may become longer.
+
+    Raises:
+        ValueError: naming the first other key, both values, and the way out.
+    """
+    old, new = flatten(saved), flatten(to_dict(config))
+    for key in sorted(old.keys() | new.keys()):
+        if key.split(".")[0] in FREE_GROUPS or old.get(key) == new.get(key):
+            continue
+        if key in LENGTHS and None not in (old.get(key), new.get(key)) and new[key] >= old[key]:
+            continue
+        raise ValueError(
+            f"{workdir} holds a run with {key} = {old.get(key)!r}; this one has {new.get(key)!r}. "
+            "Choose another folder with --workdir=..., or set the key back"
+        )
+
+
+def _check_keys(config: ConfigDict) -> None:
+    known, free = flatten(default()), ("model.options.", "assign.options.")
+    for key in flatten(config):
+        if key not in known and not key.startswith(free):
+            group = key.rpartition(".")[0]
+            siblings = [k for k in known if k.rpartition(".")[0] == group]
+            raise ValueError(f"config: unknown key {key!r}. Known there: {', '.join(siblings)}")
+
+
+def _one_of(key: str, value: Any, known: Any) -> None:
+    if value not in known:
+        raise ValueError(f"{key}: unknown {value!r}. Known: {', '.join(known)}")
+
+
+def _at_least(config: ConfigDict, least: int, *keys: str) -> None:
+    flat = flatten(config)
+    for key in keys:
+        if flat[key] < least:
+            raise ValueError(f"{key}: expected at least {least}; got {flat[key]}")

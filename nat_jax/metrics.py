@@ -1,0 +1,327 @@
+"""What a run says about itself: rows on disk, the progress on the terminal, and its health."""
+
+import collections
+import contextlib
+import json
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+from scipy.special import betaincinv
+
+# Steps of each kind whose durations are compared to find the share of matching.
+_DURATIONS = 50
+
+# Features count as collapsed when their effective rank lies this near to 1, on the way from 1 (all
+# coincide) to that of points spread evenly over the sphere.
+_COLLAPSED_SHARE = 0.05
+
+# An average cosine this much above chance is more than the noise of one batch.
+_ABOVE_CHANCE = 0.02
+
+
+class MetricsWriter:
+    """Append rows to ``metrics.jsonl``, and to TensorBoard when asked; process 0 alone writes."""
+
+    def __init__(
+        self, workdir: Path, *, resume_step: int | None, tensorboard: bool = False
+    ) -> None:
+        """Open a run's rows, without those that a resumed run is about to write again.
+
+        Args:
+            workdir: folder of the run; created if missing.
+            resume_step: rows of later steps are dropped; None keeps them all. A last line torn by
+                a kill is dropped in either case.
+            tensorboard: also write event files to ``workdir/tensorboard``.
+
+        Raises:
+            ImportError: if TensorBoard is asked for and tensorboardX is not installed.
+        """
+        self._file: TextIO | None = None
+        self._events: Any = None
+        if jax.process_index() != 0:
+            return
+        if tensorboard:
+            self._events = _open_events(workdir / "tensorboard", resume_step)
+        workdir.mkdir(parents=True, exist_ok=True)
+        path = workdir / "metrics.jsonl"
+        if path.exists():
+            _drop_rows(path, resume_step)
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: Mapping[str, float]) -> None:
+        """Append one row; what is not finite is written as null.
+
+        Args:
+            row: metric names to numbers; must hold "step".
+
+        Raises:
+            ValueError: if "step" is missing.
+        """
+        if "step" not in row:
+            raise ValueError(f"metrics row: expected a 'step'; got {sorted(row)}")
+        if self._file is None:
+            return
+        clean = {key: value if math.isfinite(value) else None for key, value in row.items()}
+        self._file.write(json.dumps(clean) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            for key, value in row.items():
+                if key != "step":
+                    self._events.add_scalar(key, value, int(row["step"]))
+
+    def close(self) -> None:
+        """Close the files."""
+        if self._file is not None:
+            self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+def _drop_rows(path: Path, resume_step: int | None) -> None:
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError):
+            continue  # torn by a kill
+        if resume_step is None or step <= resume_step:
+            kept.append(line + "\n")
+    new = path.with_suffix(".jsonl.new")
+    new.write_text("".join(kept), encoding="utf-8")
+    os.replace(new, path)
+
+
+def _open_events(folder: Path, resume_step: int | None) -> Any:
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            "log.tensorboard=True needs tensorboardX, which is not installed: "
+            "pip install 'nat_jax[tensorboard]', or set --config.log.tensorboard=False"
+        ) from error
+    purge = None if resume_step is None else resume_step + 1
+    return SummaryWriter(str(folder), purge_step=purge)
+
+
+class Timer:
+    """Measure the loop since the last window: images per second, and where the time went."""
+
+    def __init__(self) -> None:
+        self._durations: dict[bool, collections.deque[float]] = {
+            matched: collections.deque(maxlen=_DURATIONS) for matched in (False, True)
+        }
+        self._last_step: float | None = None
+        self._restart()
+
+    def _restart(self) -> None:
+        self._start = time.perf_counter()
+        self._waited = self._paused = 0.0
+        self._images = self._matched = self._steps = 0
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time inside as waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time inside, an evaluation for instance, out of everything."""
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+        self._last_step = None
+
+    def step(self, images: int, *, matched: bool) -> None:
+        """Count a finished step over ``images`` images; ``matched`` if it re-dealt rows."""
+        now = time.perf_counter()
+        if self._last_step is not None:
+            self._durations[matched].append(now - self._last_step)
+        self._last_step = now
+        self._images += images
+        self._steps += 1
+        self._matched += matched
+
+    def window(self) -> dict[str, float]:
+        """Return the measurements since the last call, and start anew.
+
+        Returns:
+            time/images_per_second; time/data_share, the share of time spent waiting for data; and,
+            once steps with and without matching have been seen, time/match_share, the share of
+            time that matching added (from the median durations of both kinds of steps).
+        """
+        elapsed = max(time.perf_counter() - self._start - self._paused, 1e-9)
+        row = {
+            "time/images_per_second": self._images / elapsed,
+            "time/data_share": min(self._waited / elapsed, 1.0),
+        }
+        if self._steps and all(self._durations.values()):
+            plain, matching = (statistics.median(self._durations[kind]) for kind in (False, True))
+            added = max(0.0, 1.0 - plain / max(matching, 1e-9))
+            row["time/match_share"] = added * self._matched / self._steps
+        self._restart()
+        return row
+
+
+class Progress:
+    """Show a run's progress: a bar on a terminal, else one plain line per row; process 0 alone."""
+
+    def __init__(
+        self, *, start: int, total: int, stream: TextIO | None = None, bar: bool | None = None
+    ) -> None:
+        """Begin to show.
+
+        Args:
+            start: steps that were done before.
+            total: steps of the whole run.
+            stream: where to write; standard error by default.
+            bar: True for a bar, False for lines; by default a bar if ``stream`` is a terminal.
+        """
+        self._stream = stream or sys.stderr
+        self._total = total
+        self._start, self._since = start, time.perf_counter()
+        self._latest: dict[str, float] = {}
+        self._bar: Any = None
+        self._shown = jax.process_index() == 0
+        if self._shown and (self._stream.isatty() if bar is None else bar):
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=total, initial=start, unit="step", file=self._stream, dynamic_ncols=True
+            )
+
+    def update(self, row: Mapping[str, float]) -> None:
+        """Show a row of metrics; one of an evaluation is always a line of its own."""
+        if not self._shown:
+            return
+        step = int(row["step"])
+        scores = [f"{k.removeprefix('eval/')} {v:.3f}" for k, v in row.items() if "eval/" in k]
+        if scores:
+            self._line(f"step {step}/{self._total}  " + "  ".join(scores))
+            return
+        if self._bar is None:
+            self._line(f"step {step}/{self._total}  {_summary(row)}  ETA {self._eta(step)}")
+            return
+        self._latest |= row  # steps that do not match have no cosines: the bar shows the last ones
+        self._bar.set_postfix_str(_summary(self._latest), refresh=False)
+        self._bar.update(step - self._bar.n)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _line(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def _eta(self, step: int) -> str:
+        per_step = (time.perf_counter() - self._since) / max(step - self._start, 1)
+        seconds = round(per_step * max(self._total - step, 0))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
+def _summary(row: Mapping[str, float]) -> str:
+    parts = []
+    if "train/loss" in row:
+        parts.append(f"loss {row['train/loss']:.4f}")
+    if "assign/cosine_before" in row and "assign/cosine_after" in row:
+        before, after = row["assign/cosine_before"], row["assign/cosine_after"]
+        parts.append(f"cosine {before:.3f} -> {after:.3f}")
+    if "assign/moved" in row:
+        parts.append(f"moved {row['assign/moved']:.0%}")
+    if "time/images_per_second" in row:
+        parts.append(f"{row['time/images_per_second']:,.0f} img/s")
+    for name in ("data", "match"):
+        if (share := row.get(f"time/{name}_share")) is not None:
+            parts.append(f"{name} {share:.0%}")
+    return "  ".join(parts)
+
+
+def chance_cosine(n: int, dim: int) -> float:
+    """Return the average cosine that matching reaches between features and rows without relation.
+
+    The 1 - 1/n quantile of the cosine between a random direction and a fixed one in ``dim``
+    dimensions, (1 + cosine) / 2 being Beta((D-1)/2, (D-1)/2): what the best of n rows offers. An
+    optimal matching of uniform points comes within a few percent of it. For large D it falls as
+    sqrt(2 ln n / D), which exceeds 1 when D is small.
+
+    Args:
+        n: images that are matched together, at least 1.
+        dim: D, the feature dimension, at least 1.
+    """
+    if n < 1 or dim < 1:
+        raise ValueError(f"chance_cosine: expected n >= 1 and dim >= 1; got n={n}, dim={dim}")
+    if n == 1:
+        return 0.0
+    if dim == 1:
+        return 1.0
+    half = (dim - 1) / 2
+    return float(2 * betaincinv(half, half, 1 - 1 / n) - 1)
+
+
+def health(row: Mapping[str, float], *, n: int, dim: int) -> list[str]:
+    """Say in words how a run is doing; what needs attention begins with "warning:".
+
+    Args:
+        row: metrics of a step that re-matched its batch (or the latest of each name); what is
+            missing or not finite is not judged, a loss that is not finite is reported.
+        n: images that are matched together (``assign.block``, or the global batch).
+        dim: D, the feature dimension.
+    """
+    finite = {k: v for k, v in row.items() if v is not None and math.isfinite(v)}
+    said = []
+    if "train/loss" in row and "train/loss" not in finite:
+        said.append("warning: the loss is not finite; lower optim.learning_rate")
+    said += _matching_health(finite, chance_cosine(n, dim))
+    said += _spread_health(finite, n, dim)
+    if finite.get("assign/worst_status", 0):
+        said.append(
+            "warning: the solver did not reach its optimum in every block (rows are still a "
+            "permutation); see assign/gap and assign.options"
+        )
+    return said
+
+
+def _matching_health(row: Mapping[str, float], chance: float) -> list[str]:
+    if not {"assign/cosine_before", "assign/cosine_after"} <= row.keys():
+        return []
+    before, after = row["assign/cosine_before"], row["assign/cosine_after"]
+    said = []
+    text = f"cosine to the targets {before:.3f} before matching, {after:.3f} after"
+    if before < _ABOVE_CHANCE:
+        said.append(
+            f"{text}; without any learning 0 and about {chance:.3f}: nothing is learnt yet, "
+            "which is normal in the first epochs only"
+        )
+    else:
+        said.append(f"{text}; without any learning 0 and about {chance:.3f}: it is learning")
+    if after < before - 1e-4:
+        said.append("warning: matching lowered the cosine, which no correct matching can do")
+    if "assign/moved" in row:
+        said.append(f"{row['assign/moved']:.0%} of the images took another target")
+    return said
+
+
+def _spread_health(row: Mapping[str, float], n: int, dim: int) -> list[str]:
+    if "features/effective_rank" not in row:
+        return []
+    rank = row["features/effective_rank"]
+    even = 1 / (1 / n + (1 - 1 / n) / dim)
+    text = f"effective rank of the features {rank:.1f}; {even:.1f} when spread evenly"
+    if rank - 1 < _COLLAPSED_SHARE * (even - 1):
+        return [
+            f"warning: {text}: the features collapse. Lower optim.learning_rate, or match more "
+            "images together (batch_size, assign.block)"
+        ]
+    return [text]

@@ -1,0 +1,203 @@
+"""Convolutional blocks, fully connected blocks and a unit-norm head: what every network here is."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from nat_jax.models.frontend import FRONTENDS
+
+# The authors' nn.Normalize guards its division with 1e-10.
+_NORM_FLOOR = 1e-10
+
+
+@dataclasses.dataclass(frozen=True)
+class Conv:
+    """A convolution block: convolution, batch norm, ReLU and optionally max-pooling."""
+
+    features: int
+    kernel: int
+    stride: int = 1
+    pad: int = 0
+    pool: tuple[int, int] | None = None  # window, stride
+
+    def output_side(self, side: int) -> int:
+        """Return the side of the output map for an input map of side ``side``."""
+        side = (side + 2 * self.pad - self.kernel) // self.stride + 1
+        if self.pool is not None:
+            window, stride = self.pool
+            side = (side - window) // stride + 1
+        return side
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """A fully connected block: linear map, batch norm, ReLU and optionally dropout."""
+
+    features: int
+    dropout: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """A network as data. Layers are named conv1, conv2, ..., then fc<n>, then z.
+
+    Attributes:
+        convs: the convolution blocks.
+        denses: the fully connected blocks between the last convolution and the features.
+        torch_init: the authors' initialisation (Torch 7: weights and biases uniform in
+            +-1/sqrt(fan_in), batch-norm scales uniform in [0, 1]) instead of He initialisation.
+    """
+
+    convs: tuple[Conv, ...]
+    denses: tuple[Dense, ...] = ()
+    torch_init: bool = False
+
+
+def max_pool(x: jax.Array, window: int, stride: int, *, platform: str) -> jax.Array:
+    """Max-pool [B, H, W, C] without padding.
+
+    On the CPU as a maximum of strided slices: XLA:CPU's gradient of reduce_window costs more than
+    the convolutions around it. Equal values; gradients differ on exact ties only.
+    """
+    if platform != "cpu":
+        return nnx.max_pool(x, (window, window), (stride, stride), "VALID")
+    height = (x.shape[1] - window) // stride + 1
+    width = (x.shape[2] - window) // stride + 1
+    slices = (
+        x[:, i : i + stride * (height - 1) + 1 : stride, j : j + stride * (width - 1) + 1 : stride]
+        for i in range(window)
+        for j in range(window)
+    )
+    return functools.reduce(jnp.maximum, slices)
+
+
+def unit_norm(x: jax.Array) -> jax.Array:
+    """Scale rows [..., D] to unit length in float32, whatever the compute dtype."""
+    x = x.astype(jnp.float32)
+    squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(squares, _NORM_FLOOR**2))
+
+
+Init = Callable[..., jax.Array]
+
+
+def _initialisers(fan_in: int, torch_init: bool) -> tuple[Init, Init, Init]:
+    """Return initialisers of kernels, biases and batch-norm scales."""
+    init = jax.nn.initializers
+    if not torch_init:
+        return init.he_normal(), init.zeros, init.ones
+    bound = fan_in**-0.5
+
+    def symmetric(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return symmetric, symmetric, init.uniform(1.0)
+
+
+class Block(nnx.Module):
+    """A linear map (convolution or matrix), batch norm and ReLU.
+
+    The map keeps its bias, as in the authors' code, although batch norm cancels it.
+    """
+
+    def __init__(self, map_: nnx.Conv | nnx.Linear, features: int, scale_init: Init, dtype, rngs):
+        self.map = map_
+        self.norm = nnx.BatchNorm(
+            features, momentum=0.9, epsilon=1e-5, scale_init=scale_init, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        return nnx.relu(self.norm(self.map(x), use_running_average=not train))
+
+
+class Network(nnx.Module):
+    """Front end, convolution blocks, fully connected blocks, unit features."""
+
+    def __init__(
+        self,
+        spec: Spec,
+        *,
+        dim: int,
+        image_size: int,
+        frontend: str,
+        dtype: jnp.dtype,
+        platform: str,
+        rngs: nnx.Rngs,
+    ):
+        self.spec, self.frontend, self.dtype, self.platform = spec, frontend, dtype, platform
+        channels, side = FRONTENDS[frontend][1], image_size
+        for name, conv in self._named_convs():
+            kernel, bias, scale = _initialisers(channels * conv.kernel**2, spec.torch_init)
+            layer = nnx.Conv(
+                channels,
+                conv.features,
+                (conv.kernel, conv.kernel),
+                strides=(conv.stride, conv.stride),
+                padding=((conv.pad, conv.pad), (conv.pad, conv.pad)),
+                kernel_init=kernel,
+                bias_init=bias,
+                dtype=dtype,
+                rngs=rngs,
+            )
+            setattr(self, name, Block(layer, conv.features, scale, dtype, rngs))
+            channels, side = conv.features, conv.output_side(side)
+            if side < 1:
+                raise ValueError(
+                    f"model: an image of {image_size} pixels vanishes at {name}. "
+                    "Raise data.image_size or take fewer or smaller layers"
+                )
+        width = channels * side * side
+        for name, dense in self._named_denses():
+            kernel, bias, scale = _initialisers(width, spec.torch_init)
+            linear = nnx.Linear(
+                width, dense.features, kernel_init=kernel, bias_init=bias, dtype=dtype, rngs=rngs
+            )
+            setattr(self, name, Block(linear, dense.features, scale, dtype, rngs))
+            width = dense.features
+        kernel, bias, _ = _initialisers(width, spec.torch_init)
+        self.head = nnx.Linear(
+            width, dim, kernel_init=kernel, bias_init=bias, dtype=dtype, rngs=rngs
+        )
+
+    def _named_convs(self) -> list[tuple[str, Conv]]:
+        return [(f"conv{i}", conv) for i, conv in enumerate(self.spec.convs, start=1)]
+
+    def _named_denses(self) -> list[tuple[str, Dense]]:
+        first = len(self.spec.convs) + 1
+        return [(f"fc{i}", dense) for i, dense in enumerate(self.spec.denses, start=first)]
+
+    def layers(
+        self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None
+    ) -> dict[str, jax.Array]:
+        """Return every layer's output by name.
+
+        Args:
+            images: uint8[B, H, W, 3].
+            train: batch statistics and dropout instead of running statistics.
+            key: PRNG key of the dropout masks; needed when ``train`` and the network has dropout.
+
+        Returns:
+            conv<i>: [B, h, w, C] after ReLU and the block's pooling; fc<i>: [B, F] after ReLU;
+            z: float32[B, D] of unit norm.
+        """
+        outputs = {}
+        x = FRONTENDS[self.frontend][0](images).astype(self.dtype)
+        for name, conv in self._named_convs():
+            x = getattr(self, name)(x, train=train)
+            if conv.pool is not None:
+                x = max_pool(x, *conv.pool, platform=self.platform)
+            outputs[name] = x
+        x = x.reshape(x.shape[0], -1)
+        for i, (name, dense) in enumerate(self._named_denses()):
+            x = getattr(self, name)(x, train=train)
+            outputs[name] = x
+            if train and dense.dropout:
+                keep = 1.0 - dense.dropout
+                mask = jax.random.bernoulli(jax.random.fold_in(key, i), keep, x.shape)
+                x = jnp.where(mask, x / keep, 0.0).astype(x.dtype)
+        outputs["z"] = unit_norm(self.head(x))
+        return outputs

@@ -1,0 +1,46 @@
+"""Where images come from: the embedded digits, folders, arrays, and prepared TFDS data sets."""
+
+import os
+
+from nat_jax.records.arrays import open_arrays
+from nat_jax.records.digits import open_digits
+from nat_jax.records.folder import open_folder
+from nat_jax.records.source import SPLITS, Opener, Record, Source, UnreadableRecord
+from nat_jax.records.tfds import open_tfds
+
+__all__ = ["SOURCES", "Record", "Source", "UnreadableRecord", "open_source"]
+
+SOURCES: dict[str, Opener] = {
+    "digits": open_digits,
+    "folder": open_folder,
+    "arrays": open_arrays,
+    "tfds": open_tfds,
+}
+
+
+def open_source(spec: str, split: str = "train") -> Source:
+    """Open a source of images.
+
+    Args:
+        spec: "digits" (embedded), "folder:PATH" (a tree of image files or a .zip),
+            "arrays:PATH" (.npz, or a folder of idx files) or "tfds:NAME[:VERSION]" (prepared).
+        split: "train" or "test".
+
+    Returns:
+        A `Source` of that split.
+
+    Raises:
+        ValueError: the source is unknown, missing or malformed; the message says what to do.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+    kind, _, argument = spec.partition(":")
+    if kind not in SOURCES:
+        hint = f"; did you mean folder:{spec} or arrays:{spec}?" if os.path.exists(spec) else ""
+        raise ValueError(
+            f"unknown source {spec!r}; known: digits, folder:PATH, arrays:PATH, tfds:NAME{hint}"
+        )
+    if not argument and kind != "digits":
+        wanted = "NAME" if kind == "tfds" else "PATH"
+        raise ValueError(f"source {spec!r} lacks its {wanted}: write {kind}:{wanted}")
+    return SOURCES[kind](argument, split)

@@ -1,0 +1,127 @@
+"""Pictures of a network: its first-layer filters, and nearest neighbours of some images."""
+
+import io
+import math
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+# Legible on white and on black: the pictures are transparent around the tiles.
+_TEXT = (128, 134, 142, 255)
+_RIGHT, _WRONG = (46, 160, 103, 255), (214, 84, 84, 255)
+_MOST_FILTERS = 256
+
+
+def filters(kernel: np.ndarray, title: str = "First-layer filters") -> bytes:
+    """Draw the filters of a convolution as a PNG.
+
+    Three input channels are drawn in colour, other numbers as one grey tile per channel side by
+    side (for a Sobel front end: horizontal and vertical gradient). Every filter is scaled on its
+    own, zero being mid-grey. Of more than 256 filters the first 256 are drawn.
+
+    Args:
+        kernel: float[kh, kw, Cin, Cout].
+        title: drawn above them.
+
+    Raises:
+        ValueError: another rank, or values that are not finite.
+    """
+    kernel = np.asarray(kernel, np.float32)
+    if kernel.ndim != 4 or not kernel.size:
+        raise ValueError(f"filters: expected a kernel [kh, kw, Cin, Cout], got {kernel.shape}")
+    if not np.isfinite(kernel).all():
+        raise ValueError("filters: expected finite values, got NaN or infinity")
+    height, width, channels, total = kernel.shape
+    count = min(total, _MOST_FILTERS)
+    peak = np.abs(kernel).max(axis=(0, 1, 2), keepdims=True)
+    grey = np.round(127.5 + 127.5 * kernel / np.where(peak > 0, peak, 1)).astype(np.uint8)
+    planes = 1 if channels == 3 else channels
+    zoom = max(1, round(44 / max(height, width)))
+    tile = (width * zoom, height * zoom)
+    inner, outer = 2, 10
+    cell = (planes * (tile[0] + inner) - inner + outer, tile[1] + outer)
+    columns = max(
+        1, min(count, 1060 // cell[0], math.ceil(1.8 * math.sqrt(count * cell[1] / cell[0])))
+    )
+    text = f"{title}: {count}{f' of {total}' if total > count else ''}, {width} x {height} pixels"
+    text += "" if channels == 3 else f", {channels} input channel{'s' * (channels > 1)}"
+    canvas, top = _canvas(
+        text, columns * cell[0] - outer, math.ceil(count / columns) * cell[1] - outer
+    )
+    for number in range(count):
+        left, upper = number % columns * cell[0], top + number // columns * cell[1]
+        one = grey[:, :, :, number]
+        for plane in range(planes):
+            image = Image.fromarray(one if channels == 3 else one[:, :, plane])
+            image = image.resize(tile, Image.Resampling.NEAREST)
+            canvas.paste(image.convert("RGBA"), (left + plane * (tile[0] + inner), upper))
+    return _png(canvas)
+
+
+def neighbours(
+    queries: np.ndarray, neighbours: np.ndarray, correct: np.ndarray | None = None
+) -> bytes:
+    """Draw query images on the left and their neighbours, nearest first, on the right, as a PNG.
+
+    Args:
+        queries: uint8[Q, H, W, 3].
+        neighbours: uint8[Q, K, H, W, 3].
+        correct: bool[Q, K], whether the labels agree (a green or a red frame); None: no frames.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    count, near = neighbours.shape[:2]
+    if neighbours.ndim != 5 or queries.shape != (count, *neighbours.shape[2:]) or not count * near:
+        raise ValueError(
+            "neighbours: expected queries [Q, H, W, 3] and neighbours [Q, K, H, W, 3], got "
+            f"{queries.shape} and {neighbours.shape}"
+        )
+    if correct is not None and correct.shape != (count, near):
+        raise ValueError(f"correct: expected shape {(count, near)}, got {correct.shape}")
+    side, frame, gap, divide = 80, 4, 6, 26
+    cell = side + 2 * frame + gap
+    text = "Query, and the nearest training images, most similar first"
+    if correct is not None:
+        text += f"; {int(np.sum(correct))} of {correct.size} share the query's label (green)"
+    canvas, top = _canvas(text, (near + 1) * cell + divide - gap, count * cell - gap)
+    draw = ImageDraw.Draw(canvas)
+    for row in range(count):
+        upper = top + row * cell
+        canvas.paste(_thumbnail(queries[row], side), (frame, upper + frame))
+        for column in range(near):
+            left = (column + 1) * cell + divide
+            if correct is not None:
+                color = _RIGHT if correct[row, column] else _WRONG
+                box = (left, upper, left + side + 2 * frame - 1, upper + side + 2 * frame - 1)
+                draw.rounded_rectangle(box, radius=3, fill=color)
+            canvas.paste(_thumbnail(neighbours[row, column], side), (left + frame, upper + frame))
+    return _png(canvas)
+
+
+def _canvas(text: str, width: int, height: int) -> tuple[Image.Image, int]:
+    """Return a transparent image with a line of text on top, and where the tiles begin."""
+    font = ImageFont.load_default(18)
+    right = math.ceil(font.getbbox(text)[2])
+    top = 34
+    canvas = Image.new("RGBA", (max(width, right), top + height), (0, 0, 0, 0))
+    ImageDraw.Draw(canvas).text((0, 2), text, font=font, fill=_TEXT)
+    return canvas, top
+
+
+def _thumbnail(image: np.ndarray, side: int) -> Image.Image:
+    """Return a square RGBA image; small ones keep their sharp pixels."""
+    picture = Image.fromarray(np.asarray(image, np.uint8)).convert("RGBA")
+    small = max(picture.size) <= side
+    scale = side / max(picture.size)
+    size = (max(1, round(scale * picture.width)), max(1, round(scale * picture.height)))
+    method = Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS
+    square = Image.new("RGBA", (side, side), (128, 128, 128, 255))
+    square.paste(picture.resize(size, method), ((side - size[0]) // 2, (side - size[1]) // 2))
+    return square
+
+
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG", optimize=True)
+    return file.getvalue()

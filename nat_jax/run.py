@@ -1,0 +1,177 @@
+"""One seed's run: its records, network, targets and state, made from a config."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from nat_jax import checkpoint, input_pipeline, models, optim, records, sharding, targets
+from nat_jax import config as configs
+from nat_jax.evaluate import judge
+from nat_jax.image_reader import ImageCache
+from nat_jax.train_step import Step, TrainState, create_state
+
+logger = logging.getLogger(__name__)
+
+
+class Sources(NamedTuple):
+    """Where images come from: to train on, and for the probes to learn and be judged on."""
+
+    train: records.Source
+    probe_train: records.Source
+    probe_test: records.Source
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One seed's training: what it reads, what it computes, how long, and where it writes."""
+
+    config: ConfigDict
+    seed: int
+    workdir: Path
+    sources: Sources
+    cache: ImageCache
+    step: Step
+    targets: targets.Targets
+    steps_per_epoch: int
+    total_steps: int
+
+    def reassigns(self, step: int) -> bool:
+        """Say whether a step re-matches its batch: those of epochs 0, 3, 6, ... do."""
+        return step // self.steps_per_epoch % self.config.assign.reassign_every_epochs == 0
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a checkpoint must have in common with this run."""
+        return {
+            "num_records": len(self.sources.train),
+            "dim": self.step.model.dim,
+            "targets": self.config.targets.kind,
+            "seed": self.seed,
+            "data": self.sources.train.fingerprint,
+        }
+
+    def judge(self) -> judge.Judge:
+        """Return the probes of this run."""
+        return judge.Judge(
+            self.config,
+            self.sources.probe_train,
+            self.sources.probe_test,
+            self.step.model,
+            seed=self.seed,
+            cache=self.cache,
+        )
+
+
+def open_sources(config: ConfigDict) -> Sources:
+    """Open the records to train on and those of the probes.
+
+    Raises:
+        ValueError: a source that is unknown, missing or malformed, or fewer records than a batch.
+    """
+    train = records.open_source(config.data.source, "train")
+    input_pipeline.steps_per_epoch(len(train), config.batch_size)
+    test_spec = config.eval.source or config.data.source
+    test = records.open_source(test_spec, "test")
+    probe_spec = config.eval.train_source or test_spec
+    same = probe_spec == config.data.source
+    probe_train = train if same else records.open_source(probe_spec, "train")
+    return Sources(train, probe_train, test)
+
+
+def set_up(
+    config: ConfigDict,
+    seed: int,
+    workdir: Path,
+    *,
+    mesh: Mesh,
+    sources: Sources,
+    cache: ImageCache,
+) -> Run:
+    """Turn a config into one seed's run."""
+    steps_per_epoch = input_pipeline.steps_per_epoch(len(sources.train), config.batch_size)
+    total_steps = configs.steps_from(config, "", steps_per_epoch)
+    settings = config.optim
+    warmup = 0
+    if settings.warmup_epochs is not None or settings.warmup_steps is not None:
+        warmup = configs.steps_from(settings, "warmup_", steps_per_epoch)
+    optimizer = optim.Optimizer(
+        learning_rate=settings.learning_rate,
+        schedule=settings.schedule,
+        decay_start=settings.decay_start,
+        gamma=settings.gamma,
+        warmup_steps=warmup,
+        total_steps=total_steps if settings.schedule == "cosine" else 0,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+    )
+    step = Step(
+        model=make_model(config, mesh.devices.flat[0].platform),
+        optimizer=optimizer,
+        mesh=mesh,
+        solver=config.assign.solver,
+        solver_options=tuple(sorted(config.assign.options.items())),
+        block=config.assign.block,
+    )
+    noise, storage = targets.make_targets(
+        config.targets.kind,
+        len(sources.train),
+        config.model.dim,
+        jax.random.fold_in(jax.random.key(seed), 1),
+        storage=config.targets.storage,
+        sharding=sharding.over_data(mesh),
+    )
+    logger.info("targets: %s, %s", config.targets.kind, storage)
+    run = Run(config, seed, workdir, sources, cache, step, noise, steps_per_epoch, total_steps)
+    run.judge()  # finds mistakes in the evaluation's settings before training, not after
+    return run
+
+
+def make_model(config: ConfigDict, platform: str) -> models.Model:
+    """Return the config's network."""
+    options = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in config.model.options.items()
+    }
+    return models.make_model(
+        config.model.name,
+        dim=config.model.dim,
+        image_size=config.data.image_size,
+        frontend=config.model.frontend,
+        dtype=config.model.dtype,
+        platform=platform,
+        **options,
+    )
+
+
+def initial_state(run: Run) -> TrainState:
+    """Return a run's state before its first step, on every device."""
+    key = jax.random.key(run.seed)
+
+    def create() -> TrainState:
+        assignment = targets.initial_assignment(
+            run.config.targets.kind, len(run.sources.train), jax.random.fold_in(key, 2)
+        )
+        return create_state(
+            run.step.model, run.step.optimizer, assignment, jax.random.fold_in(key, 0)
+        )
+
+    return jax.jit(create, out_shardings=sharding.replicated(run.step.mesh))()
+
+
+def restore_or_create(run: Run, checkpoints: checkpoint.Checkpoints) -> TrainState:
+    """Return the state of the newest good checkpoint, or the initial one if there is none.
+
+    Raises:
+        CheckpointError: the checkpoints are damaged or belong to another run.
+    """
+    if checkpoints.latest_step() is None:
+        return initial_state(run)
+    shapes = jax.eval_shape(lambda: initial_state(run))
+    abstract = sharding.abstract(shapes, sharding.replicated(run.step.mesh))
+    state, _ = checkpoints.restore(abstract, expect=run.identity())
+    logger.info("resumed %s at step %d of %d", run.workdir, int(state.step), run.total_steps)
+    return state

@@ -1,0 +1,278 @@
+"""Set-up and the training loop.
+
+``train_and_evaluate(config, workdir)`` is what the command line, notebooks and tests call.
+"""
+
+import collections
+import logging
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from nat_jax import checkpoint, evaluate, input_pipeline, metrics, preprocess, report, sharding
+from nat_jax import config as configs
+from nat_jax.evaluate import judge
+from nat_jax.image_reader import BadRecords, ImageCache
+from nat_jax.preemption import Preempted, StopOnSignal
+from nat_jax.run import Run, initial_state, open_sources, restore_or_create, set_up
+from nat_jax.train_step import Metrics, TrainState, compile_step
+
+logger = logging.getLogger(__name__)
+
+# Steps whose results have not been read yet. Dispatching without bound deadlocks simulated devices
+# on few cores, and two are enough to keep a device busy.
+_IN_FLIGHT = 2
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or the gradient is not finite; checkpoints hold the last good state."""
+
+
+def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
+    """Train, judge the features, and write the table and the report.
+
+    The same call resumes an unfinished run, extends one that has become longer, and only reads the
+    results of a finished one.
+
+    Args:
+        config: see ``nat_jax.config.default``; with several ``seeds``, each is an independent run
+            in ``workdir/seed-<seed>`` and the table has their mean and deviation.
+        workdir: folder of the run.
+
+    Returns:
+        The final state; of the last seed if there are several.
+
+    Raises:
+        ValueError: a mistake in the config or the data, before any device work.
+        TrainingDiverged: loss or gradient not finite; the last good checkpoint is kept.
+        Preempted: stopped by Ctrl-C or SIGTERM, with the state saved.
+    """
+    folder = Path(workdir)
+    configs.validate(config, evaluate.PROBES)
+    configs.check_workdir(folder, config)
+    sources = open_sources(config)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
+    configs.check_devices(config, mesh.shape, jax.process_count())
+    results, cache = {}, ImageCache()
+    for seed in config.seeds:
+        place = configs.seed_folder(config, folder, seed)
+        run = set_up(config, seed, place, mesh=mesh, sources=sources, cache=cache)
+        if jax.process_index() == 0:
+            configs.write_json(folder / "config.json", configs.to_dict(config))
+        state = _train(run)
+        results[seed] = _judge_run(run, state)
+    if jax.process_index() == 0:
+        _publish(folder, run, results)
+    return state
+
+
+def _train(run: Run) -> TrainState:
+    """Bring a run to its last step, from wherever its newest checkpoint stands."""
+    checkpoints = checkpoint.Checkpoints(
+        run.workdir / "checkpoints", keep=run.config.checkpoint.keep
+    )
+    try:
+        state = restore_or_create(run, checkpoints)
+        if int(state.step) > run.total_steps:
+            raise ValueError(
+                f"{run.workdir} has done {int(state.step)} steps; this config asks for "
+                f"{run.total_steps}. Raise epochs, or choose another folder with --workdir=..."
+            )
+        if int(state.step) < run.total_steps:
+            state = _Loop(run, checkpoints).run(state)
+        return state
+    finally:
+        checkpoints.close()
+
+
+def _network(run: Run, state: TrainState) -> judge.Network:
+    return judge.Network(run.step.model, state.params, state.batch_stats)
+
+
+def _judge_run(run: Run, state: TrainState) -> list[judge.Row]:
+    """Score raw pixels, the untrained and the trained network, and draw the pictures.
+
+    What an earlier call found for the same weights under the same protocol is read back.
+    """
+    panel = run.judge()
+    path = run.workdir / "results" / "probes.json"
+    asked = {"step": int(state.step), "protocol": panel.protocol()}
+    if (saved := configs.read_json(path)) and all(saved.get(k) == v for k, v in asked.items()):
+        return saved["rows"]
+    rows: list[judge.Row] = []
+    if panel.has_labels:
+        logger.info("judging %s", run.workdir)
+        rows += panel.pixels()
+        rows += panel.network(judge.UNTRAINED, _network(run, initial_state(run)))
+        rows += panel.network(judge.TRAINED, _network(run, state))
+    else:
+        logger.info("no labels: probes are skipped, neighbours are still drawn")
+    if jax.process_index() == 0:
+        _draw(run, panel, _network(run, state))
+        configs.write_json(path, {**asked, "rows": rows})
+    return rows
+
+
+def _draw(run: Run, panel: judge.Judge, network: judge.Network) -> None:
+    """Draw the first layer's filters and some test images' nearest neighbours."""
+    folder = run.workdir / "pictures"
+    folder.mkdir(parents=True, exist_ok=True)
+    kernel = jax.device_get(network.params["conv1"]["map"]["kernel"])
+    (folder / "filters.png").write_bytes(report.filters(kernel, "First-layer filters"))
+    for layer in dict.fromkeys(("z", run.step.model.last_conv)):
+        found = panel.neighbours(network, layer, queries=8, count=10)
+        (folder / f"neighbours_{layer}.png").write_bytes(report.neighbours(*found))
+
+
+def _publish(workdir: Path, run: Run, results: dict[int, list[judge.Row]]) -> None:
+    """Write the table over all seeds and the report, and print where they are."""
+    if any(results.values()):
+        table = judge.aggregate(results)
+        value, untrained = judge.headline(table)
+        result = {
+            "task": "pretrain",
+            "metric": "accuracy",
+            "value": value,
+            "untrained": untrained,
+            "protocol": run.judge().protocol(),
+            "run": {"steps": run.total_steps, **run.identity(), **judge.environment()},
+            "table": table,
+        }
+        configs.write_json(workdir / "results" / "table.json", result)
+        print(report.text_table(table), flush=True)
+    print(f"report: {report.write_report(workdir)}", flush=True)
+
+
+class _Loop:
+    """The only training loop: batches in, steps dispatched, results read two steps later."""
+
+    def __init__(self, run: Run, checkpoints: checkpoint.Checkpoints) -> None:
+        self._run, self._checkpoints = run, checkpoints
+        config, per_epoch = run.config, run.steps_per_epoch
+        self._save_every = configs.steps_from(config.checkpoint, "every_", per_epoch)
+        self._judge_every = config.eval.every_epochs * per_epoch
+        self._in_flight: collections.deque[tuple[int, Metrics]] = collections.deque()
+        self._timer = metrics.Timer()
+        self._bad_records = BadRecords(len(run.sources.train))
+        self._latest: dict[str, float] = {}
+
+    def run(self, state: TrainState) -> TrainState:
+        """Train from ``state`` to the last step."""
+        run, start = self._run, int(state.step)
+        self._writer = metrics.MetricsWriter(
+            run.workdir, resume_step=start, tensorboard=run.config.log.tensorboard
+        )
+        self._progress = metrics.Progress(start=start, total=run.total_steps)
+        batches = self._batches(start)
+        try:
+            with StopOnSignal() as stop:
+                for step in range(start, run.total_steps):
+                    with self._timer.waiting():
+                        batch = next(batches)
+                    state = self._dispatch(step, state, batch)
+                    self._read(keep=_IN_FLIGHT)
+                    state = self._after(step + 1, state, stop)
+        finally:
+            self._writer.close()
+            self._progress.close()
+            if self._bad_records.count:
+                logger.warning("%s", self._bad_records.summary())
+        self._say_health()
+        return state
+
+    def _say_health(self) -> None:
+        run = self._run
+        said = metrics.health(
+            self._latest,
+            n=run.step.block or run.config.batch_size,
+            dim=run.step.model.dim,
+        )
+        if jax.process_index() == 0:
+            configs.write_json(run.workdir / "results" / "health.json", said)
+        for sentence in said:
+            logger.info("%s", sentence)
+
+    def _batches(self, start: int) -> Iterator[input_pipeline.Batch]:
+        run, data = self._run, self._run.config.data
+        return iter(
+            input_pipeline.train_batches(
+                run.sources.train,
+                preprocess.train_transform(
+                    image_size=data.image_size, resize=data.resize, pad=data.pad, flip=data.flip
+                ),
+                batch_size=run.config.batch_size,
+                seed=run.seed,
+                start_step=start,
+                num_steps=run.total_steps,
+                on_bad_record=data.on_bad_record,
+                bad_records=self._bad_records,
+                cache=run.cache,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
+                threads=data.threads,
+                prefetch=data.prefetch,
+            )
+        )
+
+    def _dispatch(self, step: int, state: TrainState, batch: input_pipeline.Batch) -> TrainState:
+        compiled = compile_step(self._run.step, reassign=self._run.reassigns(step))
+        used = {name: batch[name] for name in ("image", "index", "weight")}
+        arrays = sharding.global_batch(used, self._run.step.mesh)
+        state, step_metrics = compiled(state, self._run.targets, arrays)
+        self._in_flight.append((step, step_metrics))
+        return state
+
+    def _read(self, *, keep: int) -> None:
+        """Read the results of dispatched steps until only ``keep`` are left in flight."""
+        run = self._run
+        while len(self._in_flight) > keep:
+            step, step_metrics = self._in_flight.popleft()
+            row = {name: float(value) for name, value in jax.device_get(step_metrics).items()}
+            if not all(map(math.isfinite, (row["train/loss"], row["train/gradient_norm"]))):
+                self._diverged(step, row)
+            self._timer.step(run.config.batch_size, matched=run.reassigns(step))
+            if (step + 1) % run.config.log.every_steps == 0 or step + 1 == run.total_steps:
+                row |= self._timer.window()
+                self._write(step + 1, row)
+
+    def _write(self, done: int, row: dict[str, float]) -> None:
+        row = {"step": done, "epoch": done / self._run.steps_per_epoch, **row}
+        self._writer.write(row)
+        self._progress.update(row)
+        self._latest |= row
+
+    def _diverged(self, step: int, row: dict[str, float]) -> None:
+        self._checkpoints.wait()
+        kept = self._checkpoints.latest_step()
+        raise TrainingDiverged(
+            f"step {step}: the loss is {row['train/loss']} and the gradient's norm "
+            f"{row['train/gradient_norm']}. The last good checkpoint is "
+            + (f"that of step {kept}" if kept is not None else "none: nothing was saved yet")
+            + f" in {self._run.workdir}. Lower optim.learning_rate, or set optim.warmup_epochs"
+        )
+
+    def _after(self, done: int, state: TrainState, stop: StopOnSignal) -> TrainState:
+        """Judge and save when due, and leave when asked to."""
+        run = self._run
+        last = done == run.total_steps
+        if self._judge_every and done % self._judge_every == 0 and not last:
+            self._read(keep=0)
+            with self._timer.paused():
+                self._judge(done, state)
+        if last or stop.received or (self._save_every and done % self._save_every == 0):
+            self._read(keep=0)  # nothing that is not finite is ever saved
+            with self._timer.paused():
+                self._checkpoints.save(done, state, run.identity())
+        if stop.received and not last:
+            self._checkpoints.wait()
+            raise Preempted(stop.received, done)
+        return state
+
+    def _judge(self, done: int, state: TrainState) -> None:
+        rows = self._run.judge().network(judge.TRAINED, _network(self._run, state))
+        scores = {f"eval/{r['features']}/{r['probe']}/{r['labels']}": r["value"] for r in rows}
+        self._write(done, scores)

@@ -1,0 +1,11 @@
+"""Packages of the distribution; everything else stands in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+# The configs live at the top of the checkout, where a person looks for them, and travel in the
+# wheel as nat_jax/configs.
+setup(
+    packages=[*find_packages(include=["nat_jax", "nat_jax.*"]), "nat_jax.configs"],
+    package_dir={"nat_jax.configs": "configs"},
+    package_data={"": ["py.typed", "*.html", "*.css"]},
+)

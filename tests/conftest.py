@@ -1,0 +1,23 @@
+"""What all tests share."""
+
+import os
+from pathlib import Path
+
+_REPOSITORY = Path(__file__).resolve().parents[1]
+
+# Before jax starts: it reads these once.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_REPOSITORY / ".pytest_cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+import pytest  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Real image data beside the checkout; tests that want it are skipped where it is not."""
+    path = _REPOSITORY.parent / "shared" / "data"
+    if not path.is_dir():
+        pytest.skip(f"no real data in {path}")
+    return path

@@ -1,0 +1,186 @@
+"""Feature extraction, pooling, subsets and the checks that every probe shares."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nat_jax.evaluate import PROBES, FeatureSet
+from nat_jax.evaluate.features import (
+    extract,
+    padded_length,
+    padded_rows,
+    pool,
+    raw_pixels,
+    subset_per_class,
+)
+
+
+def _set(rows: int = 60, dim: int = 5, classes: int = 3, seed: int = 0) -> FeatureSet:
+    rng = np.random.default_rng(seed)
+    labels = (np.arange(rows) % classes).astype(np.int32)
+    return FeatureSet(rng.normal(size=(rows, dim)).astype(np.float32), labels)
+
+
+def _batches(rows: int, size: int) -> list[dict[str, np.ndarray]]:
+    """Images whose every pixel is the record's number; the last batch padded with weight 0."""
+    batches = []
+    for start in range(0, rows, size):
+        index = np.arange(start, start + size)
+        real = index < rows
+        batches.append(
+            {
+                "image": np.broadcast_to(
+                    np.where(real, index, 255).astype(np.uint8)[:, None, None, None],
+                    (size, 2, 2, 3),
+                ),
+                "index": np.where(real, index, -1).astype(np.int32),
+                "label": np.where(real, index % 3, 0).astype(np.int32),
+                "weight": real.astype(np.float32),
+            }
+        )
+    return batches
+
+
+def test_extract_flattens_and_drops_padding() -> None:
+    @jax.jit
+    def apply(images: jax.Array) -> dict[str, jax.Array]:
+        x = images.astype(jnp.float32)
+        return {"map": x, "z": x[:, 0, 0]}
+
+    sets = extract(apply, _batches(10, 4))
+    assert sets["map"].features.shape == (10, 12)
+    assert sets["z"].features.shape == (10, 3)
+    np.testing.assert_array_equal(sets["z"].features[:, 0], np.arange(10))
+    np.testing.assert_array_equal(sets["map"].labels, np.arange(10) % 3)
+    assert sets["z"].features.dtype == np.float32
+
+
+def test_extract_drops_a_bad_record_in_the_middle() -> None:
+    batches = _batches(8, 4)
+    batches[0]["weight"][1] = 0.0
+    sets = extract(lambda x: {"pixels": raw_pixels(x)}, batches)
+    np.testing.assert_allclose(
+        sets["pixels"].features[:, 0] * 255, [0, 2, 3, 4, 5, 6, 7], rtol=1e-6
+    )
+
+
+def test_extract_without_records() -> None:
+    with pytest.raises(ValueError, match="no record"):
+        extract(lambda x: {"z": jnp.zeros((len(x), 2))}, [])
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8, 4), (2, 7, 5, 3), (1, 1, 1, 40), (2, 3, 9, 2)])
+@pytest.mark.parametrize("limit", [1, 10, 40, 100, 1000])
+def test_pool_fits_and_keeps_constants(shape: tuple[int, ...], limit: int) -> None:
+    pooled = pool(jnp.full(shape, 2.5), limit)
+    assert pooled.shape[0] == shape[0] and pooled.shape[3] == shape[3]
+    assert np.prod(pooled.shape[1:]) <= max(limit, shape[3])
+    np.testing.assert_allclose(pooled, 2.5, rtol=1e-6)
+    if np.prod(shape[1:]) <= limit:
+        assert pooled.shape == shape
+
+
+def test_pool_is_the_block_mean() -> None:
+    x = np.random.default_rng(0).normal(size=(2, 6, 6, 3)).astype(np.float32)
+    expected = x.reshape(2, 3, 2, 3, 2, 3).mean(axis=(2, 4))
+    np.testing.assert_allclose(pool(jnp.asarray(x), 27), expected, atol=1e-6)
+
+
+def test_pool_overlapping_windows() -> None:
+    x = jnp.arange(5.0).reshape(1, 1, 5, 1)  # 5 -> 2 cells: pixels 0..2 and 2..4
+    np.testing.assert_allclose(pool(x, 2).ravel(), [1.0, 3.0])
+
+
+def test_pool_rejects() -> None:
+    with pytest.raises(ValueError, match=r"\[B, h, w, c\]"):
+        pool(jnp.zeros((2, 3)))
+    with pytest.raises(ValueError, match="at least 1"):
+        pool(jnp.zeros((2, 3, 3, 1)), 0)
+
+
+def test_raw_pixels() -> None:
+    pixels = raw_pixels(np.array([[[[0, 51, 255]]]], np.uint8))
+    np.testing.assert_allclose(pixels, [[0, 0.2, 1]], rtol=1e-6)
+
+
+def test_subset_per_class() -> None:
+    data = _set(60)
+    subset = subset_per_class(data, 4, seed=1)
+    np.testing.assert_array_equal(np.bincount(subset.labels), [4, 4, 4])
+    again, other = subset_per_class(data, 4, seed=1), subset_per_class(data, 4, seed=2)
+    np.testing.assert_array_equal(subset.features, again.features)
+    assert not np.array_equal(subset.features, other.features)
+    # Every drawn row is a row of the set with its own label, none twice.
+    place = {row.tobytes(): label for row, label in zip(data.features, data.labels, strict=True)}
+    assert [place[row.tobytes()] for row in subset.features] == subset.labels.tolist()
+    assert len({row.tobytes() for row in subset.features}) == 12
+
+
+def test_subset_per_class_rejects() -> None:
+    with pytest.raises(ValueError, match="at least 21 records of every class, got 20 of class 0"):
+        subset_per_class(_set(60), 21, seed=0)
+    unlabelled = FeatureSet(np.zeros((4, 2), np.float32), np.array([-1, 0, 1, -1], np.int32))
+    with pytest.raises(ValueError, match="2 of 4 records have none"):
+        subset_per_class(unlabelled, 1, seed=0)
+
+
+def test_feature_set_shapes() -> None:
+    with pytest.raises(ValueError, match=r"\[N, F\]"):
+        FeatureSet(np.zeros((2, 3, 4), np.float32), np.zeros(2, np.int32))
+    with pytest.raises(ValueError, match="one per row"):
+        FeatureSet(np.zeros((2, 3), np.float32), np.zeros(3, np.int32))
+
+
+def test_padding() -> None:
+    lengths = {padded_length(rows) for rows in range(1, 5000)}
+    assert all(rows <= padded_length(rows) <= max(128, 1.25 * rows) for rows in range(1, 5000))
+    assert len(lengths) < 30  # few programs
+    assert padded_rows(np.ones((3, 2)), 5).sum() == 6
+
+
+SMALL = {
+    "knn": {"k": 3},
+    "linear_probe": {},
+    "mlp_probe": {"hidden": 4, "epochs": 1},
+}
+
+
+def _broken(kind: str) -> tuple[FeatureSet, FeatureSet, int, str]:
+    train, test, classes = _set(), _set(seed=1), 3
+    if kind == "dimension":
+        return train, _set(dim=6), classes, "5 and 6"
+    if kind == "label too large":
+        return train, FeatureSet(test.features, test.labels + 1), classes, "20 of 60"
+    if kind == "unlabelled":
+        labels = np.where(np.arange(60) < 7, -1, train.labels).astype(np.int32)
+        return FeatureSet(train.features, labels), test, classes, "7 of 60"
+    if kind == "one class":
+        return FeatureSet(train.features, 0 * train.labels), test, classes, "only class 0"
+    if kind == "num_classes":
+        return train, test, 1, "at least 2, got 1"
+    if kind == "empty":
+        return train, FeatureSet(test.features[:0], test.labels[:0]), classes, "at least one"
+    features = test.features.copy()
+    features[3, 1], features[3, 2], features[5, 0] = np.nan, np.inf, -np.inf
+    return train, FeatureSet(features, test.labels), classes, "got 3 .* in 2 of 60 rows"
+
+
+@pytest.mark.parametrize("name", PROBES)
+@pytest.mark.parametrize(
+    "kind",
+    ["dimension", "label too large", "unlabelled", "one class", "num_classes", "empty", "nan"],
+)
+def test_every_probe_rejects_bad_sets(name: str, kind: str) -> None:
+    train, test, classes, message = _broken(kind)
+    with pytest.raises(ValueError, match=message):
+        PROBES[name](train, test, num_classes=classes, seed=0, **SMALL[name])
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_every_probe_accepts_good_sets_even_huge_ones(name: str) -> None:
+    train, test = _set(), _set(seed=1)
+    huge = FeatureSet(np.full((60, 5), 1e38, np.float32), test.labels)  # row sums overflow
+    accuracy = PROBES[name](train, test, num_classes=3, seed=0, **SMALL[name])
+    assert 0 <= accuracy <= 1
+    assert 0 <= PROBES["knn"](huge, huge, num_classes=3, seed=0, k=3) <= 1

@@ -1,0 +1,103 @@
+"""The table of results: order, marks, gains and words."""
+
+import re
+from typing import Any
+
+import pytest
+
+from nat_jax.report.tables import arrange, html_table, markdown_table, outcome, text_table
+
+
+def _row(features: str, network: str, mean: float, **other: Any) -> dict[str, Any]:
+    return {
+        "features": features,
+        "network": network,
+        "probe": "knn",
+        "labels": "all",
+        "mean": mean,
+        "std": None,
+        "values": [mean],
+        "seeds": [0],
+    } | other
+
+
+def _rows(trained: float = 0.9) -> list[dict[str, Any]]:
+    return [
+        _row("z", "nat", trained),
+        _row("z", "untrained", 0.76),
+        _row("pixels", "raw pixels", 0.93),
+    ]
+
+
+def test_lines_are_ordered_and_the_best_is_marked() -> None:
+    table = arrange(_rows() + [_row("z", "nat", 0.5, labels="10 per class")])
+    lines = table.groups["all"]
+    assert [line.network for line in lines] == ["raw pixels", "untrained", "nat"]
+    assert [line.cells[0].best for line in lines] == [True, False, False]
+    assert lines[2].cells[0].gain == pytest.approx(14.0)
+    assert lines[0].cells[0].gain is None and lines[1].cells[0].gain is None
+    alone = table.groups["10 per class"][0].cells[0]
+    assert alone.best and alone.gain is None
+
+
+def test_what_looks_equal_is_marked_alike() -> None:
+    table = arrange([_row("z", "nat", 0.90004), _row("z", "untrained", 0.9)])
+    assert all(line.cells[0].best for line in table.groups["all"])
+
+
+def test_text_table() -> None:
+    rows = _rows() + [_row("z", "nat", 0.88, probe="linear_probe", std=0.01, seeds=[0, 1, 2])]
+    text = text_table(rows)
+    assert "over 3 seeds" in text and "all labels" in text
+    assert re.search(r"z +NAT +90\.0 +88\.0 ± 1\.0\*", text)
+    assert re.search(r"raw pixels +93\.0 *\* +-", text)
+    assert not any(line != line.rstrip() for line in text.splitlines())
+    columns = {line.index(".") for line in text.splitlines() if re.search(r"\d\.\d", line)}
+    assert len(columns) == 1  # decimals stand in line
+    assert "±" not in text_table(_rows())
+
+
+def test_markdown_table() -> None:
+    lines = markdown_table(_rows()).splitlines()
+    assert lines[0] == "| labels | features | network | kNN |"
+    assert lines[1] == "| --- | --- | --- | ---: |"
+    assert lines[2:] == [
+        "| all | – | raw pixels | **93.0** |",
+        "| all | z | untrained | 76.0 |",
+        "| all | z | NAT | 90.0 |",
+    ]
+
+
+def test_html_table_escapes_and_shows_losses() -> None:
+    rows = [_row("<z>", "nat", 0.7), _row("<z>", "untrained", 0.76)]
+    page = html_table(rows)
+    assert "<z>" not in page and page.count("&lt;z&gt;") == 1  # named once
+    assert '<span class="gain down">−6.0</span>' in page
+    assert '<span class="gain up">+14.0</span>' in html_table(_rows())
+
+
+def test_outcome_is_honest() -> None:
+    assert outcome(_rows()) == "kNN on z: 76.0 % untrained → 90.0 % NAT (raw pixels 93.0 %)."
+    conv = [_row("conv3", "untrained", 0.93), _row("conv3", "nat", 0.92)]
+    assert outcome(_rows() + conv).endswith("above the untrained network in 1 of 2 comparisons.")
+    assert outcome(_rows(0.7) + conv).endswith("not above the untrained network in any of 2.")
+    better = [_row("conv3", "untrained", 0.93), _row("conv3", "nat", 0.94)]
+    assert outcome(_rows() + better).endswith("in all 2 comparisons.")
+
+
+def test_outcome_without_the_usual_rows() -> None:
+    few = [_row("conv3", "nat", 0.5, probe="mlp_probe", labels="10 per class")]
+    assert outcome(few) == "MLP on conv3 with 10 labels per class: 50.0 % NAT."
+    assert "No trained network" in outcome([_row("pixels", "raw pixels", 0.9)])
+
+
+def test_rejects() -> None:
+    with pytest.raises(ValueError, match="key mean"):
+        arrange([{k: v for k, v in _rows()[0].items() if k != "mean"}])
+    with pytest.raises(ValueError, match="got two"):
+        arrange(_rows() + _rows()[:1])
+
+
+def test_no_rows() -> None:
+    assert arrange([]).groups == {}
+    assert text_table([])

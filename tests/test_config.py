@@ -1,0 +1,156 @@
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from nat_jax import config, evaluate
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("[!_]*.py"))
+
+
+def valid():
+    c = config.default()
+    c.epochs, c.checkpoint.every_epochs = 3.0, 1.0
+    return c
+
+
+def test_the_defaults_with_a_length_are_valid():
+    config.validate(valid(), evaluate.PROBES)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_file_is_valid(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config.validate(module.get_config(), evaluate.PROBES)
+    assert "python -m nat_jax.main --config=configs/" + path.name in module.__doc__
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("assign.solver", "greedy", "assign.solver: unknown 'greedy'. Known: auction, "),
+        ("targets.kind", "cube", "targets.kind: unknown 'cube'. Known: sphere, basis"),
+        ("optim.schedule", "step", "Known: constant, inverse, cosine"),
+        ("optim.learning_rate", 0.0, "optim.learning_rate: expected a positive number; got 0.0"),
+        ("optim.learning_rate", float("nan"), "expected a positive number; got nan"),
+        ("data.on_bad_record", "skip", "Known: grey, error"),
+        ("eval.probes", ("svm",), "eval.probes: unknown 'svm'. Known: knn, linear_probe, mlp"),
+        ("batch_size", 0, "batch_size: expected at least 1; got 0"),
+        ("assign.block", 512, "assign.block: expected at most batch_size = 256; got 512"),
+        ("assign.block", 100, "expected a positive divisor of batch_size = 256; got 100"),
+        ("seeds", (1, 1), "expected one or more distinct integers"),
+        ("seeds", (), "expected one or more distinct integers"),
+        ("data.resize", 4, "expected 0 or at least data.image_size = 8; got 4"),
+        ("epochs", None, "expected exactly one of epochs and steps; got None and None"),
+        ("steps", 10, "expected exactly one of epochs and steps; got 3.0 and 10"),
+        ("epochs", -1.0, "expected at least 0; got -1 steps"),
+        ("checkpoint.every_epochs", None, "exactly one of every_epochs and every_steps"),
+    ],
+)
+def test_a_mistake_is_named(key, value, message):
+    c = valid()
+    group, _, last = key.rpartition(".")
+    node = c[group] if group else c
+    with node.ignore_type():
+        node[last] = value
+    with pytest.raises(ValueError, match=message):
+        config.validate(c, evaluate.PROBES)
+
+
+def test_an_unknown_key_is_named_with_the_known_ones():
+    c = valid()
+    c.optim.lr = 0.1
+    with pytest.raises(ValueError, match="unknown key 'optim.lr'. Known there: .*learning_rate"):
+        config.validate(c, evaluate.PROBES)
+
+
+def test_options_of_models_and_solvers_are_free_keys():
+    c = valid()
+    c.model.options.widths = (4, 8)
+    c.assign.options.eps = 1e-3
+    config.validate(c, evaluate.PROBES)
+
+
+def test_durations():
+    group = {"every_epochs": 1.5, "every_steps": None}
+    assert config.steps_from(group, "every_", 10) == 15
+    assert config.steps_from({"every_epochs": None, "every_steps": 7}, "every_", 10) == 7
+
+
+def test_a_config_survives_json():
+    c = valid()
+    c.model.options.widths = (4, 8)
+    c.seeds = (0, 1)
+    again = config.from_dict(json.loads(json.dumps(config.to_dict(c))))
+    assert config.to_dict(again) == config.to_dict(c)
+    assert again.model.options.widths == (4, 8)
+
+
+@pytest.mark.parametrize(
+    ("devices", "processes", "message"),
+    [
+        (3, 1, "multiple of the 3 devices along mesh.data; got 256. Set --config.batch_size=255"),
+        (8, 7, "multiple of the 7 processes; got 256"),
+        (512, 1, "Set --config.batch_size=512"),
+    ],
+)
+def test_a_batch_that_cannot_be_dealt_is_named(devices, processes, message):
+    with pytest.raises(ValueError, match=message):
+        config.check_devices(valid(), {"data": devices}, processes)
+    config.check_devices(valid(), {"data": 8}, 4)
+
+
+def claimed(tmp_path, saved):
+    config.write_json(tmp_path / "config.json", config.to_dict(saved))
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize("change", ["eval.knn_k", "log.every_steps", "checkpoint.keep"])
+def test_what_is_shown_or_kept_may_change(tmp_path, change):
+    c = valid()
+    group, last = change.split(".")
+    c[group][last] += 1
+    config.check_workdir(claimed(tmp_path, valid()), c)
+
+
+def test_a_run_may_become_longer_but_not_shorter(tmp_path):
+    c = valid()
+    c.epochs = 5.0
+    config.check_workdir(claimed(tmp_path, valid()), c)
+    c.epochs = 2.0
+    with pytest.raises(ValueError, match=r"epochs = 3.0; this one has 2.0.*--workdir="):
+        config.check_workdir(tmp_path, c)
+
+
+@pytest.mark.parametrize(
+    ("change", "value"), [("model.dim", 32), ("data.source", "arrays:x.npz"), ("seeds", (5,))]
+)
+def test_another_run_is_refused(tmp_path, change, value):
+    c = valid()
+    group, _, last = change.rpartition(".")
+    (c[group] if group else c)[last] = value
+    with pytest.raises(ValueError, match=f"holds a run with {change} = .*--workdir="):
+        config.check_workdir(claimed(tmp_path, valid()), c)
+
+
+def test_a_folder_without_checkpoints_is_taken_over(tmp_path):
+    c = valid()
+    c.model.dim = 99
+    config.write_json(tmp_path / "config.json", config.to_dict(valid()))
+    config.check_workdir(tmp_path, c)
+
+
+def test_every_default_is_read_somewhere():
+    package = Path(config.__file__).parent
+    text = "\n".join(
+        path.read_text() for path in package.rglob("*.py") if path.name != "config.py"
+    ) + Path(config.__file__).read_text().partition("def steps_from")[2]
+    for key in config.flatten(config.default()):
+        last = key.rpartition(".")[2]
+        stem = last.removesuffix("epochs").removesuffix("steps")
+        used = f".{last}" in text or (stem != last and f'"{stem}"' in text)
+        assert used, f"{key} is read nowhere"

@@ -1,0 +1,278 @@
+"""What the documentation shows works: Python blocks run, commands are those that are tested.
+
+A block that cannot be run here says why in a comment right above it:
+
+    <!-- needs: a TPU pod -->      not run; Python is still compiled, nat_jax commands are checked
+    <!-- slow -->                  Python: run with ``pytest -m slow``
+    <!-- continues -->             Python: run after the block before it, as one program
+"""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+from project import ROOT
+
+from nat_jax import config, evaluate
+
+# Set-up that .ci/run performs, word for word or in equal parts.
+INSTALLS = ("pip install -e .", "pip install -e '.[test]'")
+# Each is run by .ci/run.
+CHECKS = ("pytest", "pytest -m slow", "bash .ci/run", "ruff check .", "mypy")
+
+FENCE = re.compile(
+    r"^(?:<!--\s*(?P<marker>needs: [^>]+?|slow|continues)\s*-->[ \t]*\n)?"
+    r"(?P<indent>[ \t]*)```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^(?P=indent)```[ \t]*$",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+class Block(NamedTuple):
+    """A fenced block: where it stands, its marker ("" for none), language and text."""
+
+    where: str
+    marker: str
+    language: str
+    body: str
+
+
+def blocks(text: str, name: str) -> list[Block]:
+    """Return the fenced blocks of a page; a continuing block holds those before it too."""
+    found: list[Block] = []
+    for match in FENCE.finditer(text):
+        line = text.count("\n", 0, match.start("language")) + 1
+        body = re.sub(rf"^{match['indent']}", "", match["body"], flags=re.MULTILINE)
+        marker = match["marker"] or ""
+        if marker == "continues":
+            before = [block for block in found if block.language == match["language"]][-1]
+            marker, body = before.marker, before.body + body
+        found.append(Block(f"{name}:{line}", marker, match["language"], body))
+    return found
+
+
+def all_blocks() -> list[Block]:
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+    return [
+        block
+        for page in pages
+        if page.exists()
+        for block in blocks(page.read_text("utf-8"), page.relative_to(ROOT).as_posix())
+    ]
+
+
+def commands(body: str) -> list[str]:
+    """Return the simple commands of a bash block, without comments and prompts."""
+    lines = body.replace("\\\n", " ").splitlines()
+    found = []
+    for line in lines:
+        line = re.sub(r"(^|\s)#.*$", "", line).strip().removeprefix("$ ")
+        found += [part.strip() for part in line.split("&&") if part.strip()]
+    return found
+
+
+def check_main(arguments: list[str]) -> None:
+    """Check a ``python -m nat_jax.main`` command as far as that needs no device and no records.
+
+    Raises:
+        Exception: the config file does not load, or an override or its value is wrong.
+    """
+    from nat_jax import main  # defines the program's flags
+
+    values, argv = flags.FlagValues(), ["main", *arguments]
+    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
+    flags.DEFINE_string("workdir", None, "", flag_values=values)
+    folder = Path.cwd()
+    os.chdir(ROOT)
+    try:
+        values(argv)
+        settings = values[holder.name].value
+    finally:
+        os.chdir(folder)
+    if settings is None:
+        raise ValueError("--config is missing")
+    config.validate(settings, evaluate.PROBES)
+    if settings.task not in main.TASKS:
+        raise ValueError(f"unknown task {settings.task!r}")
+
+
+def complaint(command: str) -> str | None:
+    """Say what is wrong with a command that the documentation shows; None if it is tested."""
+    words = shlex.split(command)
+    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        words.pop(0)
+    if not words:
+        return None
+    bare = shlex.join(words)
+    known = {shlex.join(shlex.split(line)) for line in (*INSTALLS, *CHECKS)}
+    if bare in known:
+        return None
+    if words[:3] == ["python", "-m", "nat_jax.main"]:
+        try:
+            check_main(words[3:])
+        except Exception as error:
+            return f"{command}: {error}"
+        return None
+    if words[0] == "make" and len(words) == 2:
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+        there = re.search(rf"^{re.escape(words[1])}:", makefile, re.MULTILINE)
+        return None if there else f"{command}: no such target"
+    return f"{command}: no test runs it; mark the block with <!-- needs: what it needs -->"
+
+
+def shell_complaints(block: Block) -> list[str]:
+    found = []
+    for command in commands(block.body):
+        if block.marker.startswith("needs:"):
+            _, main, arguments = command.partition("python -m nat_jax.main")
+            if not main:
+                continue
+            command = main + arguments  # whatever launches it, the line itself must be right
+        if (wrong := complaint(command)) is not None:
+            found.append(f"{block.where}: {wrong}")
+    return found
+
+
+def run_python(block: Block, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a block as a program of its own, in an empty folder."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(
+        [sys.executable, "-c", block.body],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+ALL = all_blocks()
+SHELL = [block for block in ALL if block.language in ("bash", "sh", "shell", "console")]
+PYTHON = [block for block in ALL if block.language in ("python", "py")]
+
+
+def where(block: Block) -> str:
+    return block.where
+
+
+def test_every_block_says_its_language() -> None:
+    assert [block.where for block in ALL if not block.language] == []
+
+
+@pytest.mark.parametrize("block", SHELL, ids=where)
+def test_shown_commands_are_tested_ones(block: Block) -> None:
+    assert shell_complaints(block) == []
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=where)
+def test_shown_python_compiles(block: Block) -> None:
+    compile(block.body, block.where, "exec")
+
+
+@pytest.mark.parametrize("block", [b for b in PYTHON if not b.marker], ids=where)
+def test_shown_python_runs(block: Block, tmp_path: Path) -> None:
+    done = run_python(block, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [b for b in PYTHON if b.marker == "slow"], ids=where)
+def test_shown_slow_python_runs(block: Block, tmp_path: Path) -> None:
+    done = run_python(block, tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+PAGE = """
+text
+<!-- needs: a TPU -->
+```bash
+gcloud things   # a comment
+```
+```python
+x = 1
+```
+<!-- continues -->
+```python
+assert x == 1
+```
+
+- item
+  ```bash
+  pip install -e . && python -m nat_jax.main \\
+      --config=configs/digits.py
+  ```
+<!-- slow -->
+```python
+raise SystemExit(3)
+```
+```
+plain
+```
+"""
+
+
+def test_blocks_are_found_with_their_markers() -> None:
+    found = blocks(PAGE, "page.md")
+    assert [(b.language, b.marker) for b in found] == [
+        ("bash", "needs: a TPU"),
+        ("python", ""),
+        ("python", ""),
+        ("bash", ""),
+        ("python", "slow"),
+        ("", ""),
+    ]
+    assert found[2].body == "x = 1\nassert x == 1\n"
+    assert found[0].where == "page.md:4"
+    assert commands(found[3].body) == [
+        "pip install -e .",
+        "python -m nat_jax.main      --config=configs/digits.py",
+    ]
+
+
+def test_a_failing_block_fails(tmp_path: Path) -> None:
+    assert run_python(Block("", "", "python", "raise SystemExit(3)"), tmp_path).returncode == 3
+    assert run_python(Block("", "", "python", "import nat_jax"), tmp_path).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("command", "problem"),
+    [
+        ("gcloud things", "no test runs it"),
+        ("make nothing", "no such target"),
+        ("python -m nat_jax.main --workdir=x", "--config is missing"),
+        ("python -m nat_jax.main --config=configs/nothing.py", "nothing.py"),
+        ("python -m nat_jax.main --config=configs/digits.py --config.batchsize=3", "batch"),
+        ("python -m nat_jax.main --config=configs/digits.py --config.batch_size=0", "batch_size"),
+        ("python -m nat_jax.main --config=configs/digits.py --work_dir=x", "work_dir"),
+        ("python -m nat_jax.main --config=configs/digits.py --config.task=nothing", "nothing"),
+        ("pip install nat_jax", "no test runs it"),
+    ],
+)
+def test_a_wrong_command_is_noticed(command: str, problem: str) -> None:
+    wrong = complaint(command)
+    assert wrong is not None and problem in wrong
+    assert shell_complaints(Block("page", "", "bash", command))
+    marked = shell_complaints(Block("page", "needs: x", "bash", command))
+    assert bool(marked) == ("nat_jax.main" in command)
+    launched = Block("page", "needs: a cluster", "bash", f"srun --ntasks=2 {command}")
+    assert bool(shell_complaints(launched)) == ("nat_jax.main" in command)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "pip install -e '.[test]'",
+        'pip install -e ".[test]"',
+        "JAX_PLATFORMS=cpu pytest",
+        "make demo",
+        "python -m nat_jax.main --config=configs/digits.py --config.batch_size=64 --workdir=x",
+    ],
+)
+def test_a_right_command_is_accepted(command: str) -> None:
+    assert complaint(command) is None

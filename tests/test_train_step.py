@@ -1,0 +1,152 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.optimize import linear_sum_assignment
+
+from nat_jax import models, optim, sharding, targets
+from nat_jax.train_step import Step, compile_step, create_state, forward, match, train_step, update
+
+N, B, D = 48, 16, 6
+
+
+@pytest.fixture(scope="module")
+def step() -> Step:
+    model = models.make_model(
+        "convnet", dim=D, image_size=8, frontend="sobel", widths=(4, 8), pools=2
+    )
+    return Step(model, optim.Optimizer(0.5, momentum=0.9), sharding.make_mesh())
+
+
+@pytest.fixture(scope="module")
+def noise() -> targets.Targets:
+    return targets.make_targets("sphere", N, D, jax.random.key(7))[0]
+
+
+@pytest.fixture
+def state(step):
+    return create_state(
+        step.model, step.optimizer, jnp.arange(N, dtype=jnp.int32), jax.random.key(0)
+    )
+
+
+@pytest.fixture(scope="module")
+def batch() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {
+        "image": rng.integers(0, 256, (B, 8, 8, 3), np.uint8),
+        "index": rng.permutation(N)[:B].astype(np.int32),
+        "weight": np.ones(B, np.float32),
+    }
+
+
+def matched(step, noise, state, batch, weight=None):
+    """Return features, old rows and new rows of one match."""
+    features = forward(step.model, state, batch["image"]).features
+    rows = state.assignment[batch["index"]]
+    weight = batch["weight"] if weight is None else weight
+    new_rows, metrics = match(step, features, noise.gather(rows), rows, weight)
+    return np.asarray(features), np.asarray(rows), np.asarray(new_rows), metrics
+
+
+def test_match_finds_the_optimal_assignment(step, noise, state, batch):
+    z, rows, new_rows, metrics = matched(step, noise, state, batch)
+    similarity = z @ np.asarray(noise.gather(rows)).T
+    i, j = linear_sum_assignment(similarity, maximize=True)
+    best = similarity[i, j].mean()
+    reached = np.sum(z * np.asarray(noise.gather(new_rows)), axis=1).mean()
+    np.testing.assert_allclose(reached, best, atol=1e-5)
+    np.testing.assert_allclose(metrics["assign/cosine_after"], reached, atol=1e-5)
+    before = np.diag(similarity).mean()
+    np.testing.assert_allclose(metrics["assign/cosine_before"], before, atol=1e-5)
+    assert reached > metrics["assign/cosine_before"] + 0.1
+    np.testing.assert_allclose(metrics["assign/moved"], np.mean(new_rows != rows))
+
+
+def test_match_within_blocks_stays_within_blocks(step, noise, state, batch):
+    blocked = dataclasses.replace(step, block=4)
+    _, rows, new_rows, _ = matched(blocked, noise, state, batch)
+    for old, new in zip(rows.reshape(-1, 4), new_rows.reshape(-1, 4), strict=True):
+        assert set(old) == set(new)
+    _, _, whole, _ = matched(step, noise, state, batch)
+    assert any(
+        set(old) != set(new)
+        for old, new in zip(rows.reshape(-1, 4), whole.reshape(-1, 4), strict=True)
+    )
+
+
+def test_a_bad_record_keeps_its_row(step, noise, state, batch):
+    weight = batch["weight"].copy()
+    weight[[2, 11]] = 0
+    _, rows, new_rows, _ = matched(step, noise, state, batch, weight)
+    assert new_rows[2] == rows[2] and new_rows[11] == rows[11]
+    assert sorted(new_rows) == sorted(rows)
+    _, _, freely, _ = matched(step, noise, state, batch)
+    assert freely[2] != rows[2] or freely[11] != rows[11]
+
+
+def test_gradient_of_the_split_step_equals_that_of_the_whole_loss(step, noise, state, batch):
+    rows = state.assignment[batch["index"]]
+    chosen = noise.gather(rows)
+    settings = optim.Optimizer(1.0)
+    result = forward(step.model, state, batch["image"])
+    plain = dataclasses.replace(state, opt_state=optim.make_optimizer(settings).init(state.params))
+    new_state, metrics = update(settings, plain, result, chosen, batch["weight"])
+
+    def loss(params):
+        outputs, _ = step.model.apply(params, state.batch_stats, batch["image"], train=True)
+        return 0.5 * jnp.mean(jnp.sum((outputs["z"] - chosen) ** 2, axis=-1))
+
+    value, gradient = jax.value_and_grad(loss)(state.params)
+    np.testing.assert_allclose(metrics["train/loss"], value, rtol=1e-6)
+    for before, after, slope in zip(
+        *map(jax.tree.leaves, (state.params, new_state.params, gradient)), strict=True
+    ):
+        np.testing.assert_allclose(after, before - slope, rtol=1e-4, atol=1e-6)
+
+
+def test_rows_are_written_back_only_when_re_matching(step, noise, state, batch):
+    run = functools.partial(train_step, step)
+    same, plain = jax.jit(functools.partial(run, reassign=False))(state, noise, batch)
+    moved, metrics = jax.jit(functools.partial(run, reassign=True))(state, noise, batch)
+    np.testing.assert_array_equal(same.assignment, state.assignment)
+    assert "assign/moved" not in plain and metrics["assign/moved"] > 0
+    assert not np.array_equal(moved.assignment, state.assignment)
+    np.testing.assert_array_equal(np.sort(moved.assignment), np.arange(N))
+    outside = np.setdiff1d(np.arange(N), batch["index"])
+    np.testing.assert_array_equal(np.asarray(moved.assignment)[outside], outside)
+    assert metrics["train/loss"] < plain["train/loss"]
+
+
+def test_training_on_one_batch_reaches_its_targets(step, noise, state, batch):
+    compiled = compile_step(step, reassign=False)
+    losses = []
+    state = jax.tree.map(jnp.copy, state)
+    for _ in range(60):
+        state, metrics = compiled(state, noise, batch)
+        losses.append(float(metrics["train/loss"]))
+    assert losses[-1] < 0.1 * losses[0]
+    assert int(state.step) == 60
+
+
+def test_spread_measures_collapse(step, noise, state, batch):
+    _, _, _, metrics = matched(step, noise, state, batch)
+    assert 1 <= metrics["features/effective_rank"] <= D
+    z = jnp.tile(jnp.eye(D)[:1], (B, 1))
+    rows = jnp.arange(B, dtype=jnp.int32)
+    _, collapsed = match(step, z, noise.gather(rows), rows, jnp.ones(B))
+    np.testing.assert_allclose(collapsed["features/effective_rank"], 1, rtol=1e-5)
+    np.testing.assert_allclose(collapsed["features/uniformity"], 0, atol=1e-5)
+    spread = jnp.concatenate([jnp.eye(D), -jnp.eye(D)])[:B]
+    rows = jnp.arange(len(spread), dtype=jnp.int32)
+    _, uniform = match(step, spread, noise.gather(rows), rows, jnp.ones(len(spread)))
+    np.testing.assert_allclose(uniform["features/effective_rank"], D, rtol=1e-5)
+
+
+def test_equal_settings_compile_once(step):
+    assert compile_step(dataclasses.replace(step), reassign=True) is compile_step(
+        step, reassign=True
+    )
