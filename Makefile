@@ -20,7 +20,7 @@ lint: .venv/installed-test
 
 docs: .venv/installed
 	$(BIN)/pip install -e '.[docs]'
-	$(BIN)/pdoc --docformat google --output-directory build/docs nat_jax nat_jax.assign nat_jax.train
+	$(BIN)/pdoc --docformat google --output-directory build/docs nat_jax
 
 wheel: .venv/installed
 	$(BIN)/pip wheel --no-deps --wheel-dir dist .

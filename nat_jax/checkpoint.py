@@ -4,8 +4,8 @@ A checkpoint is the whole training state and a JSON record beside it. Orbax writ
 background into a temporary folder and renames it when all is on disk, so a killed save leaves the
 older checkpoints as they were. Orbax does not notice a flipped bit in array data: the record
 therefore holds the SHA-256 of every leaf, and a checkpoint that does not match is never restored.
-Hashing reads the state once on the host, at roughly 1 GB/s, when it is saved and when it is
-restored.
+The
+state is hashed on the host before its save goes on in the background, and when it is restored.
 """
 
 import hashlib

@@ -35,7 +35,7 @@ def shuffled(positions: np.ndarray, count: int, key: np.ndarray) -> np.ndarray:
     """Look up positions in a random permutation of range(count), without making the whole of it.
 
     A Feistel network over Z_a x Z_b with a * b just above `count`, walked on while it leads outside
-    (Black and Rogaway, Ciphers with arbitrary finite domains, 2002, section 5).
+    (Black and Rogaway, Ciphers with arbitrary finite domains, 2002).
 
     Args:
         positions: integers [b] in [0, count).

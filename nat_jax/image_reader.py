@@ -159,6 +159,7 @@ class ImageReader:
         self._head, self._tail = preprocess.split(transform)
         self._store = None if cache is None else cache.store(source, self._head)
         self._bad_records = bad_records
+        self._grey = np.full((self.size, self.size, 3), GREY, np.uint8)
 
     def batch(self, indices: np.ndarray, uniform: np.ndarray) -> tuple[Batch, list[str]]:
         """Read records.
@@ -199,11 +200,10 @@ class ImageReader:
         return {"image": images, "index": index, "label": labels, "weight": weight}, names
 
     def _decode(self, index: int) -> _Decoded:
-        grey = np.full((self.size, self.size, 3), GREY, np.uint8)
         try:
             record = self.source[index]
         except UnreadableRecord as error:
-            return _Decoded(grey, error.label, error.name, error.reason)
+            return _Decoded(self._grey, error.label, error.name, error.reason)
         except Exception as error:
             raise BadRecordError(f"record {index} of {self.source.name}: {error!r}") from error
         name, label = record["name"], record["label"]
@@ -215,7 +215,7 @@ class ImageReader:
         try:
             image = preprocess.apply(self._head, preprocess.decode(record["image"])[None])[0]
         except BadImage as error:
-            return _Decoded(grey, label, name, str(error) or "not an image")
+            return _Decoded(self._grey, label, name, str(error) or "not an image")
         except Exception as error:
             raise BadRecordError(f"record {index} ({name}): {error!r}") from error
         return _Decoded(image, label, name, None)

@@ -153,7 +153,8 @@ def train_batches(
             stops at the first.
         bad_records: counts them; a new count when left out.
         cache: keeps decoded images; None decodes anew in each epoch.
-        process_index, process_count: which rows of each batch are this process's.
+        process_index: which part of each batch this process gets, in [0, process_count).
+        process_count: into how many parts batches are divided.
         threads: batches made at the same time; 0 makes them where they are asked for.
         prefetch: batches kept ready, at least `threads`.
 
@@ -202,8 +203,16 @@ def eval_batches(
     same number of batches.
 
     Args:
-        source, transform, batch_size, bad_records, cache, process_index, process_count, threads,
-            prefetch: as in `train_batches`; the transform must have no randomness.
+        source: the records.
+        transform: steps of `preprocess` without randomness, ending in images of one size.
+        batch_size: rows in the global batch, over all processes; may exceed the data.
+        bad_records: counts bad records, which come grey and with weight 0; a new count when left
+            out.
+        cache: keeps decoded images for other passes; None decodes anew.
+        process_index: which part of each batch this process gets, in [0, process_count).
+        process_count: into how many parts batches are divided.
+        threads: batches made at the same time; 0 makes them where they are asked for.
+        prefetch: batches kept ready, at least `threads`.
         with_names: add "name", the records' names ("" for padding), to each batch.
 
     Returns:

@@ -4,7 +4,7 @@ One 2-D mesh ("data", "model") serves a laptop and a pod. Its axes are of type A
 type, JAX's default, refuses ``targets[assignment[index]]`` on sharded operands.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,17 +13,21 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 
-def make_mesh(data: int = -1, model: int = 1) -> Mesh:
+def make_mesh(
+    data: int = -1, model: int = 1, *, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """Return a mesh over all devices.
 
     Args:
         data: devices along the batch; -1 takes what ``model`` leaves.
         model: devices along large kernels.
+        devices: those to use; all of them, over all processes, if None.
 
     Raises:
         ValueError: if data * model is not the number of devices.
     """
-    count = jax.device_count()
+    devices = devices or jax.devices()
+    count = len(devices)
     if model < 1 or count % model:
         raise ValueError(
             f"mesh.model: expected a divisor of the {count} devices; got {model}. "
@@ -36,7 +40,8 @@ def make_mesh(data: int = -1, model: int = 1) -> Mesh:
             f"mesh: expected data * model = {count} devices; got {data} * {model} = "
             f"{data * model}. Set --config.mesh.data=-1 to use all devices"
         )
-    return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    types = (AxisType.Auto, AxisType.Auto)
+    return jax.make_mesh((data, model), ("data", "model"), axis_types=types, devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

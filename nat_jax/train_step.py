@@ -110,9 +110,7 @@ def forward(model: Model, state: TrainState, images: jax.Array) -> Forward:
     key = jax.random.fold_in(state.key, state.step)
 
     def features(params: Params) -> tuple[jax.Array, Params]:
-        outputs, batch_stats = model.apply(
-            params, state.batch_stats, images, train=True, key=key
-        )
+        outputs, batch_stats = model.apply(params, state.batch_stats, images, train=True, key=key)
         return outputs["z"], batch_stats
 
     z, pullback, batch_stats = jax.vjp(features, state.params, has_aux=True)

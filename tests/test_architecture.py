@@ -12,7 +12,7 @@ from project import ROOT, project_files
 
 # From the bottom up; a module imports from layers below its own and from its own package.
 LAYERS = (
-    {"sharding"},
+    {"host_random", "sharding"},
     {"assign", "losses", "models", "optim", "preprocess", "records", "targets"},
     {"config", "image_reader", "preemption"},
     {"checkpoint", "export", "input_pipeline", "metrics", "train_step"},

@@ -146,9 +146,10 @@ def test_a_folder_without_checkpoints_is_taken_over(tmp_path):
 
 def test_every_default_is_read_somewhere():
     package = Path(config.__file__).parent
-    text = "\n".join(
-        path.read_text() for path in package.rglob("*.py") if path.name != "config.py"
-    ) + Path(config.__file__).read_text().partition("def steps_from")[2]
+    text = (
+        "\n".join(path.read_text() for path in package.rglob("*.py") if path.name != "config.py")
+        + Path(config.__file__).read_text().partition("def steps_from")[2]
+    )
     for key in config.flatten(config.default()):
         last = key.rpartition(".")[2]
         stem = last.removesuffix("epochs").removesuffix("steps")

@@ -2,6 +2,7 @@ import io
 import logging
 import threading
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -340,6 +341,30 @@ def test_bad_records_keep_their_place(cached: bool, resize: int, caplog):
     assert sorted(r.args[0] for r in warnings) == ["11.png", "2.png", "5.png", "9.png"]
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_text_and_a_cut_jpeg_among_the_images_of_a_folder(tmp_path: Path, packed: bool):
+    for i in range(230):
+        (tmp_path / f"{i:03d}.png").write_bytes(png(picture(i)))
+    file = io.BytesIO()
+    Image.fromarray(picture(0, 40, 40)).save(file, "JPEG")
+    (tmp_path / "text.jpg").write_text("not an image")
+    (tmp_path / "cut.jpg").write_bytes(file.getvalue()[:-30])
+    root = tmp_path
+    if packed:
+        root = tmp_path / "all.zip"
+        with zipfile.ZipFile(root, "w") as archive:
+            for path in sorted(tmp_path.glob("*.*g")):
+                archive.write(path, path.name)
+    source = records.open_source(f"folder:{root}")
+    bad = BadRecords(len(source))
+    found = train(source, batch_size=len(source), num_steps=1, bad_records=bad)[0]
+    assert visits_once(found["index"].tolist(), len(source)) and len(found["index"]) == 209
+    weightless = {source[int(i)]["name"] for i in found["index"][found["weight"] == 0]}
+    assert weightless == {"text.jpg", "cut.jpg"}
+    assert "cut.jpg: cannot be decoded: image file is truncated" in bad.summary()
+    assert "text.jpg: not an image" in bad.summary()
+
+
 def test_bad_records_in_evaluation_are_masked_and_counted_anew_from_the_cache():
     source, cache = Fake(400, BROKEN), ImageCache()
     for _ in range(2):
@@ -352,7 +377,7 @@ def test_bad_records_in_evaluation_are_masked_and_counted_anew_from_the_cache():
 
 
 def test_too_many_bad_records_stop_the_run_with_the_first_names():
-    damaged = {i: b"x" for i in range(3)}
+    damaged: dict[int, Any] = dict.fromkeys(range(3), b"x")
     train(Fake(300, damaged), num_steps=75)
     damaged[3] = b"x"
     with pytest.raises(TooManyBadRecords) as info:

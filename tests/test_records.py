@@ -7,7 +7,9 @@ import struct
 import subprocess
 import sys
 import time
+import types
 import zipfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -479,6 +481,7 @@ def test_damaged_gzip_and_a_folder_without_idx_files(tmp_path: Path):
 
 BUILDER = """
 import io
+import sys
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
@@ -495,14 +498,15 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(builder=self, features=features)
 
     def _split_generators(self, dl_manager):
-        return {"train": self._make(9), "validation": self._make(4)}
+        splits = {"train": self._make(9), "validation": self._make(4)}
+        return splits | {key: self._make(3, -1) for key in sys.argv[2:]}
 
-    def _make(self, count):
+    def _make(self, count, label=None):
         for i in range(count):
             file = io.BytesIO()
             Image.fromarray(np.full((6, 7, 3), i, np.uint8)).save(file, "PNG")
             file.seek(0)
-            yield i, {"image": file, "label": i % 2}
+            yield i, {"image": file, "label": i % 2 if label is None else label}
 
     def _generate_examples(self):
         raise NotImplementedError
@@ -517,16 +521,25 @@ assert "tensorflow" not in sys.modules
 
 
 @pytest.fixture(scope="session")
-def prepared_dir(tmp_path_factory) -> Path:
+def prepare(tmp_path_factory) -> Callable[..., Path]:
     code = tmp_path_factory.mktemp("code")
     (code / "tiny_shapes").mkdir()
     (code / "tiny_shapes/__init__.py").touch()
     (code / "tiny_shapes/tiny_shapes_dataset_builder.py").write_text(BUILDER)
-    data = tmp_path_factory.mktemp("tfds")
-    environment = {**os.environ, "PYTHONPATH": str(code)}
-    command = [sys.executable, "-c", PREPARE, str(data)]
-    subprocess.run(command, check=True, env=environment, cwd=code, timeout=120)
-    return data
+
+    def run(*unlabelled_splits: str) -> Path:
+        data = tmp_path_factory.mktemp("tfds")
+        environment = {**os.environ, "PYTHONPATH": str(code)}
+        command = [sys.executable, "-c", PREPARE, str(data), *unlabelled_splits]
+        subprocess.run(command, check=True, env=environment, cwd=code, timeout=120)
+        return data
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def prepared_dir(prepare: Callable[..., Path]) -> Path:
+    return prepare()
 
 
 @pytest.fixture
@@ -545,6 +558,26 @@ def test_tfds_gives_encoded_records_and_validation_as_test(prepared: Path):
             pixels = np.asarray(Image.open(io.BytesIO(record["image"])))
             assert pixels.shape == (6, 7, 3) and pixels[0, 0, 0] % 2 == record["label"]
     assert test[1]["name"] == "tfds:tiny_shapes validation[1]"
+
+
+@pytest.mark.parametrize("extra", ["test", "other"])
+def test_tfds_test_images_without_labels_give_way_to_validation(
+    prepare: Callable[..., Path], monkeypatch, extra: str
+):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(prepare(extra)))
+    test = records.open_source("tfds:tiny_shapes", "test")
+    assert sorted(labels(test)) == [0, 0, 1, 1]
+
+
+def test_tfds_without_a_train_split_or_images_says_what_there_is():
+    from nat_jax.records import tfds
+
+    builder = types.SimpleNamespace(info=types.SimpleNamespace(features={"text": 0}, splits={}))
+    with pytest.raises(ValueError, match=r"no feature 'image' in this data set \(it has text\)"):
+        tfds._split_key(builder, "train", "tfds:x")
+    builder.info.features = {"image": 0}
+    with pytest.raises(ValueError, match="no test or validation split; prepared: none"):
+        tfds._split_key(builder, "test", "tfds:x")
 
 
 @pytest.mark.parametrize("then", ["", "import tensorflow"])

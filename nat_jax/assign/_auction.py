@@ -141,25 +141,29 @@ def _solve_one(
     span = span - jnp.min(reach, initial=jnp.inf, where=finite)
     span = jnp.where((span > 0) & (span < jnp.inf), span, 1)
 
-    ladder = _ROUGH_EPS[-1:] if warm else _ROUGH_EPS
-    ladder = (*ladder, _FURTHER_ROUGH_EPS) if n > _LARGE else ladder
-    rough = jnp.array(ladder, jnp.float32) * span
     # A column that is left out must keep the lowest price, here its first one. Only a single
     # phase of bidding, which never frees a column again, keeps that promise.
-    levels = jnp.maximum(rough, eps) if n == m else rough[:0]
-    bid = partial(_bid, cost, max_rounds=max_rounds, span=span)
-    begin = _Phase(prices, jnp.full(m, -1, jnp.int32), jnp.int32(0))
-    prices, owner, rounds = lax.fori_loop(
-        0, len(levels), lambda k, s: bid(*s, levels[k], most=n), begin
-    )
-    # The last phase deals in whole prices where costs are whole: its sums are then exact.
-    whole = jnp.round(prices * problem.unit) / problem.unit
-    prices = jnp.where(problem.whole, whole, prices)
-    last = bid(prices, owner, rounds, eps, most=n)
+    ladder: tuple[float, ...] = ()
     if n == m:
-        last = _unless_stalled(cost, prices, owner, last)
-    prices, owner, rounds = last
-    ended = _search.augment(cost, prices, owner, rounds=rounds, max_rounds=max_rounds)
+        ladder = _ROUGH_EPS[-1:] if warm else _ROUGH_EPS
+        ladder = (*ladder, _FURTHER_ROUGH_EPS) if n > _LARGE else ladder
+    levels = jnp.maximum(jnp.array([*ladder, 0.0], jnp.float32) * span, eps)
+
+    def bid(k: jax.Array, phases: tuple[_Phase, _Phase]) -> tuple[_Phase, _Phase]:
+        _, before = phases
+        # The last phase deals in whole prices where costs are whole: its sums are then exact.
+        whole = jnp.round(before.prices * problem.unit) / problem.unit
+        deals_whole = problem.whole & (k == len(ladder))
+        before = before._replace(prices=jnp.where(deals_whole, whole, before.prices))
+        return before, _bid(cost, before, levels[k], max_rounds=max_rounds, span=span)
+
+    begin = _Phase(prices, jnp.full(m, -1, jnp.int32), jnp.int32(0))
+    before, last = lax.fori_loop(0, len(ladder) + 1, bid, (begin, begin))
+    if n == m:
+        last = _unless_stalled(cost, before, last)
+    ended = _search.augment(
+        cost, last.prices, last.owner, rounds=last.rounds, max_rounds=max_rounds
+    )
     return certify(given, problem, ended)
 
 
@@ -173,33 +177,29 @@ class _Phase(NamedTuple):
 
 def _bid(
     cost: jax.Array,
-    prices: jax.Array,
-    owner: jax.Array,
-    rounds: jax.Array,
+    before: _Phase,
     eps: jax.Array,
     *,
-    most: int,
     max_rounds: jax.Array,
     span: jax.Array,
 ) -> _Phase:
-    """Free the rows whose pair is off by more than `eps` and let them bid, for `most` rounds."""
+    """Free the rows whose pair is off by more than `eps` and let them bid, for n rounds at most."""
+    n = cost.shape[0]
     bids = _search.bid(
         cost,
-        prices,
-        _search.release(cost, prices, owner, eps),
+        before.prices,
+        _search.release(cost, before.prices, before.owner, eps),
         eps,
-        slots=min(_SLOTS, cost.shape[0]),
-        rounds=rounds,
-        max_rounds=jnp.minimum(max_rounds, rounds + most),
+        slots=min(_SLOTS, n),
+        rounds=before.rounds,
+        max_rounds=jnp.minimum(max_rounds, before.rounds + n),
         span=span,
     )
     return _Phase(bids.prices, bids.owner, bids.rounds)
 
 
-def _unless_stalled(
-    cost: jax.Array, prices: jax.Array, owner: jax.Array, last: _Phase
-) -> _Phase:
-    """Return `last`, or where ties brought it to a standstill the settled phase before it.
+def _unless_stalled(cost: jax.Array, before: _Phase, last: _Phase) -> _Phase:
+    """Return `last`, or where ties brought it to a standstill the phase before it, settled.
 
     With many equal costs the rough phases often end with an optimal matching at prices that do not
     show it: lowering these costs a few passes, augmenting every row again hundreds.
@@ -207,12 +207,12 @@ def _unless_stalled(
     waiting = jnp.sum(last.owner < 0)
 
     def settle() -> _Phase:
-        settled, _ = _search.settle(cost, prices, owner, jnp.int32(_SETTLING_PASSES))
-        kept = _search.release(cost, settled, owner, jnp.float32(0))
-        better = jnp.sum(kept < 0) < waiting
+        prices = _search.settle(cost, before.prices, before.owner, _SETTLING_PASSES)
+        owner = _search.release(cost, prices, before.owner, jnp.float32(0))
+        better = jnp.sum(owner < 0) < waiting
         return _Phase(
-            prices=jnp.where(better, settled, last.prices),
-            owner=jnp.where(better, kept, last.owner),
+            prices=jnp.where(better, prices, last.prices),
+            owner=jnp.where(better, owner, last.owner),
             rounds=last.rounds,
         )
 
@@ -230,5 +230,3 @@ def _first_prices(problem: Standard, start: jax.Array | None) -> jax.Array:
         total = jnp.sum(problem.cost, axis=0, where=finite)
         start = -total / jnp.maximum(jnp.sum(finite, axis=0), 1)
     return jnp.where(jnp.isfinite(start), start, 0)
-
-

@@ -101,7 +101,7 @@ def certify(given: jax.Array, problem: Standard, ended: _search.Matching) -> Sol
     n, m = given.shape
     cost, prices = problem.cost, ended.prices
     missing = ended.col4row < 0
-    free = jnp.nonzero(ended.owner < 0, size=m, fill_value=0)[0].astype(jnp.int32)
+    free, _ = _search.pack(jnp.arange(m, dtype=jnp.int32), ended.owner < 0, m)
     col4row = jnp.where(missing, free[jnp.cumsum(missing) - 1], ended.col4row)
 
     rows = jnp.arange(n)
@@ -134,10 +134,7 @@ def certify(given: jax.Array, problem: Standard, ended: _search.Matching) -> Sol
     )
 
 
-
-def complete(
-    given: jax.Array, col4row: jax.Array, *, maximize: bool
-) -> Solved:
+def complete(given: jax.Array, col4row: jax.Array, *, maximize: bool) -> Solved:
     """Find the prices that certify a matching from elsewhere.
 
     Args:
@@ -154,12 +151,15 @@ def complete(
     owner = owner.at[place].set(jnp.arange(n, dtype=jnp.int32), mode="drop")
     # Columns left out have price 0, the lowest; the others come down towards it.
     prices = jnp.zeros(m) if n == m else jnp.where(owner < 0, 0, jnp.inf)
-    prices, _ = _search.settle(cost, prices, owner, jnp.int32(n + 1))
-    prices = jnp.where(prices < jnp.inf, prices, 0)
+    prices = _search.settle(cost, prices, owner, n + 1)
+    if n < m:  # where no chain of allowed pairs leads to a column left out, any high price will do
+        known = prices < jnp.inf
+        high = jnp.max(jnp.where(known, prices, 0)) + n * jnp.max(
+            jnp.abs(cost), where=cost < jnp.inf, initial=0
+        )
+        prices = _search.settle(cost, jnp.where(known, prices, high), owner, n + 1)
     col4row = jnp.where(forbidden, -1, col4row)
-    ended = _search.Matching(
-        prices, owner, col4row, jnp.int32(n), jnp.any(forbidden), jnp.int32(0)
-    )
+    ended = _search.Matching(prices, owner, col4row, jnp.int32(n), jnp.any(forbidden), jnp.int32(0))
     return certify(given, problem, ended)
 
 

@@ -37,7 +37,7 @@ def _first(mask: jax.Array) -> jax.Array:
     return jnp.min(jnp.where(mask, jnp.arange(size, dtype=jnp.int32), size), axis=-1)
 
 
-def _stack_up(rows: jax.Array, wanted: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+def pack(rows: jax.Array, wanted: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     """Pack the rows where `wanted` to the front of an int32[size]; return it and their number."""
     place = jnp.where(wanted, jnp.cumsum(wanted, dtype=jnp.int32) - 1, size)
     packed = jnp.zeros(size, jnp.int32).at[place].set(rows, mode="drop")
@@ -71,9 +71,7 @@ def release(cost: jax.Array, prices: jax.Array, owner: jax.Array, eps: jax.Array
     return jnp.where((owner >= 0) & (held - best <= eps + noise), owner, -1)
 
 
-def settle(
-    cost: jax.Array, prices: jax.Array, owner: jax.Array, max_passes: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def settle(cost: jax.Array, prices: jax.Array, owner: jax.Array, max_passes: int) -> jax.Array:
     """Lower the prices of held columns until each is its row's best (Bellman and Ford's method).
 
     For an optimal matching that ends after as many passes as the longest shortest path has pairs.
@@ -82,10 +80,10 @@ def settle(
         cost: float32[n, m].
         prices: float32[m]; +inf for a price not yet known.
         owner: int32[m].
-        max_passes: int32; each is a pass over `cost`.
+        max_passes: limit on the passes over `cost`.
 
     Returns:
-        The prices and whether all pairs are settled.
+        The prices, float32[m].
     """
 
     def body(s: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -95,10 +93,10 @@ def settle(
         own = cost[owner, jnp.arange(owner.shape[0])]
         return jnp.where(dear, best - own, prices), jnp.any(dear), passes + 1
 
-    prices, unsettled, _ = lax.while_loop(
+    prices, _, _ = lax.while_loop(
         lambda s: s[1] & (s[2] < max_passes), body, (prices, jnp.bool_(True), jnp.int32(0))
     )
-    return prices, ~unsettled
+    return prices
 
 
 def bid(
@@ -129,7 +127,7 @@ def bid(
     """
     n = cost.shape[0]
     idle = columns_of_rows(owner, n) < 0
-    stack, waiting = _stack_up(jnp.arange(n, dtype=jnp.int32), idle, n + slots)
+    stack, waiting = pack(jnp.arange(n, dtype=jnp.int32), idle, n + slots)
     state = Bidding(prices, owner, stack, waiting, rounds)
 
     def goes_on(s: Bidding) -> jax.Array:
@@ -166,7 +164,7 @@ def _bidding_round(
     wins = able & ~jnp.any(same & beaten_by, axis=1)
     place = jnp.where(wins, column, m)
     back = jnp.where(wins, s.owner[column], rows)
-    back_stack, backs = _stack_up(back, able & (back >= 0), slots)
+    back_stack, backs = pack(back, able & (back >= 0), slots)
     return Bidding(
         prices=s.prices.at[place].set(offer, mode="drop"),
         owner=s.owner.at[place].set(rows, mode="drop"),
@@ -214,7 +212,7 @@ def augment(
     """
     n = cost.shape[0]
     col4row = columns_of_rows(owner, n)
-    todo, number = _stack_up(jnp.arange(n, dtype=jnp.int32), col4row < 0, n)
+    todo, number = pack(jnp.arange(n, dtype=jnp.int32), col4row < 0, n)
 
     def goes_on(s: Matching) -> jax.Array:
         return (s.tried < number) & (s.rounds < max_rounds)

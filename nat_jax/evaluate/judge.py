@@ -197,9 +197,7 @@ class Judge:
     def _batches(self, source: Source, *, keep: bool = True) -> Iterable[Batch]:
         return input_pipeline.eval_batches(
             source,
-            preprocess.eval_transform(
-                image_size=self._data.image_size, resize=self._data.resize
-            ),
+            preprocess.eval_transform(image_size=self._data.image_size, resize=self._data.resize),
             batch_size=self._eval.batch_size,
             cache=self._cache if keep else None,
             threads=self._data.threads,

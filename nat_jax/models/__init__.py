@@ -67,7 +67,9 @@ class Model:
             train: use the batch's own statistics (over the global batch) and dropout.
             key: PRNG key of the dropout masks.
         """
-        graphdef, params_state, stats_state, rest = _abstract(self)
+        graphdef, params_state, stats_state, rest = nnx.split(
+            _abstract_network(self), nnx.Param, nnx.BatchStat, ...
+        )
         nnx.replace_by_pure_dict(params_state, params)
         nnx.replace_by_pure_dict(stats_state, batch_stats)
         # copy=True: variables of an outer trace cannot be updated inside a gradient's trace.
@@ -130,7 +132,7 @@ def make_model(
         )
     spec = MODELS[name](**options)
     model = Model(spec, dim, image_size, frontend, dtype, platform or jax.default_backend())
-    _abstract(model)
+    _abstract_network(model)  # raises if the image is too small for the layers
     return model
 
 
@@ -149,10 +151,6 @@ def _network(model: Model, rngs: nnx.Rngs) -> Network:
 @functools.cache
 def _abstract_network(model: Model) -> Network:
     return nnx.eval_shape(lambda: _network(model, nnx.Rngs(0)))
-
-
-def _abstract(model: Model):
-    return nnx.split(_abstract_network(model), nnx.Param, nnx.BatchStat, ...)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -196,6 +196,8 @@ class Network(nnx.Module):
             x = getattr(self, name)(x, train=train)
             outputs[name] = x
             if train and dense.dropout:
+                if key is None:
+                    raise ValueError("dropout in training mode needs a PRNG key; pass key=")
                 keep = 1.0 - dense.dropout
                 mask = jax.random.bernoulli(jax.random.fold_in(key, i), keep, x.shape)
                 x = jnp.where(mask, x / keep, 0.0).astype(x.dtype)

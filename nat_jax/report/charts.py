@@ -66,9 +66,9 @@ def panels(runs: Runs, *, chance: float | None = None, dim: int | None = None) -
         ),
         Panel(
             "Cosine to the targets",
-            "Of the batches that were re-matched, before and after matching.",
+            "Before and after matching; chance is what matching gives without learning.",
             {"assign/cosine_before": "before", "assign/cosine_after": "after"},
-            level=None if chance is None else (chance, "after, without learning"),
+            level=None if chance is None else (chance, "chance"),
             low=0.0,
             marked=True,
         ),
@@ -205,7 +205,7 @@ def _draw(axes: "Axes", panel: Panel, runs: Runs) -> None:
 def svg(panel: Panel, runs: Runs) -> str:
     """Return one panel as an inline <svg> whose colours are CSS variables.
 
-    The page defines --ink, --faint, --grid and --series-0 .. --series-7.
+    The page defines --font, --ink, --faint, --grid and --series-0 .. --series-7.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -219,8 +219,8 @@ def svg(panel: Panel, runs: Runs) -> str:
     text = drawn.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'<g id="\w+">', "<g>", text)
-    text = re.sub(r"font: ([\d.]+px) [^;\"]*", r"font: \1 var(--font)", text)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)
+    text = re.sub(r"font-family: [^;\"]*", "font-family: var(--font)", text)
     text = re.sub(r'(<svg [^>]*?)width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg [^>]*?)height="[^"]*"', r'\1role="img"', text, count=1)
     for color, variable in _VARIABLES.items():

@@ -143,16 +143,14 @@ def _curves(contents: Contents) -> Iterator[str]:
         yield f"<section><h2>Curves</h2><p class=note>{text}</p></section>"
         return
     several = len(contents.metrics) > 1
-    note = f"Thin lines: {', '.join(contents.metrics)}; thick: their mean. " if several else ""
+    names = _text(", ".join(contents.metrics))
+    note = f"<p class=note>Thin lines: {names}; thick: their mean.</p>" if several else ""
     figures = (
         f"<figure><h3>{_text(panel.title)}</h3><p class=note>{_text(panel.note)}</p>"
         f"{charts.svg(panel, contents.metrics)}</figure>"
         for panel in shown
     )
-    yield (
-        f"<section><h2>Curves</h2><p class=note>{_text(note)}</p>"
-        f"<div class=charts>{''.join(figures)}</div></section>"
-    )
+    yield (f"<section><h2>Curves</h2>{note}<div class=charts>{''.join(figures)}</div></section>")
 
 
 def _pictures(contents: Contents) -> Iterator[str]:
@@ -173,10 +171,16 @@ def _pictures(contents: Contents) -> Iterator[str]:
 def _figures(pictures: Mapping[str, bytes]) -> str:
     return "".join(
         f"<figure><h3>{_text(_caption(stem))}</h3>"
-        f'<img alt="{_text(_caption(stem))}" src="data:image/png;base64,'
+        f'<img alt="{_text(_caption(stem))}" style="max-width:{_png_width(data) // 2}px" '
+        f'src="data:image/png;base64,'
         f'{base64.b64encode(data).decode()}"></figure>'
         for stem, data in pictures.items()
     )
+
+
+def _png_width(data: bytes) -> int:
+    """Return the width of a PNG file; its header holds it at a fixed place."""
+    return int.from_bytes(data[16:20], "big")
 
 
 def _caption(stem: str) -> str:

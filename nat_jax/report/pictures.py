@@ -10,6 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 _TEXT = (128, 134, 142, 255)
 _RIGHT, _WRONG = (46, 160, 103, 255), (214, 84, 84, 255)
 _MOST_FILTERS = 256
+# For screens of two pixels per point: a page shows the pictures at half their size.
+_TILE, _PHOTO, _FONT, _TOP, _WIDEST = 88, 128, 28, 56, 2060
 
 
 def filters(kernel: np.ndarray, title: str = "First-layer filters") -> bytes:
@@ -36,12 +38,12 @@ def filters(kernel: np.ndarray, title: str = "First-layer filters") -> bytes:
     peak = np.abs(kernel).max(axis=(0, 1, 2), keepdims=True)
     grey = np.round(127.5 + 127.5 * kernel / np.where(peak > 0, peak, 1)).astype(np.uint8)
     planes = 1 if channels == 3 else channels
-    zoom = max(1, round(44 / max(height, width)))
+    zoom = max(1, round(_TILE / max(height, width)))
     tile = (width * zoom, height * zoom)
-    inner, outer = 2, 10
+    inner, outer = 4, 20
     cell = (planes * (tile[0] + inner) - inner + outer, tile[1] + outer)
     columns = max(
-        1, min(count, 1060 // cell[0], math.ceil(1.8 * math.sqrt(count * cell[1] / cell[0])))
+        1, min(count, _WIDEST // cell[0], math.ceil(1.8 * math.sqrt(count * cell[1] / cell[0])))
     )
     text = f"{title}: {count}{f' of {total}' if total > count else ''}, {width} x {height} pixels"
     text += "" if channels == 3 else f", {channels} input channel{'s' * (channels > 1)}"
@@ -79,7 +81,10 @@ def neighbours(
         )
     if correct is not None and correct.shape != (count, near):
         raise ValueError(f"correct: expected shape {(count, near)}, got {correct.shape}")
-    side, frame, gap, divide = 80, 4, 6, 26
+    longest = max(queries.shape[1:3])
+    # Small images are enlarged by a whole factor, which keeps their pixels even.
+    side = longest * round(_PHOTO / longest) if longest < _PHOTO else _PHOTO
+    frame, gap, divide = 7, 9, 40
     cell = side + 2 * frame + gap
     text = "Query, and the nearest training images, most similar first"
     if correct is not None:
@@ -94,19 +99,18 @@ def neighbours(
             if correct is not None:
                 color = _RIGHT if correct[row, column] else _WRONG
                 box = (left, upper, left + side + 2 * frame - 1, upper + side + 2 * frame - 1)
-                draw.rounded_rectangle(box, radius=3, fill=color)
+                draw.rounded_rectangle(box, radius=5, fill=color)
             canvas.paste(_thumbnail(neighbours[row, column], side), (left + frame, upper + frame))
     return _png(canvas)
 
 
 def _canvas(text: str, width: int, height: int) -> tuple[Image.Image, int]:
     """Return a transparent image with a line of text on top, and where the tiles begin."""
-    font = ImageFont.load_default(18)
+    font = ImageFont.load_default(_FONT)
     right = math.ceil(font.getbbox(text)[2])
-    top = 34
-    canvas = Image.new("RGBA", (max(width, right), top + height), (0, 0, 0, 0))
-    ImageDraw.Draw(canvas).text((0, 2), text, font=font, fill=_TEXT)
-    return canvas, top
+    canvas = Image.new("RGBA", (max(width, right), _TOP + height), (0, 0, 0, 0))
+    ImageDraw.Draw(canvas).text((0, 4), text, font=font, fill=_TEXT)
+    return canvas, _TOP
 
 
 def _thumbnail(image: np.ndarray, side: int) -> Image.Image:

@@ -81,7 +81,7 @@ figure { margin: 0; min-width: 0; }
 .charts .note { font-size: 13px; line-height: 1.4; margin: 0 0 6px; }
 .charts .note { min-height: 2.8em; }
 figure svg, figure img { display: block; width: 100%; height: auto; }
-figure img { max-width: max-content; }
+section > p:last-child { margin: 0; }
 .pictures figure { margin-top: 22px; }
 .pictures h3 { margin-bottom: 8px; }
 details summary { cursor: pointer; font-weight: 600; }

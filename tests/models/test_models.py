@@ -67,9 +67,7 @@ def test_both_forms_of_max_pooling_agree(window, stride, side):
         (_, y), gradient = jax.value_and_grad(f, has_aux=True)(x)
         return y, gradient
 
-    for ours, reference in zip(
-        value_and_gradient("cpu"), value_and_gradient("gpu"), strict=True
-    ):
+    for ours, reference in zip(value_and_gradient("cpu"), value_and_gradient("gpu"), strict=True):
         np.testing.assert_allclose(ours, reference, rtol=1e-6, atol=1e-6)
 
 

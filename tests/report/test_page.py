@@ -133,7 +133,7 @@ def test_the_page_holds_everything(workdir: Path) -> None:
         "<li class=warning>The features collapse</li>",
         "Loss",
         "Accuracy during training",
-        "after, without learning",
+        ">chance<",
         "Filters of the first layer",
         "Nearest neighbours by cosine in z",
         "model.name",
@@ -214,7 +214,7 @@ def test_accuracy_curves_start_untrained_and_end_with_the_table(tmp_path: Path) 
 def test_basis_targets_have_no_chance_level(workdir: Path) -> None:
     config = {**CONFIG, "targets": {"kind": "basis"}}
     (workdir / "config.json").write_text(json.dumps(config))
-    assert "without learning" not in write_report(workdir).read_text()
+    assert ">chance<" not in write_report(workdir).read_text()
 
 
 def test_names_are_escaped(workdir: Path) -> None:

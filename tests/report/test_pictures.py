@@ -22,14 +22,14 @@ def _count(pixels: np.ndarray, color: tuple[int, ...]) -> int:
 @pytest.mark.parametrize("shape", [(3, 3, 2, 32), (11, 11, 3, 96), (5, 5, 1, 7), (3, 3, 64, 4)])
 def test_filters_of_any_shape(shape: tuple[int, ...]) -> None:
     pixels = _pixels(filters(np.random.default_rng(0).normal(size=shape)))
-    assert pixels.shape[0] < 2000
-    assert pixels[34:, :, :3].std() > 20  # below the title
+    assert pixels.shape[0] < 3000
+    assert pixels[56:, :, :3].std() > 20  # below the title
 
 
 def test_a_filter_is_drawn_as_it_is() -> None:
     kernel = np.zeros((2, 2, 1, 1))
     kernel[0, 1], kernel[1, 0] = 5.0, -5.0
-    pixels = _pixels(filters(kernel))[34:, :44, :3]
+    pixels = _pixels(filters(kernel))[56:, :88, :3]
     assert pixels[5, 5].tolist() == pixels[-5, -5].tolist() == [128, 128, 128]
     assert pixels[5, -5].tolist() == [255, 255, 255] and pixels[-5, 5].tolist() == [0, 0, 0]
 
@@ -37,11 +37,11 @@ def test_a_filter_is_drawn_as_it_is() -> None:
 def test_colour_filters_keep_their_channels() -> None:
     kernel = np.zeros((1, 1, 3, 1))
     kernel[0, 0, 0, 0] = 1.0
-    assert _pixels(filters(kernel))[50, 10].tolist() == [255, 128, 128, 255]
+    assert _pixels(filters(kernel))[80, 20].tolist() == [255, 128, 128, 255]
 
 
 def test_a_filter_of_zeros_is_grey() -> None:
-    assert _pixels(filters(np.zeros((3, 3, 1, 2))))[50, 10, :3].tolist() == [128] * 3
+    assert _pixels(filters(np.zeros((3, 3, 1, 2))))[80, 20, :3].tolist() == [128] * 3
 
 
 def test_filters_rejects() -> None:
@@ -59,14 +59,14 @@ def test_frames_tell_right_from_wrong() -> None:
     assert _count(pixels, _RIGHT) == pytest.approx(5 * _count(pixels, _WRONG), rel=1e-6)
     plain = _pixels(neighbours(queries, near))
     assert _count(plain, _RIGHT) == _count(plain, _WRONG) == 0
-    assert _count(plain, (10, 10, 10, 255)) == 2 * 80 * 80
-    assert _count(plain, (20, 20, 20, 255)) == 6 * 80 * 80
+    assert _count(plain, (10, 10, 10, 255)) == 2 * 128 * 128
+    assert _count(plain, (20, 20, 20, 255)) == 6 * 128 * 128
 
 
 @pytest.mark.parametrize("shape", [(8, 8), (32, 32), (224, 160), (1, 50)])
 def test_neighbours_of_any_size(shape: tuple[int, int]) -> None:
     images = np.random.default_rng(0).integers(0, 255, (2, 4, *shape, 3)).astype(np.uint8)
-    assert _pixels(neighbours(images[:, 0], images[:, 1:])).shape[0] < 300
+    assert _pixels(neighbours(images[:, 0], images[:, 1:])).shape[0] < 450
 
 
 def test_neighbours_rejects() -> None:

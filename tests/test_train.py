@@ -1,0 +1,303 @@
+"""The whole run: train, judge, report, resume, and every mistake in one message."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from nat_jax import config, train
+from nat_jax.checkpoint import CheckpointError
+from nat_jax.preemption import Preempted
+
+
+def tiny(**changes):
+    """Return a run of 3 epochs of 5 steps on digits."""
+    c = config.default()
+    c.epochs = 3.0
+    c.batch_size = 256
+    c.data.pad = 1
+    c.model.dim = 6
+    c.model.options.widths = (4,)
+    c.model.options.pools = 1
+    c.optim.learning_rate = 0.1
+    c.optim.momentum = 0.9
+    c.assign.reassign_every_epochs = 2
+    c.eval.probes = ("knn",)
+    c.eval.labels_per_class = (0,)
+    c.checkpoint.every_epochs = 1.0
+    c.log.every_steps = 2
+    for key, value in changes.items():
+        *groups, last = key.split("__")
+        node = c
+        for group in groups:
+            node = node[group]
+        with node.ignore_type():
+            node[last] = value
+    return c
+
+
+def leaves(state):
+    plain = dataclasses.replace(state, key=jax.random.key_data(state.key))
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(plain)]
+
+
+def assert_same(one, other):
+    for left, right in zip(leaves(one), leaves(other), strict=True):
+        np.testing.assert_array_equal(left, right)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Return an uninterrupted run's folder and final state."""
+    workdir = tmp_path_factory.mktemp("finished")
+    return workdir, train.train_and_evaluate(tiny(), workdir)
+
+
+def rows_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    workdir, state = finished
+    assert int(state.step) == 15
+    np.testing.assert_array_equal(np.sort(state.assignment), np.arange(1437))
+    assert not np.array_equal(state.assignment, np.arange(1437))
+    rows = rows_of(workdir)
+    assert [row["step"] for row in rows] == [2, 4, 6, 8, 10, 12, 14, 15]
+    matching = [row["step"] for row in rows if "assign/cosine_after" in row]
+    assert matching == [2, 4, 12, 14, 15]  # epochs 0 and 2 of 5 steps
+    for row in (row for row in rows if row["step"] in matching):
+        assert row["assign/cosine_after"] >= row["assign/cosine_before"]
+    result = json.loads((workdir / "results/table.json").read_text())
+    assert {"task", "metric", "value", "untrained", "protocol", "run"} <= result.keys()
+    networks = {row["network"] for row in result["table"]}
+    assert networks == {"raw pixels", "untrained", "nat"}
+    assert result["protocol"]["probes"]["knn"]["k"] == 20
+    page = (workdir / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 3
+    assert json.loads((workdir / "config.json").read_text())["model"]["dim"] == 6
+
+
+def test_running_again_reads_the_results(finished, capsys):
+    workdir, state = finished
+    before = (workdir / "metrics.jsonl").read_text()
+    again = train.train_and_evaluate(tiny(), workdir)
+    assert_same(state, again)
+    assert (workdir / "metrics.jsonl").read_text() == before
+    assert "raw pixels" in capsys.readouterr().out
+
+
+class _Killed(Exception):
+    pass
+
+
+def interrupted_at(monkeypatch, workdir, step, **changes):
+    """Run until just before a step, as a kill would end it."""
+    real = train._Loop._dispatch
+
+    def dispatch(self, at, state, batch):
+        if at == step:
+            raise _Killed
+        return real(self, at, state, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Loop, "_dispatch", dispatch)
+        with pytest.raises(_Killed):
+            train.train_and_evaluate(tiny(**changes), workdir)
+
+
+def test_resuming_gives_the_same_bits(finished, tmp_path, monkeypatch):
+    workdir, state = finished
+    interrupted_at(monkeypatch, tmp_path, 12)
+    assert [row["step"] for row in rows_of(tmp_path)] == [2, 4, 6, 8, 10]
+    assert_same(state, train.train_and_evaluate(tiny(), tmp_path))
+    quiet = [{k: v for k, v in row.items() if "time/" not in k} for row in rows_of(workdir)]
+    again = [{k: v for k, v in row.items() if "time/" not in k} for row in rows_of(tmp_path)]
+    assert quiet == again
+
+
+def test_the_comparison_of_bits_can_fail(finished, tmp_path):
+    _, state = finished
+    other = train.train_and_evaluate(tiny(seeds=(1,)), tmp_path)
+    with pytest.raises(AssertionError):
+        assert_same(state, other)
+
+
+def test_more_epochs_extend_a_finished_run(tmp_path):
+    train.train_and_evaluate(tiny(epochs=1.0), tmp_path)
+    longer = train.train_and_evaluate(tiny(epochs=3.0), tmp_path)
+    assert int(longer.step) == 15
+    assert [row["step"] for row in rows_of(tmp_path)][-1] == 15
+
+
+def test_several_seeds_share_a_table(tmp_path):
+    train.train_and_evaluate(tiny(epochs=1.0, seeds=(3, 4)), tmp_path)
+    table = json.loads((tmp_path / "results/table.json").read_text())["table"]
+    trained = next(row for row in table if row["network"] == "nat")
+    assert trained["seeds"] == [3, 4] and trained["std"] is not None
+    assert {path.name for path in tmp_path.glob("seed-*")} == {"seed-3", "seed-4"}
+
+
+def test_judging_on_the_way_changes_nothing(finished, tmp_path):
+    _, state = finished
+    watched = train.train_and_evaluate(tiny(eval__every_epochs=1), tmp_path)
+    assert_same(state, watched)
+    judged = [row["step"] for row in rows_of(tmp_path) if "eval/z/knn/all" in row]
+    assert judged == [5, 10]
+
+
+def test_images_without_labels_are_trained_on(tmp_path):
+    from PIL import Image
+
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(80):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(folder / f"{i:03}.png")
+    source = f"folder:{folder}"
+    workdir = tmp_path / "run"
+    train.train_and_evaluate(tiny(data__source=source, batch_size=16, epochs=1.0), workdir)
+    assert not (workdir / "results/table.json").exists()
+    assert (workdir / "pictures/neighbours_z.png").exists()
+    assert (workdir / "report.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(data__source="imagnet"), "unknown source 'imagnet'; known: digits, folder:PATH"),
+        (dict(data__source="folder:no/such/place"), "no/such/place"),
+        (dict(model__name="vgg"), "unknown model 'vgg'. Known: alexnet, convnet"),
+        (dict(assign__solver="greedy"), "unknown 'greedy'. Known: auction"),
+        (dict(batch_size=2048), "2048.*1437|1437.*2048"),
+        (dict(assign__block=512), "assign.block: expected at most batch_size = 256; got 512"),
+        (dict(eval__layers=("conv9",)), "unknown layer 'conv9'. Known: last_conv, conv1, z"),
+        (dict(eval__knn_k=2000), "eval.knn_k: expected at most 1437"),
+    ],
+)
+def test_a_mistake_is_one_message_before_anything_is_written(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        train.train_and_evaluate(tiny(**change), tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(model__dim=8), "holds a run with model.dim = 6; this one has 8"),
+        (dict(seeds=(9,)), "holds a run with seeds"),
+        (dict(data__source="digits:"), "digits"),
+    ],
+)
+def test_another_run_in_the_workdir_is_refused(finished, change, message):
+    workdir, _ = finished
+    with pytest.raises(ValueError, match=message):
+        train.train_and_evaluate(tiny(**change), workdir)
+
+
+def test_changed_images_behind_the_same_name_are_refused(tmp_path):
+    path = tmp_path / "data.npz"
+
+    def write(seed):
+        rng = np.random.default_rng(seed)
+        np.savez(
+            path,
+            x_train=rng.integers(0, 256, (64, 8, 8), np.uint8),
+            y_train=np.arange(64) % 4,
+            x_test=rng.integers(0, 256, (16, 8, 8), np.uint8),
+            y_test=np.arange(16) % 4,
+        )
+
+    changes = dict(data__source=f"arrays:{path}", batch_size=16, epochs=1.0)
+    write(0)
+    train.train_and_evaluate(tiny(**changes), tmp_path / "run")
+    write(1)
+    with pytest.raises(CheckpointError, match="belongs to another run.*data"):
+        train.train_and_evaluate(tiny(**changes), tmp_path / "run")
+
+
+def test_divergence_stops_and_keeps_the_last_good_state(tmp_path, monkeypatch):
+    real = train.sharding.global_batch
+    calls = []
+
+    def poisoned(batch, mesh):
+        calls.append(1)
+        if len(calls) == 8:  # step 7: a weight that is not a number makes the loss so
+            batch = batch | {"weight": np.full_like(batch["weight"], np.nan)}
+        return real(batch, mesh)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.sharding, "global_batch", poisoned)
+        with pytest.raises(train.TrainingDiverged, match="step 7: the loss is nan.*that of step 5"):
+            train.train_and_evaluate(tiny(), tmp_path)
+    assert int(train.train_and_evaluate(tiny(), tmp_path).step) == 15
+
+
+def test_a_signal_saves_and_the_same_call_goes_on(finished, tmp_path, monkeypatch):
+    _, state = finished
+    real = train._Loop._dispatch
+
+    def dispatch(self, at, state, batch):
+        if at == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, at, state, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Loop, "_dispatch", dispatch)
+        with pytest.raises(Preempted) as caught:
+            train.train_and_evaluate(tiny(), tmp_path)
+    assert caught.value.code == 143 and caught.value.step == 8
+    assert (tmp_path / "checkpoints" / "8").is_dir()
+    assert_same(state, train.train_and_evaluate(tiny(), tmp_path))
+
+
+def command(workdir, *changes):
+    file = Path(__file__).parents[1] / "configs" / "smoke.py"
+    return [
+        sys.executable,
+        "-m",
+        "nat_jax.main",
+        f"--config={file}",
+        f"--workdir={workdir}",
+        "--config.eval.every_epochs=0",
+        "--config.eval.probes=('knn',)",
+        "--config.checkpoint.every_epochs=None",
+        "--config.checkpoint.every_steps=3",
+        *changes,
+    ]
+
+
+@pytest.mark.slow
+def test_kill_at_any_moment_then_the_same_line_again(tmp_path):
+    """Kill -9 twice, at a random moment of training; the end equals an uninterrupted run's."""
+    rng = np.random.default_rng(time.time_ns())
+    killed = tmp_path / "killed"
+    for _ in range(2):
+        process = subprocess.Popen(
+            command(killed), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        )
+        while not (killed / "metrics.jsonl").exists() and process.poll() is None:
+            time.sleep(0.05)
+        time.sleep(rng.uniform(0, 2))
+        process.kill()
+        process.wait()
+    for workdir in (killed, tmp_path / "whole"):
+        subprocess.run(command(workdir), check=True, capture_output=True, timeout=300)
+    rows = [
+        [{k: v for k, v in row.items() if "time/" not in k} for row in rows_of(workdir)]
+        for workdir in (killed, tmp_path / "whole")
+    ]
+    assert rows[0] == rows[1]
+    tables = [
+        json.loads((workdir / "results/table.json").read_text())["table"]
+        for workdir in (killed, tmp_path / "whole")
+    ]
+    assert tables[0] == tables[1]
