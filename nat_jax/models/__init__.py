@@ -67,9 +67,8 @@ class Model:
             train: use the batch's own statistics (over the global batch) and dropout.
             key: PRNG key of the dropout masks.
         """
-        graphdef, params_state, stats_state, rest = nnx.split(
-            _abstract_network(self), nnx.Param, nnx.BatchStat, ...
-        )
+        graphdef, *states = nnx.split(_abstract_network(self), nnx.Param, nnx.BatchStat, ...)
+        params_state, stats_state, rest = states
         nnx.replace_by_pure_dict(params_state, params)
         nnx.replace_by_pure_dict(stats_state, batch_stats)
         # copy=True: variables of an outer trace cannot be updated inside a gradient's trace.
@@ -156,5 +155,5 @@ def _abstract_network(model: Model) -> Network:
 @functools.partial(jax.jit, static_argnums=0)
 def _init(model: Model, key: jax.Array) -> tuple[Params, Params]:
     network = _network(model, nnx.Rngs(params=key))
-    _, params, batch_stats, _ = nnx.split(network, nnx.Param, nnx.BatchStat, ...)
+    params, batch_stats = nnx.state(network, nnx.Param, nnx.BatchStat)
     return nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)
