@@ -4,6 +4,8 @@ Every key that a run reads is in ``default()``; ``validate`` finds every mistake
 without touching a device or a record.
 """
 
+import importlib.util
+import inspect
 import json
 import math
 import os
@@ -216,6 +218,23 @@ def validate(config: ConfigDict, probes: Mapping[str, Any]) -> None:
             f"got {config.data.resize}"
         )
     _check_block(config)
+    _check_solver_options(config)
+    if config.log.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+        raise ValueError(
+            "log.tensorboard: needs tensorboardX, which is not installed: "
+            "pip install 'nat_jax[tensorboard]', or set --config.log.tensorboard=False"
+        )
+
+
+def _check_solver_options(config: ConfigDict) -> None:
+    known = inspect.signature(assign.SOLVERS[config.assign.solver]).parameters
+    mine = [name for name in known if name not in ("cost", "maximize", "prices")]
+    for name in config.assign.options:
+        if name not in mine:
+            raise ValueError(
+                f"assign.options: {config.assign.solver} has no option {name!r}. "
+                f"Known: {', '.join(mine) or 'none'}"
+            )
 
 
 def _check_block(config: ConfigDict) -> None:

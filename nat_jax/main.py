@@ -1,6 +1,7 @@
 """The command line: ``python -m nat_jax.main --config=configs/digits.py``."""
 
 import logging
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -84,6 +85,9 @@ def _guarded(function: Callable) -> Callable:
     def call(*args):
         try:
             return function(*args)
+        except KeyboardInterrupt:
+            print("nat_jax: stopped; the same command line goes on", file=sys.stderr)
+            sys.exit(128 + signal.SIGINT)
         except flags.Error as error:
             _fail(error)
         except Exception as error:

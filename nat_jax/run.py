@@ -124,7 +124,16 @@ def set_up(
         storage=config.targets.storage,
         sharding=sharding.over_data(mesh),
     )
-    logger.info("targets: %s, %s", config.targets.kind, storage)
+    logger.info(
+        "seed %d: %s images, %s steps of %d, targets on the %s (%s), in %s",
+        seed,
+        f"{len(sources.train):,}",
+        f"{total_steps:,}",
+        config.batch_size,
+        config.targets.kind,
+        storage,
+        workdir,
+    )
     run = Run(config, seed, workdir, sources, cache, step, noise, steps_per_epoch, total_steps)
     run.judge()  # finds mistakes in the evaluation's settings before training, not after
     return run

@@ -7,7 +7,7 @@ import collections
 import logging
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 import jax
@@ -177,6 +177,7 @@ class _Loop:
                     self._read(keep=_IN_FLIGHT)
                     state = self._after(step + 1, state, stop)
         finally:
+            batches.close()
             self._writer.close()
             self._progress.close()
             if self._bad_records.count:
@@ -196,26 +197,24 @@ class _Loop:
         for sentence in said:
             logger.info("%s", sentence)
 
-    def _batches(self, start: int) -> Iterator[input_pipeline.Batch]:
+    def _batches(self, start: int) -> Generator[input_pipeline.Batch, None, None]:
         run, data = self._run, self._run.config.data
-        return iter(
-            input_pipeline.train_batches(
-                run.sources.train,
-                preprocess.train_transform(
-                    image_size=data.image_size, resize=data.resize, pad=data.pad, flip=data.flip
-                ),
-                batch_size=run.config.batch_size,
-                seed=run.seed,
-                start_step=start,
-                num_steps=run.total_steps,
-                on_bad_record=data.on_bad_record,
-                bad_records=self._bad_records,
-                cache=run.cache,
-                process_index=jax.process_index(),
-                process_count=jax.process_count(),
-                threads=data.threads,
-                prefetch=data.prefetch,
-            )
+        return input_pipeline.train_batches(
+            run.sources.train,
+            preprocess.train_transform(
+                image_size=data.image_size, resize=data.resize, pad=data.pad, flip=data.flip
+            ),
+            batch_size=run.config.batch_size,
+            seed=run.seed,
+            start_step=start,
+            num_steps=run.total_steps,
+            on_bad_record=data.on_bad_record,
+            bad_records=self._bad_records,
+            cache=run.cache,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            threads=data.threads,
+            prefetch=data.prefetch,
         )
 
     def _dispatch(self, step: int, state: TrainState, batch: input_pipeline.Batch) -> TrainState:
@@ -266,13 +265,17 @@ class _Loop:
         if last or stop.received or (self._save_every and done % self._save_every == 0):
             self._read(keep=0)  # nothing that is not finite is ever saved
             with self._timer.paused():
-                self._checkpoints.save(done, state, run.identity())
+                meta = {**run.identity(), "config": configs.to_dict(run.config)}
+                self._checkpoints.save(done, state, meta)
         if stop.received and not last:
             self._checkpoints.wait()
             raise Preempted(stop.received, done)
         return state
 
     def _judge(self, done: int, state: TrainState) -> None:
-        rows = self._run.judge().network(judge.TRAINED, _network(self._run, state))
+        panel = self._run.judge()
+        if not panel.has_labels:
+            return
+        rows = panel.network(judge.TRAINED, _network(self._run, state))
         scores = {f"eval/{r['features']}/{r['probe']}/{r['labels']}": r["value"] for r in rows}
         self._write(done, scores)

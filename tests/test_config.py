@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,22 @@ def test_an_unknown_key_is_named_with_the_known_ones():
     c = valid()
     c.optim.lr = 0.1
     with pytest.raises(ValueError, match="unknown key 'optim.lr'. Known there: .*learning_rate"):
+        config.validate(c, evaluate.PROBES)
+
+
+def test_an_unknown_option_of_the_solver_is_named():
+    c = valid()
+    c.assign.options.epsilon = 0.1
+    with pytest.raises(ValueError, match="auction has no option 'epsilon'. Known: eps"):
+        config.validate(c, evaluate.PROBES)
+
+
+def test_tensorboard_without_its_extra_is_refused_at_once(monkeypatch):
+    c = valid()
+    c.log.tensorboard = True
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    monkeypatch.setattr(config.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"nat_jax\[tensorboard\]"):
         config.validate(c, evaluate.PROBES)
 
 

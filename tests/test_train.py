@@ -15,6 +15,7 @@ import pytest
 
 from nat_jax import config, train
 from nat_jax.checkpoint import CheckpointError
+from nat_jax.evaluate import judge
 from nat_jax.preemption import Preempted
 
 
@@ -86,9 +87,10 @@ def test_a_run_leaves_what_it_promises(finished):
     assert json.loads((workdir / "config.json").read_text())["model"]["dim"] == 6
 
 
-def test_running_again_reads_the_results(finished, capsys):
+def test_running_again_reads_the_results(finished, capsys, monkeypatch):
     workdir, state = finished
     before = (workdir / "metrics.jsonl").read_text()
+    monkeypatch.delattr(judge.Judge, "network")  # judging again would need it
     again = train.train_and_evaluate(tiny(), workdir)
     assert_same(state, again)
     assert (workdir / "metrics.jsonl").read_text() == before
@@ -136,6 +138,13 @@ def test_more_epochs_extend_a_finished_run(tmp_path):
     longer = train.train_and_evaluate(tiny(epochs=3.0), tmp_path)
     assert int(longer.step) == 15
     assert [row["step"] for row in rows_of(tmp_path)][-1] == 15
+
+
+def test_another_protocol_judges_a_finished_run_anew(finished, capsys):
+    workdir, _ = finished
+    train.train_and_evaluate(tiny(eval__knn_k=5), workdir)
+    result = json.loads((workdir / "results/table.json").read_text())
+    assert result["protocol"]["probes"]["knn"]["k"] == 5
 
 
 def test_several_seeds_share_a_table(tmp_path):

@@ -136,7 +136,7 @@ def _solve_one(
     eps = jnp.where(problem.whole, jnp.floor(eps), eps) / problem.unit
     prices = _first_prices(problem, start / problem.unit if warm else None)
     finite = cost < jnp.inf
-    reach = cost + prices
+    reach = cost + prices[None]
     span = jnp.max(reach, initial=-jnp.inf, where=finite)
     span = span - jnp.min(reach, initial=jnp.inf, where=finite)
     span = jnp.where((span > 0) & (span < jnp.inf), span, 1)
@@ -228,5 +228,5 @@ def _first_prices(problem: Standard, start: jax.Array | None) -> jax.Array:
         # Features near one direction make a column cheap or dear as a whole; its mean says so.
         finite = problem.cost < jnp.inf
         total = jnp.sum(problem.cost, axis=0, where=finite)
-        start = -total / jnp.maximum(jnp.sum(finite, axis=0), 1)
+        start = -total / jnp.maximum(jnp.sum(finite, axis=0, dtype=jnp.float32), 1)
     return jnp.where(jnp.isfinite(start), start, 0)

@@ -106,7 +106,7 @@ def certify(given: jax.Array, problem: Standard, ended: _search.Matching) -> Sol
 
     rows = jnp.arange(n)
     held = cost[rows, col4row] + prices[col4row]
-    best = jnp.min(cost + prices, axis=1)
+    best = jnp.min(cost + prices[None], axis=1)
     slack = jnp.maximum(held - best, 0)
     # Each of the two sums is one rounding away from the true one; that of `best` also bounds the
     # sums which are larger.

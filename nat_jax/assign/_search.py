@@ -61,7 +61,7 @@ def _first_choices(
         differ by rounding alone: over such differences ties would be fought forever.
     """
     own = cost[owner, jnp.arange(owner.shape[0])]
-    best = jnp.min(cost + prices, axis=1)[owner]
+    best = jnp.min(cost + prices[None], axis=1)[owner]
     return own + prices, best, 2.0**-23 * (jnp.abs(own) + jnp.abs(best - own))
 
 
@@ -145,23 +145,24 @@ def _bidding_round(
     m = cost.shape[1]
     start = s.waiting - slots
     rows = lax.dynamic_slice(s.stack, (start,), (slots,))
-    values = cost[rows] + s.prices  # [slots, m]
+    values = cost[rows] + s.prices[None]  # [slots, m]
     best = jnp.min(values, axis=1)
     # Among equally good columns a free one comes first, and each slot starts to look elsewhere.
-    columns = jnp.arange(m, dtype=jnp.int32)
+    columns = jnp.arange(m, dtype=jnp.int32)[None]
     head = (jnp.arange(slots, dtype=jnp.int32) * (m // slots))[:, None]
-    order = jnp.where(columns < head, columns + m, columns) + jnp.where(s.owner < 0, 0, 2 * m)
+    order = jnp.where(columns < head, columns + m, columns)
+    order = order + jnp.where(s.owner < 0, 0, 2 * m)[None]
     place = jnp.min(jnp.where(values == best[:, None], order, 4 * m), axis=1)
     column = place % m
-    others = jnp.where(jnp.arange(m) == column[:, None], jnp.inf, values)
+    others = jnp.where(columns == column[:, None], jnp.inf, values)
     rise = jnp.minimum(jnp.min(others, axis=1) - best, most) + eps
     able = best < jnp.inf  # a row without any allowed column leaves the auction
     offer = jnp.where(able, s.prices[column] + rise, -jnp.inf)
 
     slot = jnp.arange(slots)
-    same = column[:, None] == column
-    beaten_by = (offer > offer[:, None]) | ((offer == offer[:, None]) & (slot < slot[:, None]))
-    wins = able & ~jnp.any(same & beaten_by, axis=1)
+    mine, theirs = offer[:, None], offer[None]
+    beaten_by = (theirs > mine) | ((theirs == mine) & (slot[None] < slot[:, None]))
+    wins = able & ~jnp.any((column[:, None] == column[None]) & beaten_by, axis=1)
     place = jnp.where(wins, column, m)
     back = jnp.where(wins, s.owner[column], rows)
     back_stack, backs = pack(back, able & (back >= 0), slots)

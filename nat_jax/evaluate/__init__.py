@@ -21,7 +21,7 @@ _STATEMENTS = {
     "knn": "cosine k nearest neighbours, exact; votes weighted by exp(cosine / temperature), "
     "or equal when temperature is null",
     "linear_probe": "multinomial logistic regression on features standardised by the training "
-    "set; mean cross-entropy + l2 / (2 N) |W|^2, full-batch L-BFGS",
+    "set; mean cross-entropy + l2 / 2 |W|^2, full-batch L-BFGS",
     "mlp_probe": "FC-BN-ReLU-dropout-FC-BN-ReLU-FC trained by SGD with momentum "
     "m = mu m + (1 - mu) g on cached features, one view",
 }

@@ -17,7 +17,8 @@ class Cell:
 
     Attributes:
         mean: over the seeds.
-        std: standard deviation over the seeds; None for one seed, or where seeds change nothing.
+        std: standard deviation over the seeds; None for one seed, or for raw pixels where
+            the seed changes nothing.
         best: no other network or layer has more in the same column and number of labels.
         gain: points above the same features of the untrained network; None where there are none.
     """
@@ -63,8 +64,8 @@ class Table:
 def arrange(rows: Sequence[Row]) -> Table:
     """Arrange the rows of a result: {"features", "network", "probe", "labels", "mean", "std"}.
 
-    Lines go from raw pixels through the layers, untrained before trained; columns and groups keep
-    the order in which they first appear.
+    Lines go from raw pixels over z to the other layers, untrained before trained; these layers, the
+    columns and the groups keep the order in which they first appear.
 
     Raises:
         ValueError: a row lacks a key, or two rows are about the same thing.
@@ -82,10 +83,10 @@ def arrange(rows: Sequence[Row]) -> Table:
     probes = _unique(row["probe"] for row in rows)
     order = list(NETWORK_NAMES)
 
-    def place(pair: tuple[str, str]) -> tuple[bool, int, int]:
+    def place(pair: tuple[str, str]) -> tuple[bool, bool, int, int]:
         layer, network = pair
         known = order.index(network) if network in order else len(order)
-        return network != "raw pixels", layers.index(layer), known
+        return network != "raw pixels", layer != "z", layers.index(layer), known
 
     layers = _unique(row["features"] for row in rows)
     groups = {}
@@ -111,9 +112,11 @@ def _column(rows: Mapping[tuple[str, str], Row | None]) -> dict[tuple[str, str],
             continue
         base = rows.get((line[0], "untrained")) if line[1] == "nat" else None
         std = row.get("std")
+        # Without a network most probes do not depend on the seed: "± 0.0" would say nothing.
+        settled = line[1] == "raw pixels" and std is not None and std < 1e-12
         cells[line] = Cell(
             mean=100 * row["mean"],
-            std=100 * std if std and std > 1e-12 else None,
+            std=None if std is None or settled else 100 * std,
             best=shown[line] == max(shown.values()),  # as shown: a tie marks all
             gain=None if base is None else 100 * (row["mean"] - base["mean"]),
         )

@@ -28,7 +28,7 @@ def test_totals_agree_with_scipy(kind: str) -> None:
     assert relative_excess(cost, swapped) > 1e-6
 
 
-@pytest.mark.parametrize("dtype", ["bool", "int8", "uint8", "int16", "int32", "uint32"])
+@pytest.mark.parametrize("dtype", ["bool", "int8", "uint32"])
 def test_integers_are_exact(dtype: str) -> None:
     info = (0, 1) if dtype == "bool" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
     low, high = max(info[0], -30_000), min(info[1], 30_000)

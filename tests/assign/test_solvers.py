@@ -164,3 +164,18 @@ def test_gradient_is_stopped(solver: str) -> None:
 
     cost = jnp.asarray(make("uniform", 7))
     np.testing.assert_allclose(jax.grad(loss)(cost), 2 * cost)
+
+
+@pytest.mark.parametrize("solver", ["auction", "scipy"])
+def test_solving_under_strict_settings(solver: str) -> None:
+    cost = make("integer", 5)
+    with (
+        jax.numpy_rank_promotion("raise"),
+        jax.numpy_dtype_promotion("strict"),
+        jax.debug_nans(True),
+        jax.enable_x64(True),
+    ):
+        with pytest.raises(ValueError, match="rank_promotion"):
+            jnp.ones((2, 2)) + jnp.ones(2)
+        assert_solved(cost, assign.solve(cost.astype(np.float64), solver=solver))
+        assert_solved(cost, assign.solve(cost.astype(np.int64), solver=solver))

@@ -40,6 +40,17 @@ def test_lines_are_ordered_and_the_best_is_marked() -> None:
     assert alone.best and alone.gain is None
 
 
+def test_z_comes_before_other_layers() -> None:
+    rows = [_row("conv3", "nat", 0.9), _row("conv1", "nat", 0.8), *_rows()]
+    lines = arrange(rows).groups["all"]
+    assert [line.features for line in lines] == ["pixels", "z", "z", "conv3", "conv1"]
+
+
+def test_no_deviation_is_shown_only_where_the_seed_is_not_used() -> None:
+    rows = [_row("pixels", "raw pixels", 0.9, std=0.0), _row("z", "nat", 0.9, std=0.0)]
+    assert [line.cells[0].std for line in arrange(rows).groups["all"]] == [None, 0.0]
+
+
 def test_what_looks_equal_is_marked_alike() -> None:
     table = arrange([_row("z", "nat", 0.90004), _row("z", "untrained", 0.9)])
     assert all(line.cells[0].best for line in table.groups["all"])
