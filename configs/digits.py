@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     c.optim.momentum = 0.9
     c.optim.schedule = "cosine"
     c.eval.mlp_width = 256
-    c.eval.mlp_epochs = 30
+    c.eval.mlp_epochs = 100
     c.checkpoint.every_epochs = 20.0
     c.log.every_steps = 55  # five epochs
     return c

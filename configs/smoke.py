@@ -23,8 +23,7 @@ def get_config() -> ConfigDict:
     c.optim.learning_rate = 0.1
     c.optim.momentum = 0.9
     c.eval.every_epochs = 2
-    c.eval.mlp_width = 32
-    c.eval.mlp_epochs = 2
+    c.eval.probes = ("knn", "linear_probe")
     c.checkpoint.every_epochs = 1.0
     c.log.every_steps = 11
     return c

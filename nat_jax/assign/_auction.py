@@ -1,6 +1,7 @@
 """The auction: bidding brings in most rows, shortest augmenting paths the rest."""
 
 import math
+import operator
 from functools import partial
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ def auction(
     what the values of `cost` hold: see `Assignment.status` and `Assignment.check`. Gradients do
     not flow through a matching: they are zero.
 
-    Ties are broken towards low column indices, deterministically on one platform.
+    Among equally good matchings the choice is arbitrary, but the same on every run.
 
     Args:
         cost: float, integer or bool [..., n, m]; leading dimensions are independent problems. +inf
@@ -78,9 +79,9 @@ def auction(
                 "leave prices out when n != m"
             )
         start = _as_prices(prices, (*array.shape[:-2], m))
-    if max_rounds is not None and not 0 <= max_rounds <= _NO_LIMIT:
-        raise ValueError(f"max_rounds must be in [0, {_NO_LIMIT}], got {max_rounds}")
-    limit = _NO_LIMIT if max_rounds is None else max_rounds
+    limit = _NO_LIMIT if max_rounds is None else operator.index(max_rounds)
+    if not 0 <= limit <= _NO_LIMIT:
+        raise ValueError(f"max_rounds must be in [0, {_NO_LIMIT}], got {limit}")
     tolerance = jnp.float32(0) if eps is None else _as_eps(eps)
     return _auction(array, start, tolerance, jnp.int32(limit), maximize=bool(maximize))
 
@@ -155,12 +156,12 @@ def _solve_one(
         whole = jnp.round(before.prices * problem.unit) / problem.unit
         deals_whole = problem.whole & (k == len(ladder))
         before = before._replace(prices=jnp.where(deals_whole, whole, before.prices))
-        return before, _bid(cost, before, levels[k], max_rounds=max_rounds, span=span)
+        return before, _bid(cost, before, levels[k], max_rounds=max_rounds)
 
     begin = _Phase(prices, jnp.full(m, -1, jnp.int32), jnp.int32(0))
     before, last = lax.fori_loop(0, len(ladder) + 1, bid, (begin, begin))
     if n == m:
-        last = _unless_stalled(cost, before, last)
+        last = _unless_stalled(cost, before, last, eps)
     ended = _search.augment(
         cost, last.prices, last.owner, rounds=last.rounds, max_rounds=max_rounds
     )
@@ -181,7 +182,6 @@ def _bid(
     eps: jax.Array,
     *,
     max_rounds: jax.Array,
-    span: jax.Array,
 ) -> _Phase:
     """Free the rows whose pair is off by more than `eps` and let them bid, for n rounds at most."""
     n = cost.shape[0]
@@ -193,12 +193,11 @@ def _bid(
         slots=min(_SLOTS, n),
         rounds=before.rounds,
         max_rounds=jnp.minimum(max_rounds, before.rounds + n),
-        span=span,
     )
     return _Phase(bids.prices, bids.owner, bids.rounds)
 
 
-def _unless_stalled(cost: jax.Array, before: _Phase, last: _Phase) -> _Phase:
+def _unless_stalled(cost: jax.Array, before: _Phase, last: _Phase, eps: jax.Array) -> _Phase:
     """Return `last`, or where ties brought it to a standstill the phase before it, settled.
 
     With many equal costs the rough phases often end with an optimal matching at prices that do not
@@ -208,7 +207,7 @@ def _unless_stalled(cost: jax.Array, before: _Phase, last: _Phase) -> _Phase:
 
     def settle() -> _Phase:
         prices = _search.settle(cost, before.prices, before.owner, _SETTLING_PASSES)
-        owner = _search.release(cost, prices, before.owner, jnp.float32(0))
+        owner = _search.release(cost, prices, before.owner, eps)
         better = jnp.sum(owner < 0) < waiting
         return _Phase(
             prices=jnp.where(better, prices, last.prices),

@@ -44,10 +44,11 @@ class Standard(NamedTuple):
     unit: jax.Array  # float32, a power of two
     nonfinite: jax.Array  # bool
     entry_error: jax.Array  # float32, by how much `cost` may miss the given value
-    whole: jax.Array  # bool, the costs as given are integers, whatever their type
+    whole: jax.Array  # bool, the costs are integers, whatever their type, and represented exactly
 
 
 def standardise(cost: jax.Array, maximize: bool) -> Standard:
+    """Bring [n, m] costs of any real type to the standard form."""
     if jnp.issubdtype(cost.dtype, jnp.floating):
         return _standardise_floats(cost, maximize)
     if cost.dtype == jnp.bool_:
@@ -58,8 +59,15 @@ def standardise(cost: jax.Array, maximize: bool) -> Standard:
     low, high = jnp.min(cost).astype(unsigned), jnp.max(cost).astype(unsigned)
     shifted = (high - whole if maximize else whole - low).astype(jnp.float32)
     span = (high - low).astype(jnp.float32)
-    error = jnp.where(span > EXACT_INTEGERS, span * ROUNDOFF, 0)
-    return Standard(shifted, jnp.float32(1), jnp.bool_(False), error, jnp.bool_(True))
+    unit = _power_above(span)
+    error = jnp.where(span > EXACT_INTEGERS, jnp.float32(ROUNDOFF), 0)
+    return Standard(shifted / unit, unit, jnp.bool_(False), error, span <= EXACT_INTEGERS)
+
+
+def _power_above(size: jax.Array) -> jax.Array:
+    """Return the power of two just above `size`, 1 for 0, within what float32 can divide by."""
+    exponent = jnp.clip(jnp.frexp(size)[1], -125, 126)
+    return jnp.ldexp(jnp.ones((), size.dtype), jnp.where(size > 0, exponent, 0))
 
 
 def _standardise_floats(cost: jax.Array, maximize: bool) -> Standard:
@@ -75,12 +83,11 @@ def _standardise_floats(cost: jax.Array, maximize: bool) -> Standard:
     offset = jnp.where((low > 0) & (high <= 2 * low), low, 0)
     offset = jnp.where((high < 0) & (low >= 2 * high), high, offset)
     largest = jnp.maximum(jnp.abs(low - offset), jnp.abs(high - offset))
-    exponent = jnp.clip(jnp.frexp(largest)[1], -125, 126)
-    unit = jnp.ldexp(jnp.ones((), dtype), jnp.where(largest > 0, exponent, 0))
+    unit = _power_above(largest)
     scaled = ((cost - offset) / unit).astype(jnp.float32)
     error = jnp.float32(ROUNDOFF if dtype == jnp.float64 else 0)
     shifted = cost - offset
-    whole = jnp.all((shifted == jnp.floor(shifted)) | (cost == jnp.inf))
+    whole = jnp.all(shifted == jnp.floor(shifted)) & (largest <= EXACT_INTEGERS)
     return Standard(scaled, unit.astype(jnp.float32), jnp.any(bad), error, whole)
 
 
@@ -112,7 +119,9 @@ def certify(given: jax.Array, problem: Standard, ended: _search.Matching) -> Sol
     # sums which are larger.
     rounding = ROUNDOFF * (jnp.abs(held) + jnp.abs(best)) + 2 * problem.entry_error
     largest = jnp.max(jnp.where(cost < jnp.inf, jnp.abs(cost), 0)) + jnp.max(jnp.abs(prices))
-    exact = problem.whole & (largest * problem.unit < EXACT_INTEGERS)
+    given_prices = prices * problem.unit
+    exact = problem.whole & jnp.all(given_prices == jnp.round(given_prices))
+    exact &= largest * problem.unit < EXACT_INTEGERS
     rounding = jnp.where(exact, 0, rounding)
     taken = jnp.zeros(m, bool).at[col4row].set(True)
     left_out = jnp.sum(jnp.where(taken, 0, prices - jnp.min(prices)))
@@ -126,7 +135,7 @@ def certify(given: jax.Array, problem: Standard, ended: _search.Matching) -> Sol
     return Solved(
         col4row=col4row,
         total=jnp.sum(given[rows, col4row].astype(jnp.float32)),
-        prices=prices * problem.unit,
+        prices=given_prices,
         row_values=best * problem.unit,
         gap=jnp.where(certain, gap, jnp.inf).astype(jnp.float32),
         rounds=ended.rounds,
@@ -150,7 +159,8 @@ def complete(given: jax.Array, col4row: jax.Array, *, maximize: bool) -> Solved:
     owner = jnp.full(m, -1, jnp.int32)
     owner = owner.at[place].set(jnp.arange(n, dtype=jnp.int32), mode="drop")
     # Columns left out have price 0, the lowest; the others come down towards it.
-    prices = jnp.zeros(m) if n == m else jnp.where(owner < 0, 0, jnp.inf)
+    unknown = jnp.full(m, 0 if n == m else jnp.inf, jnp.float32)
+    prices = jnp.where(owner < 0, 0, unknown)
     prices = _search.settle(cost, prices, owner, n + 1)
     if n < m:  # where no chain of allowed pairs leads to a column left out, any high price will do
         known = prices < jnp.inf

@@ -1,7 +1,8 @@
 """The two searches of the auction: bidding for most rows, shortest paths for the last few.
 
-Both work on one problem ``cost`` float32[n, m] with n <= m, minimised, +inf for a forbidden pair,
-and on prices float32[m]; a row prefers the columns with the smallest ``cost + prices``. Bidding is
+Both work on one problem ``cost`` float32[n, m] with n <= m, minimised, of values in [-1, 1] or +inf
+for a forbidden pair, and on prices float32[m]; a row prefers the columns with the smallest
+``cost + prices``. Bidding is
 the auction of Bertsekas ("The auction algorithm", 1988) with `slots` rows at a time, so that a
 round costs slots * m instead of n * m. Shortest augmenting paths as in Jonker and Volgenant ("A
 shortest augmenting path algorithm for dense and sparse linear assignment problems", 1987) end the
@@ -14,8 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-# A fresh price rise where a row has no second choice: in units of the cost range.
-_RISE_WITHOUT_RIVAL = 2.0
+_RISE_WITHOUT_RIVAL = 2.0  # by how much a row that has no second choice raises a price
 
 
 class Bidding(NamedTuple):
@@ -26,15 +26,6 @@ class Bidding(NamedTuple):
     stack: jax.Array  # int32[n + slots]
     waiting: jax.Array  # int32, height of the stack
     rounds: jax.Array  # int32
-
-
-def _first(mask: jax.Array) -> jax.Array:
-    """Return the first true index along the last axis, its length if there is none.
-
-    Reductions of this form are several times faster than `argmax` and `top_k` on XLA:CPU.
-    """
-    size = mask.shape[-1]
-    return jnp.min(jnp.where(mask, jnp.arange(size, dtype=jnp.int32), size), axis=-1)
 
 
 def pack(rows: jax.Array, wanted: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
@@ -108,7 +99,6 @@ def bid(
     slots: int,
     rounds: jax.Array,
     max_rounds: jax.Array,
-    span: jax.Array,
 ) -> Bidding:
     """Let waiting rows bid, `slots` at a time, until fewer than `slots` wait.
 
@@ -120,7 +110,6 @@ def bid(
         slots: rows that bid in one round.
         rounds: int32; the count so far.
         max_rounds: int32; the count at which to stop.
-        span: float32; range of the finite costs.
 
     Returns:
         The state; every pair holds within `eps` (and rounding).
@@ -134,14 +123,13 @@ def bid(
         return (s.waiting >= slots) & (s.rounds < max_rounds)
 
     def body(s: Bidding) -> Bidding:
-        return _bidding_round(cost, eps, _RISE_WITHOUT_RIVAL * span, slots, s)
+        return _bidding_round(cost, eps, slots, s)
 
     return lax.while_loop(goes_on, body, state)
 
 
-def _bidding_round(
-    cost: jax.Array, eps: jax.Array, most: jax.Array, slots: int, s: Bidding
-) -> Bidding:
+def _bidding_round(cost: jax.Array, eps: jax.Array, slots: int, s: Bidding) -> Bidding:
+    # Minima and comparisons: `argmax` and `top_k` are many times slower on XLA:CPU.
     m = cost.shape[1]
     start = s.waiting - slots
     rows = lax.dynamic_slice(s.stack, (start,), (slots,))
@@ -155,7 +143,7 @@ def _bidding_round(
     place = jnp.min(jnp.where(values == best[:, None], order, 4 * m), axis=1)
     column = place % m
     others = jnp.where(columns == column[:, None], jnp.inf, values)
-    rise = jnp.minimum(jnp.min(others, axis=1) - best, most) + eps
+    rise = jnp.minimum(jnp.min(others, axis=1) - best, _RISE_WITHOUT_RIVAL) + eps
     able = best < jnp.inf  # a row without any allowed column leaves the auction
     offer = jnp.where(able, s.prices[column] + rise, -jnp.inf)
 
@@ -246,7 +234,7 @@ def _shortest_path(cost: jax.Array, row: jax.Array, s: Matching, max_rounds: jax
     root = Tree(
         reach=jnp.where(first < jnp.inf, first - jnp.min(first), jnp.inf),
         parent=jnp.full(m, row),
-        settled=jnp.full(m, jnp.inf),
+        settled=jnp.full(m, jnp.inf, jnp.float32),
         nearest=jnp.float32(0),
         column=jnp.int32(0),
         going=jnp.bool(True),
@@ -264,8 +252,9 @@ def _shortest_path(cost: jax.Array, row: jax.Array, s: Matching, max_rounds: jax
         going = taken & (nearest < jnp.inf)
         via = s.owner[column]
         values = cost[via] + s.prices
+        own = cost[via, column] + s.prices[column]  # not values[column]: keeps the loop fused
         # A pair held within eps may look dear to its row: no step of the path is negative.
-        detour = nearest + jnp.maximum(values - values[column], 0)
+        detour = nearest + jnp.maximum(values - own, 0)
         settled = t.settled.at[column].set(jnp.where(going, nearest, jnp.inf))
         shorter = (detour < t.reach) & (settled == jnp.inf)
         return Tree(

@@ -12,8 +12,8 @@ from nat_jax import assign
 # Shapes are few because each compiles, for optax's solver a second and more.
 SHAPES = {
     "auction": [(0, 0), (0, 3), (3, 0), (1, 1), (2, 2), (3, 7), (7, 3), (7, 7), (16, 64), (64, 64)],
-    "scipy": [(0, 3), (1, 1), (3, 7), (7, 3), (7, 7), (64, 64)],
-    "hungarian": [(0, 3), (1, 1), (3, 7), (7, 3), (7, 7)],
+    "scipy": [(0, 3), (3, 7), (7, 3), (7, 7), (64, 64)],
+    "hungarian": [(0, 3), (3, 7), (7, 3), (7, 7)],
 }
 CASES = [(solver, shape) for solver, shapes in SHAPES.items() for shape in shapes]
 SMALL = [(solver, shape) for solver, shape in CASES if shape in ((3, 7), (7, 3), (7, 7))]
@@ -77,7 +77,6 @@ def test_batch_jit_vmap_and_scan_agree(solver: str) -> None:
     np.testing.assert_array_equal(solve(costs), expected)
     np.testing.assert_array_equal(jax.jit(jax.vmap(solve, 1))(costs), expected.swapaxes(0, 1))
     if solver != "hungarian":  # to save compilation
-        np.testing.assert_array_equal(jax.vmap(jax.vmap(solve))(costs), expected)
         np.testing.assert_array_equal(jax.lax.scan(step, None, jnp.asarray(costs))[1], expected)
 
 
@@ -178,4 +177,3 @@ def test_solving_under_strict_settings(solver: str) -> None:
         with pytest.raises(ValueError, match="rank_promotion"):
             jnp.ones((2, 2)) + jnp.ones(2)
         assert_solved(cost, assign.solve(cost.astype(np.float64), solver=solver))
-        assert_solved(cost, assign.solve(cost.astype(np.int64), solver=solver))
