@@ -4,8 +4,9 @@
 
 Each round starts the smoke config in a fresh folder, kills the process (SIGKILL) after a random
 time, and starts the same command line again, until a run is left to end. The final checkpoint's
-state and the table of scores must equal those of an uninterrupted run bit for bit; a round also
-fails when a start after a kill does not resume. Prints a table and writes it as JSON.
+state, the metrics and the scores must equal those of an uninterrupted run bit for bit, and a start
+that finds a checkpoint must say that it resumed from it or a later one. Prints what happened to
+each round, and writes the sums as JSON.
 """
 
 import argparse
@@ -13,12 +14,16 @@ import datetime
 import json
 import platform
 import random
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from nat_jax.checkpoint import Checkpoints
+from nat_jax.metrics import read_rows
 
 ROOT = Path(__file__).parents[1]
 
@@ -35,28 +40,47 @@ def command(workdir: Path) -> list[str]:
         "--config.eval.probes=('knn',)",
         "--config.eval.layers=('z',)",
         "--config.eval.labels_per_class=(0,)",
-        "--config.checkpoint.every_epochs=None",
+        "--config.checkpoint.every_epochs=0",
         "--config.checkpoint.every_steps=3",
     ]
 
 
 def final_state(workdir: Path) -> dict:
     """Return the digests of the final checkpoint's leaves, the metrics and the scores."""
-    newest = max((workdir / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
-    record = json.loads((newest / "record" / "metadata").read_text())["record"]
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    checkpoints = Checkpoints(workdir / "checkpoints")
+    rows = read_rows(workdir)
     return {
-        "step": int(newest.name),
-        "leaves": {name: leaf["sha256"] for name, leaf in record["leaves"].items()},
+        "step": checkpoints.latest_step(),
+        "leaves": checkpoints.digests(),
         "metrics": [{k: v for k, v in row.items() if "time/" not in k} for row in rows],
-        "table": json.loads((workdir / "results" / "table.json").read_text())["table"],
+        "table": json.loads((workdir / "results" / "pretrain.json").read_text())["table"],
     }
 
 
-def start(workdir: Path, log: Path) -> subprocess.Popen:
-    """Start the run, its output going to a file."""
-    with log.open("ab") as stream:
-        return subprocess.Popen(command(workdir), stdout=stream, stderr=stream)
+def saved_step(workdir: Path) -> int:
+    """Return the step of the newest complete checkpoint; 0 without one."""
+    names = [path.name for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
+    return max(map(int, names), default=0)
+
+
+def run_for(seconds: float | None, workdir: Path, log: Path) -> int:
+    """Run the command line, killed after some seconds unless it ends before; return its code."""
+    with log.open("wb") as stream:
+        process = subprocess.Popen(command(workdir), stdout=stream, stderr=stream)
+    try:
+        return process.wait(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+
+
+def resumed(log: Path, at_least: int) -> bool:
+    """Say whether a start that found a checkpoint went on from it, as far as its output tells."""
+    text = log.read_text()
+    found = re.search(r"resumed .* at step (\d+) of", text)
+    if found:
+        return int(found[1]) >= at_least
+    return at_least == 0 or "loss" not in text  # killed before it could say
 
 
 def main() -> None:
@@ -77,25 +101,24 @@ def main() -> None:
     print(f"uninterrupted run: {duration:.1f} s, {expected['step']} steps", flush=True)
 
     kills = rounds = failures = 0
-    moments = []
+    moments, steps_at_kill = [], []
     while kills < arguments.kills:
         rounds += 1
         workdir, log = scratch / f"round{rounds}", scratch / f"round{rounds}.log"
-        while True:
-            process = start(workdir, log)
-            moment = rng.uniform(0.1, 1.2) * duration
-            try:
-                code = process.wait(timeout=moment if kills < arguments.kills else None)
-                break
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        code, good = -9, True
+        while code == -9 and good:
+            saved = saved_step(workdir)
+            moment = rng.uniform(0.1, 1.2) * duration if kills < arguments.kills else None
+            code = run_for(moment, workdir, log)
+            good = resumed(log, saved)
+            if code == -9:
                 kills += 1
-                moments.append(round(moment, 2))
-        same = code == 0 and final_state(workdir) == expected
-        failures += not same
-        print(f"round {rounds}: {kills} kills so far, {'equal' if same else 'FAILED'}", flush=True)
-        if same:
+                moments.append(round(moment or 0, 2))
+                steps_at_kill.append(saved_step(workdir))
+        good = good and code == 0 and final_state(workdir) == expected
+        failures += not good
+        print(f"round {rounds}: {kills} kills so far, {'equal' if good else 'FAILED'}", flush=True)
+        if good:
             shutil.rmtree(workdir)
         else:
             print(log.read_text()[-2000:])
@@ -106,6 +129,7 @@ def main() -> None:
         "failures": failures,
         "uninterrupted_seconds": round(duration, 1),
         "kill_moments_seconds": moments,
+        "saved_steps_at_kill": steps_at_kill,
         "seed": arguments.seed,
         "date": datetime.date.today().isoformat(),
         "machine": f"{platform.machine()}, {platform.system()}, CPU",

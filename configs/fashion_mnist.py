@@ -22,6 +22,7 @@ def get_config() -> ConfigDict:
     c.model.dim = 32
     c.model.options.widths = (32, 64, 128)
     c.model.options.pools = 3
+    c.assign.reassign_every_epochs = 1
     c.optim.learning_rate = 0.1
     c.optim.momentum = 0.9
     c.optim.schedule = "cosine"

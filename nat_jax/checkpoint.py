@@ -161,6 +161,18 @@ class Checkpoints:
             "disk; restore the files from a copy, or start again with another workdir"
         )
 
+    def digests(self) -> dict[str, str]:
+        """Return the SHA-256 of every leaf of the newest checkpoint, by the leaf's name.
+
+        Raises:
+            CheckpointError: there is no checkpoint, or its record is damaged.
+        """
+        step = self.latest_step()
+        if step is None:
+            raise CheckpointError(f"no checkpoint in {self._directory}")
+        leaves = self._read_record(step)["leaves"]
+        return {name: leaf["sha256"] for name, leaf in leaves.items()}
+
     def wait(self) -> None:
         """Block until a running save is on disk.
 

@@ -7,6 +7,7 @@ without touching a device or a record.
 import importlib.util
 import inspect
 import json
+import logging
 import math
 import os
 from collections.abc import Mapping
@@ -17,6 +18,8 @@ from ml_collections import ConfigDict, config_dict
 
 from nat_jax import assign, optim, targets
 
+logger = logging.getLogger(__name__)
+
 # Groups that may differ when a workdir is used again: they change what is shown or kept, not what
 # is trained.
 FREE_GROUPS = ("checkpoint", "eval", "log", "task")
@@ -25,14 +28,16 @@ LENGTHS = ("epochs", "steps")
 
 LABELS_ALL = 0
 
+_MAY_BE_ZERO = ("optim.warmup_",)
+
 
 def default() -> ConfigDict:
     """Return the defaults: the paper's method on the digits that ship with scikit-learn."""
     c = ConfigDict()
     c.task = "pretrain"
     c.seeds = (0,)  # one independent run each; several share one table (mean and deviation)
-    c.epochs = config_dict.placeholder(float)  # exactly one of epochs and steps
-    c.steps = config_dict.placeholder(int)
+    c.epochs = 0.0  # length of the run; exactly one of epochs and steps, the other 0
+    c.steps = 0
     c.batch_size = 256  # global: over all devices and processes
 
     c.data = ConfigDict()
@@ -67,14 +72,13 @@ def default() -> ConfigDict:
     c.optim.schedule = "constant"  # constant | inverse (the paper's) | cosine
     c.optim.decay_start = 0  # t0 in steps, for inverse
     c.optim.gamma = 0.0  # per step, for inverse
-    c.optim.warmup_epochs = config_dict.placeholder(float)  # at most one of the two
-    c.optim.warmup_steps = config_dict.placeholder(int)
+    c.optim.warmup_epochs = 0.0  # linear, from zero; at most one of the two
+    c.optim.warmup_steps = 0
     c.optim.momentum = 0.0
     c.optim.weight_decay = 0.0
 
     c.mesh = ConfigDict()
-    c.mesh.data = -1  # devices along the batch; -1: all that mesh.model leaves
-    c.mesh.model = 1  # devices along large kernels
+    c.mesh.data = -1  # devices along the batch; -1: all
 
     c.eval = ConfigDict()
     c.eval.source = ""  # judged on this source's test split; "": data.source
@@ -91,8 +95,8 @@ def default() -> ConfigDict:
     c.eval.mlp_epochs = 100
 
     c.checkpoint = ConfigDict()
-    c.checkpoint.every_epochs = config_dict.placeholder(float)  # exactly one of the two
-    c.checkpoint.every_steps = config_dict.placeholder(int)
+    c.checkpoint.every_epochs = 1.0  # exactly one of the two, the other 0
+    c.checkpoint.every_steps = 0
     c.checkpoint.keep = 2
 
     c.log = ConfigDict()
@@ -101,27 +105,32 @@ def default() -> ConfigDict:
     return c
 
 
-def steps_from(group: Mapping[str, Any], name: str, steps_per_epoch: int) -> int:
+def steps_from(config: ConfigDict, name: str, steps_per_epoch: int) -> int:
     """Return a duration in steps, given in a config as ``<name>epochs`` or ``<name>steps``.
 
     Args:
-        group: the part of the config that holds the two keys.
-        name: the common start of their names, for instance "every_"; may be empty.
+        config: the whole config.
+        name: what the two keys have in common, for instance "checkpoint.every_"; may be empty.
         steps_per_epoch: steps in one pass over the data.
 
+    Returns:
+        At least 1; 0 if both keys are 0, which only a warm-up may be.
+
     Raises:
-        ValueError: unless exactly one of the two is set, to a non-negative number.
+        ValueError: both are set, one is negative, or both are 0 where a duration is needed.
     """
-    epochs, steps = group[f"{name}epochs"], group[f"{name}steps"]
-    if (epochs is None) == (steps is None):
+    flat = flatten(config)
+    epochs, steps = flat[f"{name}epochs"], flat[f"{name}steps"]
+    if epochs < 0 or steps < 0:
+        raise ValueError(f"{name}epochs and {name}steps: expected 0 or more; got {epochs}, {steps}")
+    if (epochs and steps) or not (epochs or steps or name in _MAY_BE_ZERO):
         raise ValueError(
-            f"expected exactly one of {name}epochs and {name}steps; got {epochs} and {steps}. "
-            f"Set the other to None in the config file"
+            f"expected exactly one of {name}epochs and {name}steps above 0; got {epochs} and "
+            f"{steps}. Set one, and the other to 0"
         )
-    value = steps if epochs is None else round(epochs * steps_per_epoch)
-    if value < 0:
-        raise ValueError(f"{name}epochs / {name}steps: expected at least 0; got {value} steps")
-    return value
+    if not (epochs or steps):
+        return 0
+    return steps or max(1, round(epochs * steps_per_epoch))
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -143,18 +152,6 @@ def to_dict(config: ConfigDict) -> dict[str, Any]:
         else (list(value) if isinstance(value, tuple) else value)
         for key, value in config.items()
     }
-
-
-def from_dict(saved: Mapping[str, Any]) -> ConfigDict:
-    """Return the config that ``to_dict`` made ``saved`` of; keys unknown to this version fail."""
-    config = default()
-    for key, value in flatten(saved).items():
-        *groups, last = key.split(".")
-        node = config
-        for group in groups:
-            node = node[group]
-        node[last] = tuple(value) if isinstance(value, list) else value
-    return config
 
 
 def packaged() -> Path:
@@ -202,16 +199,28 @@ def validate(config: ConfigDict, probes: Mapping[str, Any]) -> None:
     _at_least(config, 1, "eval.batch_size", "eval.knn_k", "eval.mlp_width", "eval.mlp_epochs")
     _at_least(config, 0, "data.resize", "data.pad", "eval.every_epochs", "eval.max_train")
     _at_least(config, 0, "optim.momentum", "optim.weight_decay", "optim.gamma")
+    _at_least(config, 0, "optim.decay_start")
     if not config.optim.learning_rate > 0 or not math.isfinite(config.optim.learning_rate):
         raise ValueError(
             f"optim.learning_rate: expected a positive number; got {config.optim.learning_rate}"
         )
-    steps_from(config, "", 1)
-    steps_from(config.checkpoint, "every_", 1)
-    if config.optim.warmup_epochs is not None or config.optim.warmup_steps is not None:
-        steps_from(config.optim, "warmup_", 1)
-    if not config.seeds or len(set(config.seeds)) != len(config.seeds):
-        raise ValueError(f"seeds: expected one or more distinct integers; got {config.seeds}")
+    for name in ("", "checkpoint.every_", "optim.warmup_"):
+        steps_from(config, name, 1)
+    _check_schedule(config)
+    if (
+        not config.seeds
+        or len(set(config.seeds)) != len(config.seeds)
+        or not all(0 <= seed < 2**32 for seed in config.seeds)
+    ):
+        raise ValueError(f"seeds: expected distinct integers in [0, 2**32); got {config.seeds}")
+    for key in ("layers", "probes", "labels_per_class"):
+        if not config.eval[key]:
+            raise ValueError(f"eval.{key}: expected at least one; got none")
+    if min(config.eval.labels_per_class) < 0:
+        raise ValueError(
+            f"eval.labels_per_class: expected 0 (all labels) or more; "
+            f"got {config.eval.labels_per_class}"
+        )
     if 0 < config.data.resize < config.data.image_size:
         raise ValueError(
             f"data.resize: expected 0 or at least data.image_size = {config.data.image_size}; "
@@ -223,6 +232,21 @@ def validate(config: ConfigDict, probes: Mapping[str, Any]) -> None:
         raise ValueError(
             "log.tensorboard: needs tensorboardX, which is not installed: "
             "pip install 'nat_jax[tensorboard]', or set --config.log.tensorboard=False"
+        )
+
+
+def _check_schedule(config: ConfigDict) -> None:
+    settings = config.optim
+    decays = settings.gamma > 0 or settings.decay_start > 0
+    if settings.schedule == "inverse" and not settings.gamma > 0:
+        raise ValueError(
+            "optim.gamma: expected a number above 0 with schedule 'inverse'; got "
+            f"{settings.gamma}. The paper does not publish its own"
+        )
+    if settings.schedule != "inverse" and decays:
+        raise ValueError(
+            "optim.gamma and optim.decay_start belong to schedule 'inverse'; got "
+            f"{settings.gamma} and {settings.decay_start} with {settings.schedule!r}"
         )
 
 
@@ -268,16 +292,31 @@ def check_devices(config: ConfigDict, mesh_shape: Mapping[str, int], processes: 
             )
 
 
+def training(config: ConfigDict) -> dict[str, Any]:
+    """Return the flat keys that decide what is trained."""
+    flat = flatten(to_dict(config))
+    return {key: value for key, value in flat.items() if key.split(".")[0] not in FREE_GROUPS}
+
+
 def seed_folder(config: ConfigDict, workdir: Path, seed: int) -> Path:
     """Return where a seed's run lives: the workdir itself if there is one seed only."""
     return workdir if len(config.seeds) == 1 else workdir / f"seed-{seed}"
 
 
 def check_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Check that what a workdir holds, if anything, is this run; see ``check_same_run``.
+    """Check that a workdir can be written to and that what it holds, if anything, is this run.
 
     A folder in which no checkpoint was ever saved has nothing to lose and is taken over.
+
+    Raises:
+        ValueError: see ``check_same_run``; or the folder cannot be used.
     """
+    existing = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(
+            f"--workdir: cannot write to {workdir}: {existing} is "
+            f"{'not writable' if existing.is_dir() else 'no folder'}. Choose another"
+        )
     path = workdir / "config.json"
     if path.exists() and any(workdir.glob("**/checkpoints/[0-9]*")):
         check_same_run(json.loads(path.read_text()), config, workdir)
@@ -308,7 +347,16 @@ def check_same_run(saved: Mapping[str, Any], config: ConfigDict, workdir: Path) 
     for key in sorted(old.keys() | new.keys()):
         if key.split(".")[0] in FREE_GROUPS or old.get(key) == new.get(key):
             continue
-        if key in LENGTHS and None not in (old.get(key), new.get(key)) and new[key] >= old[key]:
+        if key in LENGTHS and 0 < old.get(key, 0) < new[key]:
+            if new["optim.schedule"] == "cosine":
+                logger.warning(
+                    "%s: %s grows from %s to %s, and the cosine schedule with it: the learning "
+                    "rate jumps up, and the run equals neither a short nor a long one",
+                    workdir,
+                    key,
+                    old[key],
+                    new[key],
+                )
             continue
         raise ValueError(
             f"{workdir} holds a run with {key} = {old.get(key)!r}; this one has {new.get(key)!r}. "

@@ -62,16 +62,39 @@ def run() -> None:
 
 
 def _parse(argv: Sequence[str]) -> Sequence[str]:
-    found = [
-        prefix + configs.resolve_path(arg.removeprefix(prefix)) if arg.startswith(prefix) else arg
-        for prefix in ("--config=",)
-        for arg in argv
-    ]
-    for arg in found:
-        file = arg.removeprefix("--config=").partition(":")[0]
-        if arg.startswith("--config=") and not Path(file).is_file():
-            raise ValueError(f"--config: there is no file {file}. {_known_configs()}")
-    return flags.FLAGS(found)
+    arguments = list(argv)
+    for at, argument in enumerate(arguments[:-1]):
+        if argument in ("--config", "-config"):  # --config FILE is --config=FILE
+            arguments[at : at + 2] = [f"--config={arguments[at + 1]}"]
+            break
+    for at, argument in enumerate(arguments):
+        if not argument.startswith(("--config=", "-config=")):
+            continue
+        path = configs.resolve_path(argument.partition("=")[2])
+        if not Path(path.partition(":")[0]).is_file():
+            raise ValueError(f"--config: there is no file {path}. {_known_configs()}")
+        arguments[at] = f"--config={path}"
+    try:
+        return flags.FLAGS(arguments)
+    except (AttributeError, KeyError) as error:
+        raise ValueError(_unknown_key(arguments, error)) from error
+
+
+def _unknown_key(arguments: Sequence[str], error: Exception) -> str:
+    """Say which key of the command line is in no config, and which are."""
+    known = configs.flatten(configs.default())
+    overrides = [a.partition("=")[0] for a in arguments if a.startswith(("--config.", "-config."))]
+    for key in (override.partition("config.")[2] for override in overrides):
+        if key.startswith(("model.options.", "assign.options.")):
+            return (
+                f"{key} is not in this config file, and options can be changed on the command "
+                "line only where the file sets them. Set it in a config file of your own"
+            )
+        if key not in known:
+            group = key.rpartition(".")[0]
+            there = [name for name in known if name.rpartition(".")[0] == group] or list(known)
+            return f"config: unknown key {key!r}. Known there: {', '.join(there)}"
+    return str(error)
 
 
 def _known_configs() -> str:
@@ -99,17 +122,13 @@ def _guarded(function: Callable) -> Callable:
 
 
 def _is_message(error: Exception) -> bool:
-    """Say whether an error was raised by nat_jax's own code, or by a config key's lookup."""
-    frames = traceback.extract_tb(error.__traceback__)
-    raised_in = Path(frames[-1].filename)
-    if isinstance(error, AttributeError | KeyError):
-        return "ml_collections" in raised_in.parts
+    """Say whether nat_jax's own code raised an error, as it does for mistakes in the input."""
+    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     return _PACKAGE in raised_in.parents and isinstance(error, ValueError | RuntimeError)
 
 
 def _fail(error: Exception) -> None:
-    message = str(error.args[0]) if error.args else str(error)
-    print(f"nat_jax: {message}", file=sys.stderr)
+    print(f"nat_jax: {error}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -85,14 +85,11 @@ class MetricsWriter:
 
 
 def _drop_rows(path: Path, resume_step: int | None) -> None:
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            step = json.loads(line)["step"]
-        except (ValueError, TypeError, KeyError):
-            continue  # torn by a kill
-        if resume_step is None or step <= resume_step:
-            kept.append(line + "\n")
+    kept = [
+        line + "\n"
+        for row, line in _whole_rows(path)
+        if resume_step is None or row["step"] <= resume_step
+    ]
     new = path.with_suffix(".jsonl.new")
     new.write_text("".join(kept), encoding="utf-8")
     os.replace(new, path)
@@ -108,6 +105,23 @@ def _open_events(folder: Path, resume_step: int | None) -> Any:
         ) from error
     purge = None if resume_step is None else resume_step + 1
     return SummaryWriter(str(folder), purge_step=purge)
+
+
+def read_rows(workdir: Path) -> list[dict[str, Any]]:
+    """Return the rows of a run's ``metrics.jsonl``; none if there is no such file."""
+    path = workdir / "metrics.jsonl"
+    return [row for row, _ in _whole_rows(path)] if path.exists() else []
+
+
+def _whole_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Give the rows of a file with their text, without a last one torn by a kill."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "step" in row:
+            yield row, line
 
 
 class Timer:
@@ -270,7 +284,7 @@ def chance_cosine(n: int, dim: int) -> float:
     return float(2 * betaincinv(half, half, 1 - 1 / n) - 1)
 
 
-def health(row: Mapping[str, float], *, n: int, dim: int) -> list[str]:
+def health(row: Mapping[str, float], *, n: int, dim: int, kind: str = "sphere") -> list[str]:
     """Say in words how a run is doing; what needs attention begins with "warning:".
 
     Args:
@@ -278,12 +292,13 @@ def health(row: Mapping[str, float], *, n: int, dim: int) -> list[str]:
             missing or not finite is not judged, a loss that is not finite is reported.
         n: images that are matched together (``assign.block``, or the global batch).
         dim: D, the feature dimension.
+        kind: of the targets; the chance level is known for "sphere" only.
     """
     finite = {k: v for k, v in row.items() if v is not None and math.isfinite(v)}
     said = []
     if "train/loss" in row and "train/loss" not in finite:
         said.append("warning: the loss is not finite; lower optim.learning_rate")
-    said += _matching_health(finite, chance_cosine(n, dim))
+    said += _matching_health(finite, chance_cosine(n, dim) if kind == "sphere" else None)
     said += _spread_health(finite, n, dim)
     if finite.get("assign/worst_status", 0):
         said.append(
@@ -293,13 +308,15 @@ def health(row: Mapping[str, float], *, n: int, dim: int) -> list[str]:
     return said
 
 
-def _matching_health(row: Mapping[str, float], chance: float) -> list[str]:
+def _matching_health(row: Mapping[str, float], chance: float | None) -> list[str]:
     if not {"assign/cosine_before", "assign/cosine_after"} <= row.keys():
         return []
     before, after = row["assign/cosine_before"], row["assign/cosine_after"]
     said = []
     text = f"cosine to the targets {before:.3f} before matching, {after:.3f} after"
-    if before < _ABOVE_CHANCE:
+    if chance is None:
+        said.append(text)
+    elif before < _ABOVE_CHANCE:
         said.append(
             f"{text}; without any learning 0 and about {chance:.3f}: nothing is learnt yet, "
             "which is normal in the first epochs only"

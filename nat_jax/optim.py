@@ -17,9 +17,9 @@ class Optimizer:
     Attributes:
         learning_rate: l0, for the loss 1/(2n) sum |z - c|^2.
         schedule: "constant"; "inverse", the paper's l0 / (1 + gamma * max(t - t0, 0)) (section
-            3.4; t counts steps, t0 and gamma are not published); "cosine", down to zero at
-            ``total_steps`` (beyond the paper).
-        decay_start: t0 in steps, for "inverse".
+            3.4; t counts steps after the warm-up, t0 and gamma are not published); "cosine", down
+            to zero at ``total_steps`` (beyond the paper).
+        decay_start: t0 in steps after the warm-up, for "inverse".
         gamma: decay per step, for "inverse".
         warmup_steps: linear warm-up from zero, before the schedule starts.
         total_steps: length of the run, for "cosine".

@@ -18,7 +18,6 @@ class Preempted(SystemExit):
     def __init__(self, signal_number: int, step: int) -> None:
         super().__init__(128 + signal_number)
         self.step = step
-        self.signal_name = signal.Signals(signal_number).name
 
 
 class StopOnSignal:

@@ -35,6 +35,7 @@ class Run:
     workdir: Path
     sources: Sources
     cache: ImageCache
+    panel: judge.Judge
     step: Step
     targets: targets.Targets
     steps_per_epoch: int
@@ -53,17 +54,6 @@ class Run:
             "seed": self.seed,
             "data": self.sources.train.fingerprint,
         }
-
-    def judge(self) -> judge.Judge:
-        """Return the probes of this run."""
-        return judge.Judge(
-            self.config,
-            self.sources.probe_train,
-            self.sources.probe_test,
-            self.step.model,
-            seed=self.seed,
-            cache=self.cache,
-        )
 
 
 def open_sources(config: ConfigDict) -> Sources:
@@ -95,21 +85,22 @@ def set_up(
     steps_per_epoch = input_pipeline.steps_per_epoch(len(sources.train), config.batch_size)
     total_steps = configs.steps_from(config, "", steps_per_epoch)
     settings = config.optim
-    warmup = 0
-    if settings.warmup_epochs is not None or settings.warmup_steps is not None:
-        warmup = configs.steps_from(settings, "warmup_", steps_per_epoch)
     optimizer = optim.Optimizer(
         learning_rate=settings.learning_rate,
         schedule=settings.schedule,
         decay_start=settings.decay_start,
         gamma=settings.gamma,
-        warmup_steps=warmup,
+        warmup_steps=configs.steps_from(config, "optim.warmup_", steps_per_epoch),
         total_steps=total_steps if settings.schedule == "cosine" else 0,
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
     )
+    model = make_model(config, mesh.devices.flat[0].platform)
+    panel = judge.Judge(  # finds mistakes in the evaluation's settings before training, not after
+        config, sources.probe_train, sources.probe_test, model, seed=seed, cache=cache
+    )
     step = Step(
-        model=make_model(config, mesh.devices.flat[0].platform),
+        model=model,
         optimizer=optimizer,
         mesh=mesh,
         solver=config.assign.solver,
@@ -134,9 +125,9 @@ def set_up(
         storage,
         workdir,
     )
-    run = Run(config, seed, workdir, sources, cache, step, noise, steps_per_epoch, total_steps)
-    run.judge()  # finds mistakes in the evaluation's settings before training, not after
-    return run
+    return Run(
+        config, seed, workdir, sources, cache, panel, step, noise, steps_per_epoch, total_steps
+    )
 
 
 def make_model(config: ConfigDict, platform: str) -> models.Model:
@@ -181,6 +172,7 @@ def restore_or_create(run: Run, checkpoints: checkpoint.Checkpoints) -> TrainSta
         return initial_state(run)
     shapes = jax.eval_shape(lambda: initial_state(run))
     abstract = sharding.abstract(shapes, sharding.replicated(run.step.mesh))
-    state, _ = checkpoints.restore(abstract, expect=run.identity())
+    state, meta = checkpoints.restore(abstract, expect=run.identity())
+    configs.check_same_run(meta["config"], run.config, run.workdir)
     logger.info("resumed %s at step %d of %d", run.workdir, int(state.step), run.total_steps)
     return state

@@ -28,17 +28,13 @@ def make_mesh(
     """
     devices = devices or jax.devices()
     count = len(devices)
-    if model < 1 or count % model:
-        raise ValueError(
-            f"mesh.model: expected a divisor of the {count} devices; got {model}. "
-            "Set --config.mesh.model=1"
-        )
     if data == -1:
         data = count // model
     if data * model != count:
         raise ValueError(
-            f"mesh: expected data * model = {count} devices; got {data} * {model} = "
-            f"{data * model}. Set --config.mesh.data=-1 to use all devices"
+            f"mesh.data: expected {count // model}, the number of devices"
+            f"{f' divided by {model}' if model > 1 else ''}; got {data}. "
+            "Set --config.mesh.data=-1 to use all devices"
         )
     types = (AxisType.Auto, AxisType.Auto)
     return jax.make_mesh((data, model), ("data", "model"), axis_types=types, devices=devices)

@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 # on few cores, and two are enough to keep a device busy.
 _IN_FLIGHT = 2
 
+_MATCHING = ("assign/", "features/")
+_STATUS = "assign/worst_status"
+
 
 class TrainingDiverged(RuntimeError):
     """The loss or the gradient is not finite; checkpoints hold the last good state."""
@@ -55,7 +58,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> T
     configs.validate(config, evaluate.PROBES)
     configs.check_workdir(folder, config)
     sources = open_sources(config)
-    mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
+    mesh = sharding.make_mesh(config.mesh.data)
     configs.check_devices(config, mesh.shape, jax.process_count())
     results, cache = {}, ImageCache()
     for seed in config.seeds:
@@ -64,6 +67,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> T
         if jax.process_index() == 0:
             configs.write_json(folder / "config.json", configs.to_dict(config))
         state = _train(run)
+        _say_health(run)
         results[seed] = _judge_run(run, state)
     if jax.process_index() == 0:
         _publish(folder, run, results)
@@ -93,14 +97,35 @@ def _network(run: Run, state: TrainState) -> judge.Network:
     return judge.Network(run.step.model, state.params, state.batch_stats)
 
 
+def _say_health(run: Run) -> None:
+    """Say in words how a run went, from the last value of each metric."""
+    latest: dict[str, float] = {}
+    for row in metrics.read_rows(run.workdir):
+        latest |= {name: value for name, value in row.items() if value is not None}
+    said = metrics.health(
+        latest,
+        n=run.step.block or run.config.batch_size,
+        dim=run.step.model.dim,
+        kind=run.config.targets.kind,
+    )
+    if jax.process_index() == 0:
+        configs.write_json(run.workdir / "results" / "health.json", said)
+    for sentence in said:
+        logger.info("%s", sentence)
+
+
 def _judge_run(run: Run, state: TrainState) -> list[judge.Row]:
     """Score raw pixels, the untrained and the trained network, and draw the pictures.
 
     What an earlier call found for the same weights under the same protocol is read back.
     """
-    panel = run.judge()
-    path = run.workdir / "results" / "probes.json"
-    asked = {"step": int(state.step), "protocol": panel.protocol()}
+    panel = run.panel
+    path = run.workdir / "judged.json"
+    asked = {
+        "step": int(state.step),
+        "protocol": panel.protocol(),
+        "training": {**configs.training(run.config), **run.identity()},
+    }
     if (saved := configs.read_json(path)) and all(saved.get(k) == v for k, v in asked.items()):
         return saved["rows"]
     rows: list[judge.Row] = []
@@ -138,11 +163,17 @@ def _publish(workdir: Path, run: Run, results: dict[int, list[judge.Row]]) -> No
             "metric": "accuracy",
             "value": value,
             "untrained": untrained,
-            "protocol": run.judge().protocol(),
-            "run": {"steps": run.total_steps, **run.identity(), **judge.environment()},
+            "protocol": {**run.panel.protocol(), "config": configs.to_dict(run.config)},
+            "run": {
+                **run.identity(),
+                "seed": list(results),
+                "steps": run.total_steps,
+                **judge.environment(),
+            },
             "table": table,
         }
-        configs.write_json(workdir / "results" / "table.json", result)
+        configs.write_json(workdir / "results" / "pretrain.json", result)
+        (workdir / "results" / "pretrain.md").write_text(report.markdown_table(table))
         print(report.text_table(table), flush=True)
     print(f"report: {report.write_report(workdir)}", flush=True)
 
@@ -152,13 +183,11 @@ class _Loop:
 
     def __init__(self, run: Run, checkpoints: checkpoint.Checkpoints) -> None:
         self._run, self._checkpoints = run, checkpoints
-        config, per_epoch = run.config, run.steps_per_epoch
-        self._save_every = configs.steps_from(config.checkpoint, "every_", per_epoch)
-        self._judge_every = config.eval.every_epochs * per_epoch
+        self._save_every = configs.steps_from(run.config, "checkpoint.every_", run.steps_per_epoch)
         self._in_flight: collections.deque[tuple[int, Metrics]] = collections.deque()
         self._timer = metrics.Timer()
         self._bad_records = BadRecords(len(run.sources.train))
-        self._latest: dict[str, float] = {}
+        self._matched: dict[str, float] = {}  # the window's last matching, and its worst status
 
     def run(self, state: TrainState) -> TrainState:
         """Train from ``state`` to the last step."""
@@ -170,6 +199,8 @@ class _Loop:
         batches = self._batches(start)
         try:
             with StopOnSignal() as stop:
+                if self._judges_at(start) and not self._is_judged(start):
+                    self._judge(start, state)  # the run was stopped before it could
                 for step in range(start, run.total_steps):
                     with self._timer.waiting():
                         batch = next(batches)
@@ -182,20 +213,7 @@ class _Loop:
             self._progress.close()
             if self._bad_records.count:
                 logger.warning("%s", self._bad_records.summary())
-        self._say_health()
         return state
-
-    def _say_health(self) -> None:
-        run = self._run
-        said = metrics.health(
-            self._latest,
-            n=run.step.block or run.config.batch_size,
-            dim=run.step.model.dim,
-        )
-        if jax.process_index() == 0:
-            configs.write_json(run.workdir / "results" / "health.json", said)
-        for sentence in said:
-            logger.info("%s", sentence)
 
     def _batches(self, start: int) -> Generator[input_pipeline.Batch, None, None]:
         run, data = self._run, self._run.config.data
@@ -232,37 +250,41 @@ class _Loop:
             step, step_metrics = self._in_flight.popleft()
             row = {name: float(value) for name, value in jax.device_get(step_metrics).items()}
             if not all(map(math.isfinite, (row["train/loss"], row["train/gradient_norm"]))):
-                self._diverged(step, row)
+                self._diverged(step + 1, row)
             self._timer.step(run.config.batch_size, matched=run.reassigns(step))
+            if run.reassigns(step):
+                worst = max(row["assign/worst_status"], self._matched.get(_STATUS, 0.0))
+                self._matched = {k: v for k, v in row.items() if k.startswith(_MATCHING)}
+                self._matched[_STATUS] = worst
             if (step + 1) % run.config.log.every_steps == 0 or step + 1 == run.total_steps:
-                row |= self._timer.window()
-                self._write(step + 1, row)
+                self._write(step + 1, {**self._matched, **row, **self._timer.window()})
 
     def _write(self, done: int, row: dict[str, float]) -> None:
         row = {"step": done, "epoch": done / self._run.steps_per_epoch, **row}
         self._writer.write(row)
         self._progress.update(row)
-        self._latest |= row
+        self._matched = {}
 
-    def _diverged(self, step: int, row: dict[str, float]) -> None:
+    def _diverged(self, number: int, row: dict[str, float]) -> None:
         self._checkpoints.wait()
         kept = self._checkpoints.latest_step()
         raise TrainingDiverged(
-            f"step {step}: the loss is {row['train/loss']} and the gradient's norm "
-            f"{row['train/gradient_norm']}. The last good checkpoint is "
-            + (f"that of step {kept}" if kept is not None else "none: nothing was saved yet")
-            + f" in {self._run.workdir}. Lower optim.learning_rate, or set optim.warmup_epochs"
+            f"step {number}: the loss is {row['train/loss']} and the gradient's norm "
+            f"{row['train/gradient_norm']}. "
+            + (f"The last good state, that of step {kept}, is" if kept else "Nothing was yet")
+            + f" saved in {self._run.workdir}. Lower optim.learning_rate or set "
+            "optim.warmup_epochs, in another --workdir"
         )
 
     def _after(self, done: int, state: TrainState, stop: StopOnSignal) -> TrainState:
         """Judge and save when due, and leave when asked to."""
         run = self._run
         last = done == run.total_steps
-        if self._judge_every and done % self._judge_every == 0 and not last:
+        if self._judges_at(done) and not stop.received:
             self._read(keep=0)
             with self._timer.paused():
                 self._judge(done, state)
-        if last or stop.received or (self._save_every and done % self._save_every == 0):
+        if last or stop.received or done % self._save_every == 0:
             self._read(keep=0)  # nothing that is not finite is ever saved
             with self._timer.paused():
                 meta = {**run.identity(), "config": configs.to_dict(run.config)}
@@ -272,10 +294,18 @@ class _Loop:
             raise Preempted(stop.received, done)
         return state
 
+    def _judges_at(self, done: int) -> bool:
+        every = self._run.config.eval.every_epochs * self._run.steps_per_epoch
+        due = every and done % every == 0 and 0 < done < self._run.total_steps
+        return bool(due and self._run.panel.has_labels)
+
+    def _is_judged(self, done: int) -> bool:
+        return any(
+            row["step"] == done and any(name.startswith("eval/") for name in row)
+            for row in metrics.read_rows(self._run.workdir)
+        )
+
     def _judge(self, done: int, state: TrainState) -> None:
-        panel = self._run.judge()
-        if not panel.has_labels:
-            return
-        rows = panel.network(judge.TRAINED, _network(self._run, state))
+        rows = self._run.panel.network(judge.TRAINED, _network(self._run, state))
         scores = {f"eval/{r['features']}/{r['probe']}/{r['labels']}": r["value"] for r in rows}
         self._write(done, scores)

@@ -218,8 +218,7 @@ def update(
         weight: float32[B]; 0 for a record that shall not count.
 
     Returns:
-        The state after the step, and the loss, the mean cosine to the targets, the gradient's norm
-        and the learning rate.
+        The state after the step, and the loss, the gradient's norm and the learning rate.
     """
     loss, cotangent = jax.value_and_grad(losses.squared_loss)(result.features, targets, weight)
     (gradient,) = result.pullback(cotangent)

@@ -24,12 +24,16 @@ def run(folder, *arguments):
     [
         ([], "--config is missing. Known: "),
         (["--config=configs/nothing.py"], "there is no file configs/nothing.py. Known: "),
-        ([DIGITS, "--config.batchsize=64"], 'Did you mean "batch_size"'),
+        ([DIGITS, "--config.batchsize=64"], "unknown key 'batchsize'. Known there: batch_size"),
+        ([DIGITS, "--config.optim.lr=1"], "unknown key 'optim.lr'. Known there: optim.decay"),
+        ([DIGITS, "--config.model.options.depth=3"], "Set it in a config file of your own"),
+        (["--config", "configs/nothing.py"], "there is no file configs/nothing.py. Known: "),
         ([DIGITS, "--config.batch_size=many"], "many"),
         ([DIGITS, "--config.task=knm"], "task: unknown 'knm'. Known: pretrain"),
         ([DIGITS, "--workdri=x"], "Unknown command line flag 'workdri'"),
         ([DIGITS, "digits"], "unexpected argument 'digits'"),
         ([DIGITS, "--config.data.source=imagnet"], "unknown source 'imagnet'; known: digits"),
+        ([DIGITS, "--workdir=/dev/null/run"], "cannot write to /dev/null/run"),
     ],
 )
 def test_a_mistake_is_one_message(tmp_path, arguments, message):

@@ -3,19 +3,24 @@
 import dataclasses
 import json
 import os
+import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
+from project import ROOT
 
 from nat_jax import config, train
-from nat_jax.checkpoint import CheckpointError
+from nat_jax.checkpoint import CheckpointError, Checkpoints
 from nat_jax.evaluate import judge
+from nat_jax.image_reader import BadRecordError
 from nat_jax.preemption import Preempted
 
 
@@ -77,7 +82,7 @@ def test_a_run_leaves_what_it_promises(finished):
     assert matching == [2, 4, 12, 14, 15]  # epochs 0 and 2 of 5 steps
     for row in (row for row in rows if row["step"] in matching):
         assert row["assign/cosine_after"] >= row["assign/cosine_before"]
-    result = json.loads((workdir / "results/table.json").read_text())
+    result = json.loads((workdir / "results/pretrain.json").read_text())
     assert {"task", "metric", "value", "untrained", "protocol", "run"} <= result.keys()
     networks = {row["network"] for row in result["table"]}
     assert networks == {"raw pixels", "untrained", "nat"}
@@ -133,6 +138,37 @@ def test_the_comparison_of_bits_can_fail(finished, tmp_path):
         assert_same(state, other)
 
 
+def test_scores_of_other_weights_are_not_read_back(tmp_path):
+    train.train_and_evaluate(tiny(epochs=1.0), tmp_path)
+    first = json.loads((tmp_path / "judged.json").read_text())["rows"]
+    shutil.rmtree(tmp_path / "checkpoints")
+    train.train_and_evaluate(tiny(epochs=1.0, model__frontend="rgb"), tmp_path)
+    assert json.loads((tmp_path / "judged.json").read_text())["rows"] != first
+
+
+def test_a_lost_config_does_not_let_another_run_resume(tmp_path):
+    train.train_and_evaluate(tiny(epochs=1.0), tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match="holds a run with optim.learning_rate = 0.1"):
+        train.train_and_evaluate(tiny(epochs=1.0, optim__learning_rate=0.2), tmp_path)
+
+
+def test_a_broken_image_keeps_its_place_and_is_named(tmp_path, caplog):
+    folder = tmp_path / "flat"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(64):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(folder / f"{i:03}.jpg")
+    broken = folder / "020.jpg"
+    broken.write_bytes(broken.read_bytes()[:100])
+    changes = dict(data__source=f"folder:{folder}", batch_size=16, epochs=2.0)
+    state = train.train_and_evaluate(tiny(**changes), tmp_path / "run")
+    np.testing.assert_array_equal(np.sort(state.assignment), np.arange(len(state.assignment)))
+    assert "1 of 58 records are bad: " in caplog.text and "020.jpg" in caplog.text
+    with pytest.raises(BadRecordError, match="020.jpg"):
+        train.train_and_evaluate(tiny(**changes, data__on_bad_record="error"), tmp_path / "strict")
+
+
 def test_more_epochs_extend_a_finished_run(tmp_path):
     train.train_and_evaluate(tiny(epochs=1.0), tmp_path)
     longer = train.train_and_evaluate(tiny(epochs=3.0), tmp_path)
@@ -143,13 +179,13 @@ def test_more_epochs_extend_a_finished_run(tmp_path):
 def test_another_protocol_judges_a_finished_run_anew(finished, capsys):
     workdir, _ = finished
     train.train_and_evaluate(tiny(eval__knn_k=5), workdir)
-    result = json.loads((workdir / "results/table.json").read_text())
+    result = json.loads((workdir / "results/pretrain.json").read_text())
     assert result["protocol"]["probes"]["knn"]["k"] == 5
 
 
 def test_several_seeds_share_a_table(tmp_path):
     train.train_and_evaluate(tiny(epochs=1.0, seeds=(3, 4)), tmp_path)
-    table = json.loads((tmp_path / "results/table.json").read_text())["table"]
+    table = json.loads((tmp_path / "results/pretrain.json").read_text())["table"]
     trained = next(row for row in table if row["network"] == "nat")
     assert trained["seeds"] == [3, 4] and trained["std"] is not None
     assert {path.name for path in tmp_path.glob("seed-*")} == {"seed-3", "seed-4"}
@@ -164,8 +200,6 @@ def test_judging_on_the_way_changes_nothing(finished, tmp_path):
 
 
 def test_images_without_labels_are_trained_on(tmp_path):
-    from PIL import Image
-
     folder = tmp_path / "flat"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -174,7 +208,7 @@ def test_images_without_labels_are_trained_on(tmp_path):
     source = f"folder:{folder}"
     workdir = tmp_path / "run"
     train.train_and_evaluate(tiny(data__source=source, batch_size=16, epochs=1.0), workdir)
-    assert not (workdir / "results/table.json").exists()
+    assert not (workdir / "results/pretrain.json").exists()
     assert (workdir / "pictures/neighbours_z.png").exists()
     assert (workdir / "report.html").exists()
 
@@ -190,6 +224,8 @@ def test_images_without_labels_are_trained_on(tmp_path):
         (dict(assign__block=512), "assign.block: expected at most batch_size = 256; got 512"),
         (dict(eval__layers=("conv9",)), "unknown layer 'conv9'. Known: last_conv, conv1, z"),
         (dict(eval__knn_k=2000), "eval.knn_k: expected at most 1437"),
+        (dict(eval__labels_per_class=(200,)), "asks for 200 records of every class of digits"),
+        (dict(seeds=(0, -1)), "expected distinct integers in"),
     ],
 )
 def test_a_mistake_is_one_message_before_anything_is_written(tmp_path, change, message):
@@ -203,7 +239,6 @@ def test_a_mistake_is_one_message_before_anything_is_written(tmp_path, change, m
     [
         (dict(model__dim=8), "holds a run with model.dim = 6; this one has 8"),
         (dict(seeds=(9,)), "holds a run with seeds"),
-        (dict(data__source="digits:"), "digits"),
     ],
 )
 def test_another_run_in_the_workdir_is_refused(finished, change, message):
@@ -239,13 +274,15 @@ def test_divergence_stops_and_keeps_the_last_good_state(tmp_path, monkeypatch):
 
     def poisoned(batch, mesh):
         calls.append(1)
-        if len(calls) == 8:  # step 7: a weight that is not a number makes the loss so
+        if len(calls) == 8:  # a weight that is not a number makes the loss so
             batch = batch | {"weight": np.full_like(batch["weight"], np.nan)}
         return real(batch, mesh)
 
     with monkeypatch.context() as patch:
         patch.setattr(train.sharding, "global_batch", poisoned)
-        with pytest.raises(train.TrainingDiverged, match="step 7: the loss is nan.*that of step 5"):
+        with pytest.raises(
+            train.TrainingDiverged, match="step 8: the loss is nan.*that of step 5, is saved"
+        ):
             train.train_and_evaluate(tiny(), tmp_path)
     assert int(train.train_and_evaluate(tiny(), tmp_path).step) == 15
 
@@ -269,7 +306,7 @@ def test_a_signal_saves_and_the_same_call_goes_on(finished, tmp_path, monkeypatc
 
 
 def command(workdir, *changes):
-    file = Path(__file__).parents[1] / "configs" / "smoke.py"
+    file = ROOT / "configs" / "smoke.py"
     return [
         sys.executable,
         "-m",
@@ -278,35 +315,51 @@ def command(workdir, *changes):
         f"--workdir={workdir}",
         "--config.eval.every_epochs=0",
         "--config.eval.probes=('knn',)",
-        "--config.checkpoint.every_epochs=None",
+        "--config.checkpoint.every_epochs=0",
         "--config.checkpoint.every_steps=3",
         *changes,
     ]
 
 
+def saved_steps(workdir):
+    return [int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit()]
+
+
+def run_until_killed(workdir, log, more_steps):
+    """Start the command, and kill -9 it once it has saved a checkpoint beyond those there."""
+    before = max(saved_steps(workdir), default=0)
+    with log.open("w") as stream:
+        process = subprocess.Popen(command(workdir), stdout=stream, stderr=stream)
+    deadline = time.monotonic() + 300
+    while max(saved_steps(workdir), default=0) < before + more_steps:
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(random.uniform(0, 0.2))
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "the run had ended before it could be killed"
+    return before
+
+
 @pytest.mark.slow
 def test_kill_at_any_moment_then_the_same_line_again(tmp_path):
-    """Kill -9 twice, at a random moment of training; the end equals an uninterrupted run's."""
-    rng = np.random.default_rng(time.time_ns())
-    killed = tmp_path / "killed"
-    for _ in range(2):
-        process = subprocess.Popen(
-            command(killed), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-        )
-        while not (killed / "metrics.jsonl").exists() and process.poll() is None:
-            time.sleep(0.05)
-        time.sleep(rng.uniform(0, 2))
-        process.kill()
-        process.wait()
-    for workdir in (killed, tmp_path / "whole"):
+    """Kill -9 twice in the middle of training; the end equals an uninterrupted run's."""
+    killed, whole, log = tmp_path / "killed", tmp_path / "whole", tmp_path / "log"
+    run_until_killed(killed, log, 6)
+    before = run_until_killed(killed, log, 6)
+    resumed = re.search(r"resumed .* at step (\d+) of", log.read_text())
+    assert before and resumed and int(resumed[1]) >= before
+    for workdir in (killed, whole):
         subprocess.run(command(workdir), check=True, capture_output=True, timeout=300)
     rows = [
         [{k: v for k, v in row.items() if "time/" not in k} for row in rows_of(workdir)]
-        for workdir in (killed, tmp_path / "whole")
+        for workdir in (killed, whole)
     ]
     assert rows[0] == rows[1]
+    digests = [Checkpoints(workdir / "checkpoints").digests() for workdir in (killed, whole)]
+    assert digests[0] == digests[1]
     tables = [
-        json.loads((workdir / "results/table.json").read_text())["table"]
-        for workdir in (killed, tmp_path / "whole")
+        json.loads((workdir / "results/pretrain.json").read_text())["table"]
+        for workdir in (killed, whole)
     ]
     assert tables[0] == tables[1]

@@ -120,7 +120,7 @@ def extract(apply: Apply, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[s
     return {layer: FeatureSet(np.concatenate(rows.pop(layer)), all_labels) for layer in list(rows)}
 
 
-def pool(x: jax.Array, max_features: int = 9600) -> jax.Array:
+def pool(x: jax.Array, max_features: int) -> jax.Array:
     """Average-pool feature maps until a record has at most `max_features` values.
 
     The map shrinks to the largest grid of about its own aspect ratio that fits; each cell is the
@@ -160,10 +160,13 @@ def _windows(cells: int, size: int) -> np.ndarray:
     return (inside / inside.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
-def raw_pixels(images: np.ndarray | jax.Array) -> jax.Array:
-    """Return uint8[B, H, W, 3] as float32[B, H*W*3] in [0, 1], the baseline without a network."""
-    flat = jnp.reshape(images, (len(images), -1))
-    return flat.astype(jnp.float32) / 255.0
+def raw_pixels(images: np.ndarray | jax.Array, max_features: int) -> jax.Array:
+    """Return uint8[B, H, W, 3] as values in [0, 1], pooled as feature maps are: the baseline.
+
+    Returns:
+        float32[B, h, w, 3] with h * w * 3 <= max_features.
+    """
+    return pool(jnp.asarray(images).astype(jnp.float32) / 255.0, max_features)
 
 
 def subset_per_class(data: FeatureSet, per_class: int, seed: int) -> FeatureSet:

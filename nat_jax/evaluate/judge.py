@@ -86,18 +86,27 @@ class Judge:
         self._test = test
         self.layers = resolve_layers(config.eval.layers, model)
         self.num_classes = check_labels(train, test)
-        self._check_neighbours()
+        if self.num_classes is not None:
+            for per_class in config.eval.labels_per_class:
+                self._check_enough(per_class, self.num_classes)
 
-    def _check_neighbours(self) -> None:
-        if self.num_classes is None or "knn" not in self._eval.probes:
-            return
-        for per_class in self._eval.labels_per_class:
-            few = per_class * self.num_classes or len(self._train)
-            if self._eval.knn_k > few:
+    def _check_enough(self, per_class: int, num_classes: int) -> None:
+        """Check that there are the records that a subset of labels and kNN need."""
+        labels = self._train.labels
+        if labels is not None:
+            counts = np.bincount(labels[labels >= 0], minlength=num_classes)
+            if per_class > counts.min():
                 raise ValueError(
-                    f"eval.knn_k: expected at most {few}, the training records with "
-                    f"{labels_name(per_class)} labels; got {self._eval.knn_k}"
+                    f"eval.labels_per_class: asks for {per_class} records of every class of "
+                    f"{self._train.name}; class {counts.argmin()} has {counts.min()}. "
+                    "Set --config.eval.labels_per_class='(0,)' for all labels only"
                 )
+        few = per_class * num_classes or len(self._train)
+        if "knn" in self._eval.probes and self._eval.knn_k > few:
+            raise ValueError(
+                f"eval.knn_k: expected at most {few}, the training records with "
+                f"{labels_name(per_class)} labels; got {self._eval.knn_k}"
+            )
 
     @property
     def has_labels(self) -> bool:
@@ -120,8 +129,10 @@ class Judge:
         }
 
     def pixels(self) -> list[Row]:
-        """Score the raw pixels."""
-        return self._score(PIXELS, lambda images: {"pixels": features.raw_pixels(images)})
+        """Score the raw pixels, pooled to ``eval.max_features`` values as network maps are."""
+        most = self._eval.max_features
+        raw = jax.jit(lambda images: {"pixels": features.raw_pixels(images, most)})
+        return self._score(PIXELS, raw)
 
     def network(self, name: str, network: Network) -> list[Row]:
         """Score a network's layers; ``name`` goes into the rows."""
@@ -333,6 +344,7 @@ class Selection:
         self.name, self.split = source.name, source.split
         self.class_names, self.num_classes = source.class_names, source.num_classes
         self.fingerprint = source.fingerprint
+        self.labels = None if source.labels is None else source.labels[rows]
 
     def __len__(self) -> int:
         return len(self._rows)

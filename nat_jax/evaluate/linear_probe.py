@@ -1,15 +1,17 @@
 """Multinomial logistic regression on frozen features."""
 
 import functools
+import logging
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import logging
 
 from nat_jax.evaluate.features import FeatureSet, check_sets, padded_length, padded_rows
+
+logger = logging.getLogger(__name__)
 
 
 def linear_probe(
@@ -62,7 +64,7 @@ def linear_probe(
         num_classes=num_classes,
     )
     if fit.slope > tolerance:
-        logging.info(
+        logger.info(
             "linear_probe: stopped after %d of %d iterations with a largest derivative of %.1e "
             "(tolerance %.1e)",
             fit.iterations,

@@ -56,7 +56,7 @@ class FolderSource:
         self.num_classes = None if class_names is None else len(class_names)
         self._names = names
         self._sizes = sizes
-        self._labels = labels
+        self.labels = labels
         self._root = Path(path).expanduser()
         self._open_archive()
 
@@ -67,7 +67,7 @@ class FolderSource:
     @functools.cached_property
     def fingerprint(self) -> str:
         digest = hashlib.sha256(f"{self.split} {self.class_names}\n".encode())
-        for name, size, label in zip(self._names, self._sizes, self._labels, strict=True):
+        for name, size, label in zip(self._names, self._sizes, self.labels, strict=True):
             digest.update(f"{name}\0{size}\0{label}\n".encode())
         return digest.hexdigest()
 
@@ -75,7 +75,7 @@ class FolderSource:
         return len(self._names)
 
     def __getitem__(self, index: int) -> Record:
-        name, label = self._names[index], int(self._labels[index])
+        name, label = self._names[index], int(self.labels[index])
         try:
             if self._zip is None:
                 image = (self._root / name).read_bytes()

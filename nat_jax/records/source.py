@@ -35,6 +35,7 @@ class Source(Protocol):
         split: "train" or "test".
         class_names: names of the classes in the order of their labels; None when unlabelled.
         num_classes: how many classes there are; None when unlabelled.
+        labels: integers [N] where they are known without reading the records; None otherwise.
         fingerprint: sha256 in hex over what identifies the records, their order and the split;
             the same on every machine.
     """
@@ -50,6 +51,9 @@ class Source(Protocol):
 
     @property
     def num_classes(self) -> int | None: ...
+
+    @property
+    def labels(self) -> np.ndarray | None: ...
 
     @property
     def fingerprint(self) -> str: ...

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nat_jax.records.source import Record, UnreadableRecord
 
 _FORMAT = "array_record"
@@ -33,6 +35,7 @@ class TfdsSource:
         if self.num_classes is not None:
             names = getattr(feature, "names", None)
             self.class_names = tuple(names or (str(c) for c in range(self.num_classes)))
+        self.labels: np.ndarray | None = None
 
     def _open(self) -> None:
         import tensorflow_datasets as tfds
@@ -127,12 +130,18 @@ def _not_prepared(name: str, data_dir: Path) -> str:
         )
     return (
         f"tfds: {name} is not prepared in {data_dir} (set TFDS_DATA_DIR if it is elsewhere); "
-        f"nothing is downloaded unasked. Prepare it once: {_command(name, data_dir)}"
+        f"nothing is downloaded unasked. Prepare it once: {_command(name, data_dir)}. Or read the "
+        "images from a folder or a zip, --config.data.source=folder:PATH; or try the embedded "
+        "demo, --config=configs/digits.py"
     )
 
 
 def _command(name: str, data_dir: Path) -> str:
-    return (
+    by_hand = (
+        f"put ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar into {data_dir}/downloads/manual,"
+        " then "
+    )
+    return (by_hand if name.startswith("imagenet2012") else "") + (
         'python -c "import tensorflow_datasets as tfds; '
         f"tfds.builder('{name}', data_dir='{data_dir}', file_format='{_FORMAT}')"
         '.download_and_prepare()" (some data sets need TensorFlow installed for this step, never '

@@ -17,7 +17,7 @@ class Contents:
     Attributes:
         name: of the folder.
         config: config.json; empty when there is none.
-        result: results/table.json; None without labels.
+        result: results/pretrain.json; None without labels.
         others: further results, by file name.
         metrics: rows of metrics.jsonl of each run, by label.
         pictures: PNG files of each run, by label and stem.
@@ -52,7 +52,7 @@ def read(workdir: Path) -> Contents:
         raise ValueError(f"report: expected a workdir, got {workdir}, which is no folder")
     config = _json(workdir / "config.json") or {}
     results = {path.stem: _json(path) for path in sorted(workdir.glob("results/*.json"))}
-    result = results.pop("table", None)
+    result = results.pop("pretrain", None)
     others = {
         k: v for k, v in results.items() if isinstance(v, dict) and {"task", "value"} <= v.keys()
     }

@@ -59,7 +59,7 @@ def test_extract_flattens_and_drops_padding() -> None:
 def test_extract_drops_a_bad_record_in_the_middle() -> None:
     batches = _batches(8, 4)
     batches[0]["weight"][1] = 0.0
-    sets = extract(lambda x: {"pixels": raw_pixels(x)}, batches)
+    sets = extract(lambda x: {"pixels": raw_pixels(x, 99)}, batches)
     np.testing.assert_allclose(
         sets["pixels"].features[:, 0] * 255, [0, 2, 3, 4, 5, 6, 7], rtol=1e-6
     )
@@ -94,14 +94,22 @@ def test_pool_overlapping_windows() -> None:
 
 def test_pool_rejects() -> None:
     with pytest.raises(ValueError, match=r"\[B, h, w, c\]"):
-        pool(jnp.zeros((2, 3)))
+        pool(jnp.zeros((2, 3)), 9)
     with pytest.raises(ValueError, match="at least 1"):
         pool(jnp.zeros((2, 3, 3, 1)), 0)
 
 
 def test_raw_pixels() -> None:
-    pixels = raw_pixels(np.array([[[[0, 51, 255]]]], np.uint8))
-    np.testing.assert_allclose(pixels, [[0, 0.2, 1]], rtol=1e-6)
+    pixels = raw_pixels(np.array([[[[0, 51, 255]]]], np.uint8), 3)
+    np.testing.assert_allclose(pixels, [[[[0, 0.2, 1]]]], rtol=1e-6)
+
+
+def test_large_images_are_pooled_as_feature_maps_are() -> None:
+    images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
+    pixels = raw_pixels(images, 48)
+    assert pixels.shape == (2, 4, 4, 3)
+    blocks = images.reshape(2, 4, 16, 4, 16, 3).mean(axis=(2, 4)) / 255
+    np.testing.assert_allclose(pixels, blocks, rtol=1e-5)
 
 
 def test_subset_per_class() -> None:

@@ -79,7 +79,7 @@ def workdir(tmp_path: Path) -> Path:
     folder = tmp_path / "my-run"
     _write_run(folder)
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    (folder / "results" / "table.json").write_text(json.dumps(_result([0])))
+    (folder / "results" / "pretrain.json").write_text(json.dumps(_result([0])))
     return folder
 
 
@@ -162,7 +162,7 @@ def test_the_same_files_give_the_same_page(workdir: Path) -> None:
 def test_nothing_but_a_folder(tmp_path: Path) -> None:
     page = write_report(tmp_path).read_text()
     _check(page)
-    for text in ("no results/table.json", "no curves", "no filters", "no config.json"):
+    for text in ("no results/pretrain.json", "no curves", "no filters", "no config.json"):
         assert text in page
     assert "<svg" not in page and "<table" not in page
 
@@ -170,7 +170,7 @@ def test_nothing_but_a_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "gone"),
     [
-        ("results/table.json", "class=results"),
+        ("results/pretrain.json", "class=results"),
         ("metrics.jsonl", "<svg"),
         ("results/health.json", "class=health"),
         ("pictures/filters.png", "Filters of the first layer"),
@@ -191,7 +191,7 @@ def test_several_seeds(tmp_path: Path) -> None:
     (tmp_path / "seed-notes").mkdir()
     (tmp_path / "config.json").write_text(json.dumps({**CONFIG, "seeds": [0, 1, 10]}))
     (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "table.json").write_text(json.dumps(_result([0, 1, 10])))
+    (tmp_path / "results" / "pretrain.json").write_text(json.dumps(_result([0, 1, 10])))
     page = write_report(tmp_path).read_text()
     _check(page)
     assert "Thin lines: seed 0, seed 1, seed 10; thick: their mean." in page
@@ -205,7 +205,7 @@ def test_accuracy_curves_start_untrained_and_end_with_the_table(tmp_path: Path) 
     for seed in (0, 1):
         _write_run(tmp_path / f"seed-{seed}")
     (tmp_path / "results").mkdir()
-    (tmp_path / "results" / "table.json").write_text(json.dumps(_result([0, 1])))
+    (tmp_path / "results" / "pretrain.json").write_text(json.dumps(_result([0, 1])))
     rows = read(tmp_path).metrics["seed 1"]
     accuracies = [(r["epoch"], r["eval/z/knn/all"]) for r in rows if "eval/z/knn/all" in r]
     assert accuracies == [(0.0, 0.77), (4.5, 0.8), (9.5, 0.91)]
