@@ -192,6 +192,39 @@ def test_several_seeds_share_a_table(tmp_path):
     assert {path.name for path in tmp_path.glob("seed-*")} == {"seed-3", "seed-4"}
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(targets__kind="basis"),
+        dict(targets__storage="virtual"),
+        dict(assign__solver="scipy"),
+        dict(assign__block=64),
+        dict(epochs=0.0, steps=5, optim__warmup_steps=2, optim__schedule="cosine"),
+        dict(model__dtype="bfloat16"),
+    ],
+    ids=str,
+)
+def test_the_variants_train(tmp_path, change):
+    state = train.train_and_evaluate(tiny(**(dict(epochs=1.0) | change)), tmp_path)
+    assert int(state.step) == 5
+    np.testing.assert_array_equal(np.sort(state.assignment), np.arange(1437))
+    last = rows_of(tmp_path)[-1]
+    assert last["assign/worst_status"] == 0
+    assert last["assign/cosine_after"] > last["assign/cosine_before"] + 0.1
+    said = " ".join(json.loads((tmp_path / "results/health.json").read_text()))
+    assert ("without any learning" in said) == (change != dict(targets__kind="basis"))
+
+
+def test_both_solvers_find_matchings_of_one_value(finished, tmp_path):
+    workdir, _ = finished
+    train.train_and_evaluate(tiny(assign__solver="scipy", epochs=1.0), tmp_path)
+    ours, theirs = rows_of(workdir)[0], rows_of(tmp_path)[0]
+    assert ours["step"] == theirs["step"] == 2
+    np.testing.assert_allclose(
+        ours["assign/cosine_after"], theirs["assign/cosine_after"], atol=1e-4
+    )
+
+
 def test_judging_on_the_way_changes_nothing(finished, tmp_path):
     _, state = finished
     watched = train.train_and_evaluate(tiny(eval__every_epochs=1), tmp_path)
