@@ -2,8 +2,9 @@
 
     python benchmarks/kill_resume.py --kills 50 --output docs/results/kill_resume.json
 
-Each round starts the smoke config in a fresh folder, kills the process (SIGKILL) after a random
-time, and starts the same command line again, until a run is left to end. The final checkpoint's
+Each round starts the smoke config in a fresh folder, kills the process (SIGKILL) at a random moment
+(one time in five while it starts, else between its first line of output and the end of a run of
+usual length), and starts the same command line again, until a run is left to end. The final checkpoint's
 state, the metrics and the scores must equal those of an uninterrupted run bit for bit, and a start
 that finds a checkpoint must say that it resumed from it or a later one. Prints what happened to
 each round, and writes the sums as JSON.
@@ -63,15 +64,34 @@ def saved_step(workdir: Path) -> int:
     return max(map(int, names), default=0)
 
 
-def run_for(seconds: float | None, workdir: Path, log: Path) -> int:
-    """Run the command line, killed after some seconds unless it ends before; return its code."""
+def run_for(share: float | None, workdir: Path, log: Path, *, usual: float) -> int:
+    """Run the command line, killed unless it ends before; return its code.
+
+    Args:
+        share: moment of the kill: below 0 the share of a second from the start; else the share of
+            ``usual`` from the first line of output. None lets the run end.
+        workdir: of the run.
+        log: file for its output.
+        usual: seconds between the first line and the end.
+    """
     with log.open("wb") as stream:
         process = subprocess.Popen(command(workdir), stdout=stream, stderr=stream)
+    if share is not None and share >= 0:
+        while not log.stat().st_size and process.poll() is None:
+            time.sleep(0.01)
     try:
+        seconds = None if share is None else -share if share < 0 else share * usual
         return process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:
         process.kill()
         return process.wait()
+
+
+def start_up(scratch: Path) -> float:
+    """Return the seconds from a process's start to its first line of output."""
+    begin = time.monotonic()
+    run_for(0, scratch / "start_up", scratch / "log", usual=0)
+    return time.monotonic() - begin
 
 
 def resumed(log: Path, at_least: int) -> bool:
@@ -95,27 +115,33 @@ def main() -> None:
 
     for whole in (scratch / "first", scratch / "whole"):  # the first one fills a compilation cache
         begin = time.monotonic()
-        subprocess.run(command(whole), check=True, capture_output=True)
+        if run_for(None, whole, scratch / "log", usual=0):
+            sys.exit((scratch / "log").read_text())
         duration = time.monotonic() - begin
+    usual = duration - start_up(scratch)
     expected = final_state(whole)
     if final_state(scratch / "first") != expected:
         sys.exit("two uninterrupted runs differ: nothing to compare with")
-    print(f"uninterrupted run: {duration:.1f} s, {expected['step']} steps", flush=True)
+    print(
+        f"uninterrupted run: {duration:.1f} s, {usual:.1f} s of it after its first line, "
+        f"{expected['step']} steps",
+        flush=True,
+    )
 
     kills = rounds = failures = 0
-    moments, steps_at_kill = [], []
+    steps_at_kill = []
     while kills < arguments.kills:
         rounds += 1
         workdir, log = scratch / f"round{rounds}", scratch / f"round{rounds}.log"
         code, good = -9, True
         while code == -9 and good:
             saved = saved_step(workdir)
-            moment = rng.uniform(0.1, 1.0) * duration if kills < arguments.kills else None
-            code = run_for(moment, workdir, log)
+            moment = rng.uniform(-1, 0) if rng.random() < 0.2 else rng.random()
+            moment = moment if kills < arguments.kills else None
+            code = run_for(moment, workdir, log, usual=usual)
             good = resumed(log, saved)
             if code == -9:
                 kills += 1
-                moments.append(round(moment or 0, 2))
                 steps_at_kill.append(saved_step(workdir))
         good = good and code == 0 and final_state(workdir) == expected
         failures += not good
@@ -130,7 +156,6 @@ def main() -> None:
         "rounds": rounds,
         "failures": failures,
         "uninterrupted_seconds": round(duration, 1),
-        "kill_moments_seconds": moments,
         "saved_steps_at_kill": steps_at_kill,
         "seed": arguments.seed,
         "date": datetime.date.today().isoformat(),
