@@ -4,10 +4,10 @@
 
 Each round starts the smoke config in a fresh folder, kills the process (SIGKILL) at a random moment
 (one time in five while it starts, else between its first line of output and the end of a run of
-usual length), and starts the same command line again, until a run is left to end. The final checkpoint's
-state, the metrics and the scores must equal those of an uninterrupted run bit for bit, and a start
-that finds a checkpoint must say that it resumed from it or a later one. Prints what happened to
-each round, and writes the sums as JSON.
+usual length), and starts the same command line again, until a run is left to end. The final
+checkpoint's state, the metrics and the scores must equal those of an uninterrupted run bit for bit,
+and a start that finds a checkpoint must say that it resumed from it or a later one. Prints what
+happened to each round, and writes the sums as JSON.
 """
 
 import argparse
