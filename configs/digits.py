@@ -2,7 +2,7 @@
 
     python -m nat_jax.main --config=configs/digits.py
 
-Three seeds of 60 epochs, judged on 360 digits by other writers. D = 10 and a small convolutional
+Three seeds of 50 epochs, judged on 360 digits by other writers. D = 10 and a small convolutional
 network; the paper's Sobel front end and its re-matching in every third epoch. Beyond the paper:
 momentum with a cosine schedule, and crops of one pixel instead of crops of 224.
 """
@@ -15,7 +15,7 @@ from nat_jax import config
 def get_config() -> ConfigDict:
     c = config.default()
     c.seeds = (0, 1, 2)
-    c.epochs = 60.0
+    c.epochs = 50.0
     c.batch_size = 128
     c.data.source = "digits"
     c.data.image_size = 8
@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     c.optim.momentum = 0.9
     c.optim.schedule = "cosine"
     c.eval.mlp_width = 256
-    c.eval.mlp_epochs = 100
-    c.checkpoint.every_epochs = 20.0
+    c.eval.mlp_epochs = 50
+    c.checkpoint.every_epochs = 10.0
     c.log.every_steps = 55  # five epochs
     return c

@@ -14,7 +14,7 @@ from nat_jax import config
 
 def get_config() -> ConfigDict:
     c = config.default()
-    c.epochs = 6.0
+    c.epochs = 9.0
     c.data.source = "tfds:fashion_mnist"
     c.data.image_size = 28
     c.data.pad = 2
@@ -22,7 +22,6 @@ def get_config() -> ConfigDict:
     c.model.dim = 32
     c.model.options.widths = (32, 64, 128)
     c.model.options.pools = 3
-    c.assign.reassign_every_epochs = 1
     c.optim.learning_rate = 0.1
     c.optim.momentum = 0.9
     c.optim.schedule = "cosine"

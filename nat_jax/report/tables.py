@@ -208,7 +208,8 @@ def _text(cell: Cell | None, spreads: bool) -> str:
     if cell is None:
         return "- "
     spread = "" if cell.std is None else f" ± {cell.std:.1f}"
-    return f"{cell.mean:.1f}{spread:{6 * spreads}}{'*' if cell.best else ' '}"
+    behind = spread + "*" * cell.best
+    return f"{cell.mean:.1f}{behind:{6 * spreads + 1}}"
 
 
 def _note(table: Table) -> str:
