@@ -97,7 +97,7 @@ def start_up(scratch: Path) -> float:
 def resumed(log: Path, at_least: int) -> bool:
     """Say whether a start that found a checkpoint went on from it, as far as its output tells."""
     text = log.read_text()
-    found = re.search(r"resumed .* at step (\d+) of", text)
+    found = re.search(r"(?:resumed .* at step|finished .*: all) (\d+) ", text)
     if found:
         return int(found[1]) >= at_least
     return at_least == 0 or "loss" not in text  # killed before it could say

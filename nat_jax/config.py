@@ -43,10 +43,10 @@ def default() -> ConfigDict:
     c.data = ConfigDict()
     c.data.source = "digits"  # digits | folder:PATH | arrays:PATH | tfds:NAME
     c.data.image_size = 8
-    c.data.resize = 0  # shortest side before the crop; 0: images already have image_size
+    c.data.resize = 0  # shortest side before the crop; 0: scale to image_size, whatever the aspect
     c.data.pad = 0  # zero padding before a random crop of image_size
     c.data.flip = False  # mirror half of the images
-    c.data.on_bad_record = "grey"  # grey: keep its place, weight 0 | error: stop at the first
+    c.data.on_bad_record = "grey"  # grey: keep its place, weight 0, 1 % at most | error
     c.data.threads = 2  # decoding threads per process
     c.data.prefetch = 8  # batches prepared ahead, per process
 
@@ -102,6 +102,9 @@ def default() -> ConfigDict:
     c.log = ConfigDict()
     c.log.every_steps = 10
     c.log.tensorboard = False  # needs the extra nat_jax[tensorboard]
+    c.lock()  # a misspelt key fails where it is set
+    c.model.options.unlock()
+    c.assign.options.unlock()
     return c
 
 
@@ -126,7 +129,7 @@ def steps_from(config: ConfigDict, name: str, steps_per_epoch: int) -> int:
     if (epochs and steps) or not (epochs or steps or name in _MAY_BE_ZERO):
         raise ValueError(
             f"expected exactly one of {name}epochs and {name}steps above 0; got {epochs} and "
-            f"{steps}. Set one, and the other to 0"
+            f"{steps}. Set one, and the other to 0 (--config.{name}epochs=0)"
         )
     if not (epochs or steps):
         return 0
@@ -193,6 +196,11 @@ def validate(config: ConfigDict, probes: Mapping[str, Any]) -> None:
     _one_of("optim.schedule", config.optim.schedule, optim.SCHEDULES)
     _one_of("data.on_bad_record", config.data.on_bad_record, ("grey", "error"))
     for probe in config.eval.probes:
+        if "," in probe:
+            raise ValueError(
+                f"eval.probes: got {probe!r}; write several as "
+                "--config.eval.probes=\"('knn', 'linear_probe')\""
+            )
         _one_of("eval.probes", probe, probes)
     _at_least(config, 1, "batch_size", "data.image_size", "data.threads", "data.prefetch")
     _at_least(config, 1, "assign.reassign_every_epochs", "checkpoint.keep", "log.every_steps")
@@ -311,15 +319,27 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
     Raises:
         ValueError: see ``check_same_run``; or the folder cannot be used.
     """
-    existing = next(path for path in (workdir, *workdir.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(
-            f"--workdir: cannot write to {workdir}: {existing} is "
-            f"{'not writable' if existing.is_dir() else 'no folder'}. Choose another"
-        )
-    path = workdir / "config.json"
-    if path.exists() and any(workdir.glob("**/checkpoints/[0-9]*")):
-        check_same_run(json.loads(path.read_text()), config, workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not os.access(workdir, os.W_OK):
+            raise PermissionError("it is not writable")
+    except OSError as error:
+        raise ValueError(f"--workdir: cannot use {workdir}: {error}. Choose another") from error
+    saved = read_json(workdir / "config.json")
+    if saved is None or not any(workdir.glob("**/checkpoints/[0-9]*")):
+        return
+    check_same_run(saved, config, workdir)
+    old, new = flatten(saved), flatten(to_dict(config))
+    for key in LENGTHS:
+        if new[key] != old[key] and config.optim.schedule == "cosine":
+            logger.warning(
+                "%s: %s grows from %s to %s, and the cosine schedule with it: the learning rate "
+                "jumps up, and the run equals neither a short nor a long one",
+                workdir,
+                key,
+                old[key],
+                new[key],
+            )
 
 
 def read_json(path: Path) -> Any:
@@ -348,15 +368,6 @@ def check_same_run(saved: Mapping[str, Any], config: ConfigDict, workdir: Path) 
         if key.split(".")[0] in FREE_GROUPS or old.get(key) == new.get(key):
             continue
         if key in LENGTHS and 0 < old.get(key, 0) < new[key]:
-            if new["optim.schedule"] == "cosine":
-                logger.warning(
-                    "%s: %s grows from %s to %s, and the cosine schedule with it: the learning "
-                    "rate jumps up, and the run equals neither a short nor a long one",
-                    workdir,
-                    key,
-                    old[key],
-                    new[key],
-                )
             continue
         raise ValueError(
             f"{workdir} holds a run with {key} = {old.get(key)!r}; this one has {new.get(key)!r}. "

@@ -57,7 +57,9 @@ class BadRecords:
             self._reasons[index] = f"{name}: {reason}"
             count = len(self._reasons)
         if count > self.limit:
-            raise TooManyBadRecords(f"{self.summary()}; at most {self.limit} may be")
+            raise TooManyBadRecords(
+                f"{self.summary()}. At most {self.limit} may be (1 %): repair or delete these files"
+            )
         if new and count <= _NAMES_SHOWN:
             _log.warning("bad record, used as grey with weight 0: %s: %s", name, reason)
 

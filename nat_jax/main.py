@@ -1,6 +1,8 @@
 """The command line: ``python -m nat_jax.main --config=configs/digits.py``."""
 
+import difflib
 import logging
+import os
 import signal
 import sys
 import traceback
@@ -92,8 +94,11 @@ def _unknown_key(arguments: Sequence[str], error: Exception) -> str:
             )
         if key not in known:
             group = key.rpartition(".")[0]
-            there = [name for name in known if name.rpartition(".")[0] == group] or list(known)
-            return f"config: unknown key {key!r}. Known there: {', '.join(there)}"
+            there = [name for name in known if name.rpartition(".")[0] == group]
+            close = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean {close[0]}?" if close else ""
+            listed = f" Known there: {', '.join(there)}." if there else ""
+            return f"config: unknown key {key!r}.{hint}{listed}"
     return str(error)
 
 
@@ -110,7 +115,9 @@ def _guarded(function: Callable) -> Callable:
             return function(*args)
         except KeyboardInterrupt:
             print("nat_jax: stopped; the same command line goes on", file=sys.stderr)
-            sys.exit(128 + signal.SIGINT)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(128 + signal.SIGINT)  # JAX's compiler threads may not survive a tear-down
         except flags.Error as error:
             _fail(error)
         except Exception as error:

@@ -177,7 +177,7 @@ class Timer:
             "time/images_per_second": self._images / elapsed,
             "time/data_share": min(self._waited / elapsed, 1.0),
         }
-        if self._steps and all(self._durations.values()):
+        if self._matched and all(self._durations.values()):
             plain, matching = (statistics.median(self._durations[kind]) for kind in (False, True))
             added = max(0.0, 1.0 - plain / max(matching, 1e-9))
             row["time/match_share"] = added * self._matched / self._steps
@@ -201,7 +201,7 @@ class Progress:
         """
         self._stream = stream or sys.stderr
         self._total = total
-        self._start, self._since = start, time.perf_counter()
+        self._first: tuple[int, float] | None = None
         self._latest: dict[str, float] = {}
         self._bar: Any = None
         self._shown = jax.process_index() == 0
@@ -217,15 +217,16 @@ class Progress:
         if not self._shown:
             return
         step = int(row["step"])
-        scores = [f"{k.removeprefix('eval/')} {v:.3f}" for k, v in row.items() if "eval/" in k]
+        scores = {k.split("/", 1)[1]: v for k, v in row.items() if k.startswith("eval/")}
         if scores:
-            self._line(f"step {step}/{self._total}  " + "  ".join(scores))
+            shown = [f"{k.removesuffix('/all')} {v:.3f}" for k, v in scores.items() if "/all" in k]
+            self._line(f"step {step}/{self._total}  judged: " + "  ".join(shown or ["few labels"]))
             return
         if self._bar is None:
-            self._line(f"step {step}/{self._total}  {_summary(row)}  ETA {self._eta(step)}")
+            self._line(f"step {step}/{self._total}  {_summary(row)}{self._eta(step)}")
             return
         self._latest |= row  # steps that do not match have no cosines: the bar shows the last ones
-        self._bar.set_postfix_str(_summary(self._latest), refresh=False)
+        self._bar.set_postfix_str(_summary(self._latest, brief=True), refresh=False)
         self._bar.update(step - self._bar.n)
 
     def close(self) -> None:
@@ -240,23 +241,28 @@ class Progress:
             print(text, file=self._stream, flush=True)
 
     def _eta(self, step: int) -> str:
-        per_step = (time.perf_counter() - self._since) / max(step - self._start, 1)
-        seconds = round(per_step * max(self._total - step, 0))
-        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+        """Estimate from the rows after the first, which compilation makes slow."""
+        now = time.perf_counter()
+        if self._first is None:
+            self._first = step, now
+            return ""
+        start, since = self._first
+        seconds = round((now - since) / max(step - start, 1) * max(self._total - step, 0))
+        return f"  ETA {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
 
 
-def _summary(row: Mapping[str, float]) -> str:
+def _summary(row: Mapping[str, float], *, brief: bool = False) -> str:
     parts = []
     if "train/loss" in row:
         parts.append(f"loss {row['train/loss']:.4f}")
     if "assign/cosine_before" in row and "assign/cosine_after" in row:
         before, after = row["assign/cosine_before"], row["assign/cosine_after"]
         parts.append(f"cosine {before:.3f} -> {after:.3f}")
-    if "assign/moved" in row:
+    if "assign/moved" in row and not brief:
         parts.append(f"moved {row['assign/moved']:.0%}")
     if "time/images_per_second" in row:
         parts.append(f"{row['time/images_per_second']:,.0f} img/s")
-    for name in ("data", "match"):
+    for name in () if brief else ("data", "match"):
         if (share := row.get(f"time/{name}_share")) is not None:
             parts.append(f"{name} {share:.0%}")
     return "  ".join(parts)
@@ -284,22 +290,32 @@ def chance_cosine(n: int, dim: int) -> float:
     return float(2 * betaincinv(half, half, 1 - 1 / n) - 1)
 
 
-def health(row: Mapping[str, float], *, n: int, dim: int, kind: str = "sphere") -> list[str]:
+def health(
+    row: Mapping[str, float],
+    *,
+    n: int,
+    dim: int,
+    kind: str = "sphere",
+    matched_epoch: int | None = None,
+) -> list[str]:
     """Say in words how a run is doing; what needs attention begins with "warning:".
 
     Args:
-        row: metrics of a step that re-matched its batch (or the latest of each name); what is
-            missing or not finite is not judged, a loss that is not finite is reported.
+        row: the latest value of each metric; what is missing or not finite is not judged, a loss
+            that is not finite is reported.
         n: images that are matched together (``assign.block``, or the global batch).
         dim: D, the feature dimension.
         kind: of the targets; the chance level is known for "sphere" only.
+        matched_epoch: the last epoch that re-matched its batches, counted from 0.
     """
     finite = {k: v for k, v in row.items() if v is not None and math.isfinite(v)}
     said = []
     if "train/loss" in row and "train/loss" not in finite:
         said.append("warning: the loss is not finite; lower optim.learning_rate")
-    said += _matching_health(finite, chance_cosine(n, dim) if kind == "sphere" else None)
-    said += _spread_health(finite, n, dim)
+    spread, collapsed = _spread_health(finite, n, dim)
+    if not collapsed:
+        said += _matching_health(finite, n, dim, kind, matched_epoch)
+    said += spread
     if finite.get("assign/worst_status", 0):
         said.append(
             "warning: the solver did not reach its optimum in every block (rows are still a "
@@ -308,37 +324,50 @@ def health(row: Mapping[str, float], *, n: int, dim: int, kind: str = "sphere") 
     return said
 
 
-def _matching_health(row: Mapping[str, float], chance: float | None) -> list[str]:
+def _matching_health(
+    row: Mapping[str, float], n: int, dim: int, kind: str, matched_epoch: int | None
+) -> list[str]:
     if not {"assign/cosine_before", "assign/cosine_after"} <= row.keys():
         return []
     before, after = row["assign/cosine_before"], row["assign/cosine_after"]
-    said = []
-    text = f"cosine to the targets {before:.3f} before matching, {after:.3f} after"
-    if chance is None:
-        said.append(text)
-    elif before < _ABOVE_CHANCE:
-        said.append(
-            f"{text}; without any learning 0 and about {chance:.3f}: nothing is learnt yet, "
-            "which is normal in the first epochs only"
-        )
+    when = "" if matched_epoch is None else f" in epoch {matched_epoch}"
+    text = (
+        f"before re-matching{when}, features pointed to the targets that their images already "
+        f"owned with cosine {before:.3f} (without learning 0)"
+    )
+    if matched_epoch == 0:
+        said = ["batches were re-matched in epoch 0 only, which is too early to judge"]
+    elif kind != "sphere":
+        said = [text]
+    elif before < max(_ABOVE_CHANCE, 3 / math.sqrt(n * dim)):
+        said = [f"{text}: nothing is learnt yet, which is normal in the first epochs only"]
     else:
-        said.append(f"{text}; without any learning 0 and about {chance:.3f}: it is learning")
+        said = [f"{text}: it is learning"]
+    if kind == "sphere":
+        said.append(
+            f"re-matching raised it to {after:.3f}; features without any learning reach about "
+            f"{chance_cosine(n, dim):.3f}"
+        )
     if after < before - 1e-4:
         said.append("warning: matching lowered the cosine, which no correct matching can do")
     if "assign/moved" in row:
-        said.append(f"{row['assign/moved']:.0%} of the images took another target")
+        said.append(
+            f"{row['assign/moved']:.0%} of the images took another target; all do at the start, "
+            "fewer as the matching settles"
+        )
     return said
 
 
-def _spread_health(row: Mapping[str, float], n: int, dim: int) -> list[str]:
+def _spread_health(row: Mapping[str, float], n: int, dim: int) -> tuple[list[str], bool]:
+    """Return what to say of the features' spread, and whether they collapsed."""
     if "features/effective_rank" not in row:
-        return []
+        return [], False
     rank = row["features/effective_rank"]
     even = 1 / (1 / n + (1 - 1 / n) / dim)
-    text = f"effective rank of the features {rank:.1f}; {even:.1f} when spread evenly"
+    text = f"effective rank of the features {rank:.1f}, of {even:.1f} when spread evenly"
     if rank - 1 < _COLLAPSED_SHARE * (even - 1):
         return [
             f"warning: {text}: the features collapse. Lower optim.learning_rate, or match more "
             "images together (batch_size, assign.block)"
-        ]
-    return [text]
+        ], True
+    return [text], False

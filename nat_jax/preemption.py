@@ -51,6 +51,8 @@ class StopOnSignal:
             raise KeyboardInterrupt
         self.received = number
         logger.warning(
-            "%s: stopping after this step; the same command line goes on from there",
+            "%s: stopping after this step or evaluation; the same command line goes on from there"
+            "%s",
             signal.Signals(number).name,
+            ". Ctrl-C once more stops at once" if number == signal.SIGINT else "",
         )

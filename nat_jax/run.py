@@ -174,5 +174,9 @@ def restore_or_create(run: Run, checkpoints: checkpoint.Checkpoints) -> TrainSta
     abstract = sharding.abstract(shapes, sharding.replicated(run.step.mesh))
     state, meta = checkpoints.restore(abstract, expect=run.identity())
     configs.check_same_run(meta["config"], run.config, run.workdir)
-    logger.info("resumed %s at step %d of %d", run.workdir, int(state.step), run.total_steps)
+    done = int(state.step)
+    if done == run.total_steps:
+        logger.info("finished %s: all %d steps are done", run.workdir, done)
+    else:
+        logger.info("resumed %s at step %d of %d", run.workdir, done, run.total_steps)
     return state

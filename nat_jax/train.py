@@ -18,7 +18,14 @@ from nat_jax import config as configs
 from nat_jax.evaluate import judge
 from nat_jax.image_reader import BadRecords, ImageCache
 from nat_jax.preemption import Preempted, StopOnSignal
-from nat_jax.run import Run, initial_state, open_sources, restore_or_create, set_up
+from nat_jax.run import (
+    Run,
+    initial_state,
+    make_model,
+    open_sources,
+    restore_or_create,
+    set_up,
+)
 from nat_jax.train_step import Metrics, TrainState, compile_step
 
 logger = logging.getLogger(__name__)
@@ -56,10 +63,11 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> T
     """
     folder = Path(workdir)
     configs.validate(config, evaluate.PROBES)
-    configs.check_workdir(folder, config)
     sources = open_sources(config)
     mesh = sharding.make_mesh(config.mesh.data)
     configs.check_devices(config, mesh.shape, jax.process_count())
+    make_model(config, mesh.devices.flat[0].platform)  # mistakes in its settings come first
+    configs.check_workdir(folder, config)
     results, cache = {}, ImageCache()
     for seed in config.seeds:
         place = configs.seed_folder(config, folder, seed)
@@ -102,16 +110,18 @@ def _say_health(run: Run) -> None:
     latest: dict[str, float] = {}
     for row in metrics.read_rows(run.workdir):
         latest |= {name: value for name, value in row.items() if value is not None}
+    last_epoch = (run.total_steps - 1) // run.steps_per_epoch
     said = metrics.health(
         latest,
         n=run.step.block or run.config.batch_size,
         dim=run.step.model.dim,
         kind=run.config.targets.kind,
+        matched_epoch=last_epoch - last_epoch % run.config.assign.reassign_every_epochs,
     )
     if jax.process_index() == 0:
         configs.write_json(run.workdir / "results" / "health.json", said)
     for sentence in said:
-        logger.info("%s", sentence)
+        logger.info("seed %d: %s", run.seed, sentence)
 
 
 def _judge_run(run: Run, state: TrainState) -> list[judge.Row]:
@@ -130,7 +140,6 @@ def _judge_run(run: Run, state: TrainState) -> list[judge.Row]:
         return saved["rows"]
     rows: list[judge.Row] = []
     if panel.has_labels:
-        logger.info("judging %s", run.workdir)
         rows += panel.pixels()
         rows += panel.network(judge.UNTRAINED, _network(run, initial_state(run)))
         rows += panel.network(judge.TRAINED, _network(run, state))
@@ -271,9 +280,12 @@ class _Loop:
         raise TrainingDiverged(
             f"step {number}: the loss is {row['train/loss']} and the gradient's norm "
             f"{row['train/gradient_norm']}. "
-            + (f"The last good state, that of step {kept}, is" if kept else "Nothing was yet")
-            + f" saved in {self._run.workdir}. Lower optim.learning_rate or set "
-            "optim.warmup_epochs, in another --workdir"
+            + (
+                f"The last good state, that of step {kept}, is saved in {self._run.workdir}. "
+                "Choose another --workdir and lower optim.learning_rate or set optim.warmup_epochs"
+                if kept
+                else "Lower optim.learning_rate or set optim.warmup_epochs"
+            )
         )
 
     def _after(self, done: int, state: TrainState, stop: StopOnSignal) -> TrainState:
@@ -286,9 +298,8 @@ class _Loop:
                 self._judge(done, state)
         if last or stop.received or done % self._save_every == 0:
             self._read(keep=0)  # nothing that is not finite is ever saved
-            with self._timer.paused():
-                meta = {**run.identity(), "config": configs.to_dict(run.config)}
-                self._checkpoints.save(done, state, meta)
+            meta = {**run.identity(), "config": configs.to_dict(run.config)}
+            self._checkpoints.save(done, state, meta)
         if stop.received and not last:
             self._checkpoints.wait()
             raise Preempted(stop.received, done)

@@ -69,7 +69,10 @@ def test_a_mistake_is_named(key, value, message):
 
 def test_an_unknown_key_is_named_with_the_known_ones():
     c = valid()
-    c.optim.lr = 0.1
+    with pytest.raises(AttributeError, match="lr"):
+        c.optim.lr = 0.1
+    with c.unlocked():
+        c.optim.lr = 0.1
     with pytest.raises(ValueError, match="unknown key 'optim.lr'. Known there: .*learning_rate"):
         config.validate(c, evaluate.PROBES)
 

@@ -201,7 +201,7 @@ def test_val_stands_in_for_test_and_gives_way_to_it(tree: Path, caplog):
     write_tree(tree, ["test/ant/0.jpg"])
     with caplog.at_level(logging.INFO):
         assert names(records.open_source(f"folder:{tree}", "test")) == ["test/ant/0.jpg"]
-    assert "left out 6 images outside train/ and test/" in caplog.text
+    assert "left out 6 image(s) outside train/ and test/" in caplog.text
 
 
 def test_class_folders_without_splits_hold_a_tenth_out(tmp_path: Path):
@@ -259,7 +259,7 @@ def test_hidden_files_are_skipped_and_other_suffixes_counted(tree: Path, caplog)
         source = records.open_source(f"folder:{tree}")
     assert len(source) == 12 + 2
     assert {"train/cat/UPPER.JPEG", "train/cat/deeper/5.Png"} <= set(names(source))
-    assert "left out 2 files" in caplog.text
+    assert "left out 2 file(s)" in caplog.text
 
 
 def test_links_are_followed_and_loops_end(tree: Path, tmp_path: Path):

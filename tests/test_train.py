@@ -212,6 +212,7 @@ def test_the_variants_train(tmp_path, change):
     assert last["assign/worst_status"] == 0
     assert last["assign/cosine_after"] > last["assign/cosine_before"] + 0.1
     said = " ".join(json.loads((tmp_path / "results/health.json").read_text()))
+    assert "re-matched in epoch 0 only" in said
     assert ("without any learning" in said) == (change != dict(targets__kind="basis"))
 
 

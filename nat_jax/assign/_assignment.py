@@ -96,7 +96,7 @@ class Assignment:
             first = Status(int(status[tuple(bad[0])]))
             where = f"problem {tuple(map(int, bad[0]))}: " if np.ndim(self.status) else ""
             raise AssignmentError(
-                f"{len(bad)} of {status.size} assignment problems did not converge; "
+                f"{len(bad)} of {status.size} assignment problems were not solved; "
                 f"{where}{first.name}: {_CURES[first]}"
             )
         return self

@@ -13,7 +13,15 @@ from jax.typing import ArrayLike
 
 from nat_jax.assign import _search
 from nat_jax.assign._assignment import Assignment
-from nat_jax.assign._problem import Solved, Standard, as_cost, certify, solve_all, standardise
+from nat_jax.assign._problem import (
+    Solved,
+    Standard,
+    as_cost,
+    certify,
+    full_precision,
+    solve_all,
+    standardise,
+)
 
 _SLOTS = 16  # rows that bid in one round
 # Values of eps of the rough phases, in units of the range of cost + first prices. Measured on
@@ -46,7 +54,8 @@ def auction(
     Args:
         cost: float, integer or bool [..., n, m]; leading dimensions are independent problems. +inf
             forbids a pair (-inf under `maximize`); NaN and the other infinity make the status
-            NONFINITE. 16-bit floats are widened to float32, which all arithmetic is in.
+            NONFINITE. 16-bit floats are widened to float32, which all arithmetic is in once a
+            common offset has been removed; NumPy's float64 keeps its precision until then.
         maximize: find the largest total instead.
         eps: scalar >= 0, in units of `cost`; the total may be worse than the optimum by
             min(n, m) * eps. None: only by float32 rounding. Larger values save time.
@@ -69,21 +78,22 @@ def auction(
         TypeError: `cost` or `prices` is no array of real numbers.
         ValueError: a rank, shape or option is wrong.
     """
-    array = as_cost(cost)
-    n, m = array.shape[-2:]
-    start = None
-    if prices is not None:
-        if n != m:
-            raise ValueError(
-                f"prices can start square problems only, got cost of shape {array.shape}; "
-                "leave prices out when n != m"
-            )
-        start = _as_prices(prices, (*array.shape[:-2], m))
-    limit = _NO_LIMIT if max_rounds is None else operator.index(max_rounds)
-    if not 0 <= limit <= _NO_LIMIT:
-        raise ValueError(f"max_rounds must be in [0, {_NO_LIMIT}], got {limit}")
-    tolerance = jnp.float32(0) if eps is None else _as_eps(eps)
-    return _auction(array, start, tolerance, jnp.int32(limit), maximize=bool(maximize))
+    with full_precision(cost):
+        array = as_cost(cost)
+        n, m = array.shape[-2:]
+        start = None
+        if prices is not None:
+            if n != m:
+                raise ValueError(
+                    f"prices can start square problems only, got cost of shape {array.shape}; "
+                    "leave prices out when n != m"
+                )
+            start = _as_prices(prices, (*array.shape[:-2], m))
+        limit = _NO_LIMIT if max_rounds is None else operator.index(max_rounds)
+        if not 0 <= limit <= _NO_LIMIT:
+            raise ValueError(f"max_rounds must be in [0, {_NO_LIMIT}], got {limit}")
+        tolerance = jnp.float32(0) if eps is None else _as_eps(eps)
+        return _auction(array, start, tolerance, jnp.int32(limit), maximize=bool(maximize))
 
 
 def _as_prices(prices: ArrayLike, shape: tuple[int, ...]) -> jax.Array:

@@ -7,7 +7,14 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from nat_jax.assign._assignment import Assignment
-from nat_jax.assign._problem import Solved, as_cost, complete, solve_all, standardise
+from nat_jax.assign._problem import (
+    Solved,
+    as_cost,
+    complete,
+    full_precision,
+    solve_all,
+    standardise,
+)
 
 
 def hungarian(cost: ArrayLike, *, maximize: bool = False) -> Assignment:
@@ -25,7 +32,8 @@ def hungarian(cost: ArrayLike, *, maximize: bool = False) -> Assignment:
         TypeError: `cost` holds no real numbers.
         ValueError: `cost` has fewer than two dimensions.
     """
-    return _hungarian(as_cost(cost), maximize=bool(maximize))
+    with full_precision(cost):
+        return _hungarian(as_cost(cost), maximize=bool(maximize))
 
 
 @partial(jax.jit, static_argnames="maximize")

@@ -1,8 +1,9 @@
 """What all solvers share: checked input, a standard form, and the certificate of the result."""
 
+import contextlib
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,28 @@ ROUNDOFF = 2.0**-24  # of float32
 EXACT_INTEGERS = 2.0**24  # float32 holds every integer up to here
 
 
+def full_precision(cost: ArrayLike) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which float64 of the host is not narrowed to float32.
+
+    A common offset of the costs would swallow their differences before it can be removed.
+    """
+    host = _on_host(cost)
+    wide = host is not None and host.dtype == np.float64
+    return jax.enable_x64(True) if wide else contextlib.nullcontext()
+
+
+def _on_host(cost: ArrayLike) -> np.ndarray | None:
+    """Return what was given as a NumPy array, None if any of it is JAX's."""
+    if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(cost)):
+        return None
+    return np.asarray(cost)
+
+
 def as_cost(cost: ArrayLike) -> jax.Array:
     """Return `cost` as an array of real numbers of rank two or more, or say what is wrong."""
+    host = _on_host(cost)
+    if host is not None and host.dtype.kind not in "fiubV":  # V: the 16-bit floats of ml_dtypes
+        raise TypeError(f"cost must hold real numbers, got dtype {host.dtype}")
     if isinstance(cost, np.ndarray) and cost.dtype.kind in "iu" and cost.size:
         kept = jax.dtypes.canonicalize_dtype(cost.dtype)
         if cost.min() < np.iinfo(kept).min or cost.max() > np.iinfo(kept).max:

@@ -9,7 +9,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from nat_jax.assign._assignment import Assignment
-from nat_jax.assign._problem import as_cost, complete, solve_all, wide
+from nat_jax.assign._problem import as_cost, complete, full_precision, solve_all, wide
 
 
 def scipy(cost: ArrayLike, *, maximize: bool = False) -> Assignment:
@@ -30,8 +30,12 @@ def scipy(cost: ArrayLike, *, maximize: bool = False) -> Assignment:
         TypeError: `cost` holds no real numbers.
         ValueError: `cost` has fewer than two dimensions.
     """
-    array = as_cost(cost)
-    host = partial(_solve_on_host, maximize=bool(maximize))
+    with full_precision(cost):
+        return _scipy(as_cost(cost), maximize=bool(maximize))
+
+
+def _scipy(array: jax.Array, *, maximize: bool) -> Assignment:
+    host = partial(_solve_on_host, maximize=maximize)
     tall = wide(array)
     if isinstance(array, jax.core.Tracer):
         shape = jax.ShapeDtypeStruct(tall.shape[:-1], jnp.int32)
@@ -39,7 +43,7 @@ def scipy(cost: ArrayLike, *, maximize: bool = False) -> Assignment:
         col4row = jax.pure_callback(host, shape, tall, vmap_method="expand_dims")
     else:
         col4row = jnp.asarray(host(np.asarray(tall)))
-    return _certified(array, col4row, maximize=bool(maximize))
+    return _certified(array, col4row, maximize=maximize)
 
 
 @partial(jax.jit, static_argnames="maximize")

@@ -7,6 +7,7 @@ number: a wide random network is a strong baseline on small images.
 import dataclasses
 import functools
 import importlib.metadata
+import logging
 import platform
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -20,11 +21,13 @@ from nat_jax import config as configs
 from nat_jax.evaluate import features
 from nat_jax.evaluate.features import FeatureSet
 from nat_jax.evaluate.knn import nearest
-from nat_jax.image_reader import ImageCache
+from nat_jax.image_reader import BadRecords, ImageCache
 from nat_jax.models import Model, Params
 from nat_jax.records import Record, Source
 
 PIXELS, UNTRAINED, TRAINED = "raw pixels", "untrained", "nat"
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 Batch = Mapping[str, np.ndarray]
@@ -84,6 +87,8 @@ class Judge:
         self._eval, self._data, self._seed, self._cache = config.eval, config.data, seed, cache
         self._train = _thinned(train, config.eval.max_train, seed)
         self._test = test
+        # One count over all passes, so that a bad record is reported once.
+        self._bad = {source.split: BadRecords(len(source)) for source in (self._train, test)}
         self.layers = resolve_layers(config.eval.layers, model)
         self.num_classes = check_labels(train, test)
         if self.num_classes is not None:
@@ -180,6 +185,7 @@ class Judge:
     def _score(self, name: str, apply: features.Apply) -> list[Row]:
         if self.num_classes is None:
             raise ValueError("labels: expected labelled records to score against; got none")
+        logger.info("judging %s", name)
         train = features.extract(apply, self._batches(self._train))
         test = features.extract(apply, self._batches(self._test))
         rows = []
@@ -211,6 +217,7 @@ class Judge:
             preprocess.eval_transform(image_size=self._data.image_size, resize=self._data.resize),
             batch_size=self._eval.batch_size,
             cache=self._cache if keep else None,
+            bad_records=self._bad[source.split] if keep else None,
             threads=self._data.threads,
         )
 

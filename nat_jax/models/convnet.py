@@ -17,7 +17,14 @@ def convnet(
         pools: number of blocks followed by 2x2 max-pooling.
         fc_width: width of one fully connected block before the features; 0 for none.
         dropout: dropout rate after that block.
+
+    Raises:
+        ValueError: more pools than blocks.
     """
+    if not 0 <= pools <= len(widths):
+        raise ValueError(
+            f"model.options.pools: expected 0 to {len(widths)}, the number of widths; got {pools}"
+        )
     convs = tuple(
         Conv(width, kernel=3, pad=1, pool=(2, 2) if i < pools else None)
         for i, width in enumerate(widths)

@@ -117,7 +117,7 @@ def open_folder(argument: str, split: str) -> FolderSource:
             f"expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}"
         )
     if others:
-        _log.info("folder: left out %d files of %s that are not images", others, root)
+        _log.info("folder: left out %d file(s) of %s that are not images", others, root)
     files, class_names = _split_files(images, split, root)
     lookup = {name: label for label, name in enumerate(class_names or ())}
     labels = [lookup.get(f.inner.partition("/")[0], -1) for f in files]
@@ -178,7 +178,7 @@ def _split_files(
     if "train" in by_top and test is not None:
         left_out = len(files) - len(by_top["train"]) - len(by_top[test])
         if left_out:
-            _log.info("folder: left out %d images outside train/ and %s/", left_out, test)
+            _log.info("folder: left out %d image(s) outside train/ and %s/", left_out, test)
         classes = {"train": _classes(by_top["train"], root), "test": _classes(by_top[test], root)}
         chosen = by_top["train" if split == "train" else test]
         if not classes[split]:

@@ -102,9 +102,7 @@ def _health(contents: Contents) -> Iterator[str]:
 
 def _results(contents: Contents) -> Iterator[str]:
     if contents.result is None:
-        text = (
-            "There is no results/pretrain.json: the records have no labels, or none was judged yet."
-        )
+        text = "No scores: the records have no labels, or nothing was judged yet."
         yield f"<section><h2>Results</h2><p class=note>{text}</p></section>"
     else:
         rows = contents.result["table"]

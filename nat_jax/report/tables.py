@@ -196,9 +196,10 @@ def _html_cell(cell: Cell | None) -> str:
     spread = f"<span class=std>±{cell.std:.1f}</span>" if cell.std is not None else ""
     gain = ""
     if cell.gain is not None:
-        kind = "up" if cell.gain > 0 else "down"
-        sign = "+" if cell.gain > 0 else "−"
-        gain = f'<span class="gain {kind}">{sign}{abs(cell.gain):.1f}</span>'
+        rounded = round(cell.gain, 1)
+        kind = "up" if rounded > 0 else "down" if rounded < 0 else ""
+        sign = "+" if rounded > 0 else "−" if rounded < 0 else "±"
+        gain = f'<span class="gain {kind}">{sign}{abs(rounded):.1f}</span>'
     mark = " best" if cell.best else ""
     return f'<td class="num{mark}"><span class=mean>{cell.mean:.1f}</span>{spread}{gain}</td>'
 

@@ -5,8 +5,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.optimize
 from problems import KINDS, assert_matching, assert_solved, certified_gap, make, optimum, total
 
+from nat_jax import assign
 from nat_jax.assign import AssignmentError, Status, _auction, _problem, _search, auction
 
 
@@ -227,3 +229,29 @@ def test_costs_near_the_largest_float() -> None:
     assert_matching(np.asarray(result.col4row), 16, 16)
     excess = total(cost, np.asarray(result.col4row)) - optimum(cost)
     assert 0 <= excess <= min(float(result.gap), 1e-6 * 16 * float(np.ptp(cost / 2)) * 2)
+
+
+@pytest.mark.parametrize("solver", ["auction", "scipy", "hungarian"])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_float64_of_the_host_is_solved_as_given(solver: str, maximize: bool) -> None:
+    cost = np.random.default_rng(0).random((12, 12)) + 1e9  # float32 would hold a constant matrix
+    solution = assign.solve(cost, solver=solver, maximize=maximize)
+    best = cost[scipy.optimize.linear_sum_assignment(cost, maximize=maximize)].sum()
+    reached = cost[tuple(map(np.asarray, solution))].sum()
+    assert abs(best - reached) <= float(solution.gap) < 1e-4
+    narrowed = assign.solve(jnp.asarray(cost, jnp.float32), solver=solver, maximize=maximize)
+    reached = cost[tuple(map(np.asarray, narrowed))].sum()
+    assert abs(best - reached) > 1e-2
+
+
+def test_a_float64_constant_inside_jit() -> None:
+    cost = np.random.default_rng(0).random((12, 12))
+    solution = jax.jit(lambda: assign.auction(cost))()
+    assert solution.cost.dtype == jnp.float32
+    best = cost[scipy.optimize.linear_sum_assignment(cost)].sum()
+    np.testing.assert_allclose(solution.cost, best, rtol=1e-6)
+
+
+def test_words_are_no_costs() -> None:
+    with pytest.raises(TypeError, match="cost must hold real numbers, got dtype <U1"):
+        assign.auction(np.array([["a", "b"], ["c", "d"]]))

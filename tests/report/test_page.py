@@ -162,7 +162,7 @@ def test_the_same_files_give_the_same_page(workdir: Path) -> None:
 def test_nothing_but_a_folder(tmp_path: Path) -> None:
     page = write_report(tmp_path).read_text()
     _check(page)
-    for text in ("no results/pretrain.json", "no curves", "no filters", "no config.json"):
+    for text in ("No scores", "no curves", "no filters", "no config.json"):
         assert text in page
     assert "<svg" not in page and "<table" not in page
 
