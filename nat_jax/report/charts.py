@@ -60,7 +60,8 @@ def panels(runs: Runs, *, chance: float | None = None, dim: int | None = None) -
     known = [
         Panel(
             "Loss",
-            "Half the squared distance between features and targets; 1 is no relation, 0 a match.",
+            "Half the squared distance to the targets; 1 is no relation, 0 a match. "
+            "Lower in epochs that re-match.",
             {"train/loss": ""},
             low=0.0,
         ),
