@@ -84,6 +84,8 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
 
 def _unknown_key(arguments: Sequence[str], error: Exception) -> str:
     """Say which key of the command line is in no config, and which are."""
+    if "get_config" in str(error):
+        return "--config: the file has no function get_config()"
     known = configs.flatten(configs.default())
     overrides = [a.partition("=")[0] for a in arguments if a.startswith(("--config.", "-config."))]
     for key in (override.partition("config.")[2] for override in overrides):

@@ -47,6 +47,13 @@ def test_a_mistake_is_one_message(tmp_path, arguments, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_config_without_its_function_is_named(tmp_path):
+    (tmp_path / "empty.py").write_text("")
+    result = run(tmp_path, "--config=empty.py")
+    assert result.returncode == 2
+    assert "the file has no function get_config()" in result.stderr
+
+
 def test_an_error_that_is_not_the_users_keeps_its_traceback(tmp_path):
     broken = tmp_path / "broken.py"
     broken.write_text("def get_config():\n    return 1 / 0\n")
