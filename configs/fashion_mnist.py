@@ -4,7 +4,11 @@
     python -m nat_jax.main --config=configs/fashion_mnist.py --config.data.source=arrays:PATH
 
 The first line reads the data set as TFDS prepared it, the second a folder with the four idx files
-(train-images-idx3-ubyte.gz, ...).
+(train-images-idx3-ubyte.gz, ...). The paper's Sobel front end and re-matching in every third epoch;
+beyond the paper, momentum with a cosine schedule.
+
+Takes a quarter of an hour on 2 CPU cores; kNN on z reaches 83.8 % (78.3 % untrained), the MLP probe
+on the last convolution 89.2 % (86.8 %), see docs/results/fashion_mnist.json.
 """
 
 from ml_collections import ConfigDict

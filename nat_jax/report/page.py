@@ -38,9 +38,9 @@ def render(contents: Contents) -> str:
     """Return the page as HTML."""
     sections = (
         _header(contents),
-        _health(contents),
         _results(contents),
         _curves(contents),
+        _health(contents),
         _pictures(contents),
         _settings(contents),
     )
