@@ -18,6 +18,9 @@ from scipy.special import betaincinv
 # Steps of each kind whose durations are compared to find the share of matching.
 _DURATIONS = 50
 
+# Columns of a terminal that does not report its width.
+_USUAL_WIDTH = 100
+
 # Features count as collapsed when their effective rank lies this near to 1, on the way from 1 (all
 # coincide) to that of points spread evenly over the sphere.
 _COLLAPSED_SHARE = 0.05
@@ -208,8 +211,15 @@ class Progress:
         if self._shown and (self._stream.isatty() if bar is None else bar):
             from tqdm import tqdm
 
+            known = _has_width(self._stream)
             self._bar = tqdm(
-                total=total, initial=start, unit="step", file=self._stream, dynamic_ncols=True
+                total=total,
+                initial=start,
+                unit="step",
+                file=self._stream,
+                dynamic_ncols=known,
+                ncols=None if known else _USUAL_WIDTH,
+                nrows=None if known else 2,
             )
 
     def update(self, row: Mapping[str, float]) -> None:
@@ -249,6 +259,14 @@ class Progress:
         start, since = self._first
         seconds = round((now - since) / max(step - start, 1) * max(self._total - step, 0))
         return f"  ETA {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
+def _has_width(stream: TextIO) -> bool:
+    """Say whether a terminal reports its width; where it says 0, tqdm would draw nothing."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns > 0
+    except (OSError, ValueError):
+        return False
 
 
 def _summary(row: Mapping[str, float], *, brief: bool = False) -> str:
