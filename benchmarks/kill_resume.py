@@ -37,6 +37,7 @@ def command(workdir: Path) -> list[str]:
         "nat_jax.main",
         f"--config={ROOT / 'configs' / 'smoke.py'}",
         f"--workdir={workdir}",
+        "--config.epochs=12",  # long beside the judging that follows
         "--config.eval.every_epochs=0",
         "--config.eval.probes=('knn',)",
         "--config.eval.layers=('z',)",
