@@ -136,7 +136,7 @@ def steps_from(config: ConfigDict, name: str, steps_per_epoch: int) -> int:
     return steps or max(1, round(epochs * steps_per_epoch))
 
 
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = "") -> dict[str, Any]:
     """Return {"group.key": value}; tuples become lists, as JSON has them."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
@@ -300,9 +300,9 @@ def check_devices(config: ConfigDict, mesh_shape: Mapping[str, int], processes: 
             )
 
 
-def training(config: ConfigDict) -> dict[str, Any]:
-    """Return the flat keys that decide what is trained."""
-    flat = flatten(to_dict(config))
+def training(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
+    """Return the flat keys of a config, or of a saved one, that decide what is trained."""
+    flat = flatten(config)
     return {key: value for key, value in flat.items() if key.split(".")[0] not in FREE_GROUPS}
 
 
@@ -329,7 +329,7 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
     if saved is None or not any(workdir.glob("**/checkpoints/[0-9]*")):
         return
     check_same_run(saved, config, workdir)
-    old, new = flatten(saved), flatten(to_dict(config))
+    old, new = training(saved), training(config)
     for key in LENGTHS:
         if new[key] != old[key] and config.optim.schedule == "cosine":
             logger.warning(
@@ -363,9 +363,9 @@ def check_same_run(saved: Mapping[str, Any], config: ConfigDict, workdir: Path) 
     Raises:
         ValueError: naming the first other key, both values, and the way out.
     """
-    old, new = flatten(saved), flatten(to_dict(config))
+    old, new = training(saved), training(config)
     for key in sorted(old.keys() | new.keys()):
-        if key.split(".")[0] in FREE_GROUPS or old.get(key) == new.get(key):
+        if old.get(key) == new.get(key):
             continue
         if key in LENGTHS and 0 < old.get(key, 0) < new[key]:
             continue

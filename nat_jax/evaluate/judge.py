@@ -58,6 +58,9 @@ def _layers(
     }
 
 
+_raw_pixels = jax.jit(features.raw_pixels, static_argnames="max_features")
+
+
 class Judge:
     """The probes of one config on one data set; ``seed`` draws few-label subsets and MLPs."""
 
@@ -136,8 +139,7 @@ class Judge:
     def pixels(self) -> list[Row]:
         """Score the raw pixels, pooled to ``eval.max_features`` values as network maps are."""
         most = self._eval.max_features
-        raw = jax.jit(lambda images: {"pixels": features.raw_pixels(images, most)})
-        return self._score(PIXELS, raw)
+        return self._score(PIXELS, lambda images: {"pixels": _raw_pixels(images, most)})
 
     def network(self, name: str, network: Network) -> list[Row]:
         """Score a network's layers; ``name`` goes into the rows."""
