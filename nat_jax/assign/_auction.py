@@ -31,6 +31,7 @@ _FURTHER_ROUGH_EPS = 1e-4  # pays for large problems
 _LARGE = 512
 _STALLED = 16  # the last phase has stalled if more than one row in so many is still waiting
 _SETTLING_PASSES = 16
+_SPAN_ROWS = 64  # that the range is measured on, which only sets the rough values of eps
 _NO_LIMIT = np.iinfo(np.int32).max
 
 
@@ -146,11 +147,7 @@ def _solve_one(
     cost = problem.cost
     eps = jnp.where(problem.whole, jnp.floor(eps), eps) / problem.unit
     prices = _first_prices(problem, start / problem.unit if warm else None)
-    finite = cost < jnp.inf
-    reach = cost + prices[None]
-    span = jnp.max(reach, initial=-jnp.inf, where=finite)
-    span = span - jnp.min(reach, initial=jnp.inf, where=finite)
-    span = jnp.where((span > 0) & (span < jnp.inf), span, 1)
+    span = _span(cost, prices)
 
     # A column that is left out must keep the lowest price, here its first one. Only a single
     # phase of bidding, which never frees a column again, keeps that promise.
@@ -235,7 +232,22 @@ def _first_prices(problem: Standard, start: jax.Array | None) -> jax.Array:
         return jnp.zeros(m, jnp.float32)
     if start is None:
         # Features near one direction make a column cheap or dear as a whole; its mean says so.
-        finite = problem.cost < jnp.inf
-        total = jnp.sum(problem.cost, axis=0, where=finite)
-        start = -total / jnp.maximum(jnp.sum(finite, axis=0, dtype=jnp.float32), 1)
+        return lax.cond(
+            problem.dense, lambda c: -jnp.mean(c, axis=0), _minus_mean_of_finite, problem.cost
+        )
     return jnp.where(jnp.isfinite(start), start, 0)
+
+
+def _minus_mean_of_finite(cost: jax.Array) -> jax.Array:
+    finite = cost < jnp.inf
+    number = jnp.maximum(jnp.sum(finite, axis=0, dtype=jnp.float32), 1)
+    return -jnp.sum(cost, axis=0, where=finite) / number
+
+
+def _span(cost: jax.Array, prices: jax.Array) -> jax.Array:
+    """Return the range of ``cost + prices`` over some rows, 1 if it is nothing."""
+    some = cost[:: max(1, cost.shape[0] // _SPAN_ROWS)] + prices[None]
+    finite = some < jnp.inf
+    high = jnp.max(some, initial=-jnp.inf, where=finite)
+    span = high - jnp.min(some, initial=jnp.inf, where=finite)
+    return jnp.where((span > 0) & (span < jnp.inf), span, 1)

@@ -63,6 +63,8 @@ class Standard(NamedTuple):
 
     cost: jax.Array  # float32[n, m]; +inf: forbidden; offset and size removed
     unit: jax.Array  # float32, a power of two
+    largest: jax.Array  # float32, of the finite absolute values of `cost`
+    dense: jax.Array  # bool; if true, no pair is forbidden
     nonfinite: jax.Array  # bool
     entry_error: jax.Array  # float32, by how much `cost` may miss the given value
     whole: jax.Array  # bool, the costs are integers, whatever their type, and represented exactly
@@ -81,8 +83,15 @@ def standardise(cost: jax.Array, maximize: bool) -> Standard:
     shifted = (high - whole if maximize else whole - low).astype(jnp.float32)
     span = (high - low).astype(jnp.float32)
     unit = _power_above(span)
-    error = jnp.where(span > EXACT_INTEGERS, jnp.float32(ROUNDOFF), 0)
-    return Standard(shifted / unit, unit, jnp.bool_(False), error, span <= EXACT_INTEGERS)
+    return Standard(
+        cost=shifted / unit,
+        unit=unit,
+        largest=span / unit,
+        dense=jnp.bool_(True),
+        nonfinite=jnp.bool_(False),
+        entry_error=jnp.where(span > EXACT_INTEGERS, jnp.float32(ROUNDOFF), 0),
+        whole=span <= EXACT_INTEGERS,
+    )
 
 
 def _power_above(size: jax.Array) -> jax.Array:
@@ -92,24 +101,47 @@ def _power_above(size: jax.Array) -> jax.Array:
 
 
 def _standardise_floats(cost: jax.Array, maximize: bool) -> Standard:
+    # A pass over the costs is what a small or easy problem takes longest for: each one counts.
     dtype = jnp.float64 if cost.dtype == jnp.float64 else jnp.float32
     cost = -cost.astype(dtype) if maximize else cost.astype(dtype)
-    finite = jnp.isfinite(cost)
-    some = jnp.any(finite)
-    low = jnp.where(some, jnp.min(cost, initial=jnp.inf, where=finite), 0)
-    high = jnp.where(some, jnp.max(cost, initial=-jnp.inf, where=finite), 0)
-    bad = jnp.isnan(cost) | (cost == -jnp.inf)
-    cost = jnp.where(bad, high, cost)
+    low, high = jnp.min(cost), jnp.max(cost)  # NaN if there is any
+    dense = jnp.isfinite(low) & jnp.isfinite(high)
+    low, high, bad = lax.cond(
+        dense, lambda _: (low, high, jnp.bool_(False)), _range_of_finite, cost
+    )
     # Where an offset is worth removing, x - offset is exact (Sterbenz); so is the scaling.
     offset = jnp.where((low > 0) & (high <= 2 * low), low, 0)
     offset = jnp.where((high < 0) & (low >= 2 * high), high, offset)
     largest = jnp.maximum(jnp.abs(low - offset), jnp.abs(high - offset))
     unit = _power_above(largest)
-    scaled = ((cost - offset) / unit).astype(jnp.float32)
-    error = jnp.float32(ROUNDOFF if dtype == jnp.float64 else 0)
-    shifted = cost - offset
-    whole = jnp.all(shifted == jnp.floor(shifted)) & (largest <= EXACT_INTEGERS)
-    return Standard(scaled, unit.astype(jnp.float32), jnp.any(bad), error, whole)
+    known = jnp.where(jnp.isnan(cost) | (cost == -jnp.inf), high, cost)
+    return Standard(
+        cost=((known - offset) / unit).astype(jnp.float32),
+        unit=unit.astype(jnp.float32),
+        largest=(largest / unit).astype(jnp.float32),
+        dense=dense,
+        nonfinite=bad,
+        entry_error=jnp.float32(ROUNDOFF if dtype == jnp.float64 else 0),
+        whole=_all_whole(known, offset) & (largest <= EXACT_INTEGERS),
+    )
+
+
+def _range_of_finite(cost: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return the smallest and largest finite value, 0 without any, and whether NaN or -inf is."""
+    finite = jnp.isfinite(cost)
+    some = jnp.any(finite)
+    low = jnp.where(some, jnp.min(cost, initial=jnp.inf, where=finite), 0)
+    high = jnp.where(some, jnp.max(cost, initial=-jnp.inf, where=finite), 0)
+    return low, high, jnp.any(~finite & (cost != jnp.inf))
+
+
+def _all_whole(cost: jax.Array, offset: jax.Array) -> jax.Array:
+    """Whether ``cost - offset`` holds integers and infinities only; the first row mostly tells."""
+
+    def whole(some: jax.Array) -> jax.Array:
+        return jnp.all(some - offset == jnp.floor(some - offset))
+
+    return lax.cond(whole(cost[0]), whole, lambda _: jnp.bool_(False), cost)
 
 
 class Solved(NamedTuple):
@@ -139,7 +171,7 @@ def certify(given: jax.Array, problem: Standard, ended: _search.Matching) -> Sol
     # Each of the two sums is one rounding away from the true one; that of `best` also bounds the
     # sums which are larger.
     rounding = ROUNDOFF * (jnp.abs(held) + jnp.abs(best)) + 2 * problem.entry_error
-    largest = jnp.max(jnp.where(cost < jnp.inf, jnp.abs(cost), 0)) + jnp.max(jnp.abs(prices))
+    largest = problem.largest + jnp.max(jnp.abs(prices))
     given_prices = prices * problem.unit
     exact = problem.whole & jnp.all(given_prices == jnp.round(given_prices))
     exact &= largest * problem.unit < EXACT_INTEGERS

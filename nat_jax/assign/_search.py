@@ -19,12 +19,12 @@ _RISE_WITHOUT_RIVAL = 2.0  # by how much a row that has no second choice raises 
 
 
 class Bidding(NamedTuple):
-    """State of the auction; rows without a column wait on a stack."""
+    """State of the auction."""
 
     prices: jax.Array  # float32[m]
     owner: jax.Array  # int32[m], -1: free
-    stack: jax.Array  # int32[n + slots]
-    waiting: jax.Array  # int32, height of the stack
+    bidders: jax.Array  # int32[slots], -1: nobody is left for this slot
+    called: jax.Array  # int32, how many of the idle rows have come up to bid
     rounds: jax.Array  # int32
 
 
@@ -116,32 +116,46 @@ def bid(
     """
     n = cost.shape[0]
     idle = columns_of_rows(owner, n) < 0
-    stack, waiting = pack(jnp.arange(n, dtype=jnp.int32), idle, n + slots)
-    state = Bidding(prices, owner, stack, waiting, rounds)
+    queue, number = pack(jnp.arange(n, dtype=jnp.int32), idle, n)
 
     def goes_on(s: Bidding) -> jax.Array:
-        return (s.waiting >= slots) & (s.rounds < max_rounds)
+        return jnp.all(s.bidders >= 0) & (s.rounds < max_rounds)
 
     def body(s: Bidding) -> Bidding:
-        return _bidding_round(cost, eps, slots, s)
+        return _bidding_round(cost, eps, queue, number, s)
 
-    return lax.while_loop(goes_on, body, state)
+    nobody = jnp.full(slots, -1, jnp.int32)
+    bidders, called = _call_up(nobody, queue, number, jnp.int32(0))
+    return lax.while_loop(goes_on, body, Bidding(prices, owner, bidders, called, rounds))
 
 
-def _bidding_round(cost: jax.Array, eps: jax.Array, slots: int, s: Bidding) -> Bidding:
-    # Minima and comparisons: `argmax` and `top_k` are many times slower on XLA:CPU.
-    m = cost.shape[1]
-    start = s.waiting - slots
-    rows = lax.dynamic_slice(s.stack, (start,), (slots,))
-    values = cost[rows] + s.prices[None]  # [slots, m]
+def _call_up(
+    bidders: jax.Array, queue: jax.Array, number: jax.Array, called: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Fill the empty slots with the next rows of the queue, as long as there are any."""
+    slot = jnp.arange(len(bidders))
+    empty = bidders < 0
+    before = jnp.sum(empty[None] & (slot[None] < slot[:, None]), axis=1, dtype=jnp.int32)
+    place = called + before
+    following = jnp.where(place < number, queue[jnp.minimum(place, len(queue) - 1)], -1)
+    return jnp.where(empty, following, bidders), called + jnp.sum(empty, dtype=jnp.int32)
+
+
+def _bidding_round(
+    cost: jax.Array, eps: jax.Array, queue: jax.Array, number: jax.Array, s: Bidding
+) -> Bidding:
+    # Minima and comparisons: `argmax` and `top_k` are many times slower on XLA:CPU, as are minima
+    # of integers.
+    m, slots = cost.shape[1], len(s.bidders)
+    values = cost[s.bidders] + s.prices[None]  # [slots, m]
     best = jnp.min(values, axis=1)
     # Among equally good columns a free one comes first, and each slot starts to look elsewhere.
     columns = jnp.arange(m, dtype=jnp.int32)[None]
     head = (jnp.arange(slots, dtype=jnp.int32) * (m // slots))[:, None]
-    order = jnp.where(columns < head, columns + m, columns)
-    order = order + jnp.where(s.owner < 0, 0, 2 * m)[None]
-    place = jnp.min(jnp.where(values == best[:, None], order, 4 * m), axis=1)
-    column = place % m
+    order = jnp.where(columns < head, columns + m, columns).astype(jnp.float32)
+    order = order + jnp.where(s.owner < 0, 0.0, 2.0 * m)[None]
+    first = jnp.min(jnp.where(values == best[:, None], order, 4.0 * m), axis=1)
+    column = first.astype(jnp.int32) % m
     others = jnp.where(columns == column[:, None], jnp.inf, values)
     rise = jnp.minimum(jnp.min(others, axis=1) - best, _RISE_WITHOUT_RIVAL) + eps
     able = best < jnp.inf  # a row without any allowed column leaves the auction
@@ -152,13 +166,13 @@ def _bidding_round(cost: jax.Array, eps: jax.Array, slots: int, s: Bidding) -> B
     beaten_by = (theirs > mine) | ((theirs == mine) & (slot[None] < slot[:, None]))
     wins = able & ~jnp.any((column[:, None] == column[None]) & beaten_by, axis=1)
     place = jnp.where(wins, column, m)
-    back = jnp.where(wins, s.owner[column], rows)
-    back_stack, backs = pack(back, able & (back >= 0), slots)
+    back = jnp.where(able, jnp.where(wins, s.owner[column], s.bidders), -1)
+    bidders, called = _call_up(back, queue, number, s.called)
     return Bidding(
         prices=s.prices.at[place].set(offer, mode="drop"),
-        owner=s.owner.at[place].set(rows, mode="drop"),
-        stack=lax.dynamic_update_slice(s.stack, back_stack, (start,)),
-        waiting=start + backs,
+        owner=s.owner.at[place].set(s.bidders, mode="drop"),
+        bidders=bidders,
+        called=called,
         rounds=s.rounds + 1,
     )
 
