@@ -26,12 +26,13 @@ from nat_jax.assign._problem import (
 _SLOTS = 16  # rows that bid in one round
 # Values of eps of the rough phases, in units of the range of cost + first prices. Measured on
 # random, near-collapsed and nearly matched features: small and steep beats the textbook's range/4.
-_ROUGH_EPS = (1e-2, 1e-3)
-_FURTHER_ROUGH_EPS = 1e-4  # pays for large problems
-_LARGE = 512
+_ROUGH_EPS = (1e-2, 1e-3, 1e-4)
+_NEARLY_SQUARE = 1.1  # with more columns for each row than that few rows compete: no rough phases
 _STALLED = 16  # the last phase has stalled if more than one row in so many is still waiting
+_SHORT = 8  # the part of n rounds that bidding without an eps gets
 _SETTLING_PASSES = 16
-_SPAN_ROWS = 64  # that the range is measured on, which only sets the rough values of eps
+_GOOD_START = 2 / 3  # share of rows that must find a column of their own at the caller's prices
+_SAMPLE = 64  # rows that ranges are measured on where they only make the search faster
 _NO_LIMIT = np.iinfo(np.int32).max
 
 
@@ -60,8 +61,8 @@ def auction(
         maximize: find the largest total instead.
         eps: scalar >= 0, in units of `cost`; the total may be worse than the optimum by
             min(n, m) * eps. None: only by float32 rounding. Larger values save time.
-        prices: float[..., m]; the `prices` of a similar problem as a start, n == m only. They
-            change the time and the choice among equally good matchings, not the guarantee.
+        prices: float[..., m]; the `prices` of a similar problem as a start. They change the time
+            and the choice among equally good matchings, not the guarantee.
         max_rounds: limit on `Assignment.rounds` for each problem; at the limit the rows that are
             left take free columns in order. None: no limit; at most n**2 + O(n) rounds are
             possible, a few hundred are usual at n = 256.
@@ -81,15 +82,9 @@ def auction(
     """
     with full_precision(cost):
         array = as_cost(cost)
-        n, m = array.shape[-2:]
         start = None
         if prices is not None:
-            if n != m:
-                raise ValueError(
-                    f"prices can start square problems only, got cost of shape {array.shape}; "
-                    "leave prices out when n != m"
-                )
-            start = _as_prices(prices, (*array.shape[:-2], m))
+            start = _as_prices(prices, (*array.shape[:-2], array.shape[-1]))
         limit = _NO_LIMIT if max_rounds is None else operator.index(max_rounds)
         if not 0 <= limit <= _NO_LIMIT:
             raise ValueError(f"max_rounds must be in [0, {_NO_LIMIT}], got {limit}")
@@ -126,36 +121,30 @@ def _auction(
     *,
     maximize: bool,
 ) -> Assignment:
-    warm = prices is not None
-    if prices is None:
-        prices = jnp.zeros((*cost.shape[:-2], max(cost.shape[-2:])), jnp.float32)
-    solve = partial(_solve_one, maximize=maximize, warm=warm)
-    return solve_all(solve, cost, prices, shared=(eps, max_rounds))
+    exchanged = cost.shape[-2] > cost.shape[-1]
+    solve = partial(_solve_one, maximize=maximize, exchanged=exchanged)
+    start = () if prices is None else (prices,)
+    return solve_all(solve, cost, *start, shared=(eps, max_rounds))
 
 
 def _solve_one(
     given: jax.Array,
-    start: jax.Array,
-    eps: jax.Array,
-    max_rounds: jax.Array,
-    *,
+    *start_and_limits: jax.Array,
     maximize: bool,
-    warm: bool,
+    exchanged: bool,
 ) -> Solved:
+    *start, eps, max_rounds = start_and_limits
     n, m = given.shape
     problem = standardise(given, maximize)
     cost = problem.cost
     eps = jnp.where(problem.whole, jnp.floor(eps), eps) / problem.unit
-    prices = _first_prices(problem, start / problem.unit if warm else None)
-    span = _span(cost, prices)
-
-    # A column that is left out must keep the lowest price, here its first one. Only a single
-    # phase of bidding, which never frees a column again, keeps that promise.
-    ladder: tuple[float, ...] = ()
-    if n == m:
-        ladder = _ROUGH_EPS[-1:] if warm else _ROUGH_EPS
-        ladder = (*ladder, _FURTHER_ROUGH_EPS) if n > _LARGE else ladder
-    levels = jnp.maximum(jnp.array([*ladder, 0.0], jnp.float32) * span, eps)
+    ladder = _rough_phases(n, m)
+    if start:
+        prices = _given_prices(problem, start[0] / problem.unit, exchanged)
+        begin = _warm_start(problem, prices, phase=len(ladder))
+    else:
+        begin = _cold_start(problem)
+    levels = jnp.maximum(jnp.array([*ladder, 0.0], jnp.float32) * begin.span, eps)
 
     def bid(k: jax.Array, phases: tuple[_Phase, _Phase]) -> tuple[_Phase, _Phase]:
         _, before = phases
@@ -165,14 +154,25 @@ def _solve_one(
         before = before._replace(prices=jnp.where(deals_whole, whole, before.prices))
         return before, _bid(cost, before, levels[k], max_rounds=max_rounds)
 
-    begin = _Phase(prices, jnp.full(m, -1, jnp.int32), jnp.int32(0))
-    before, last = lax.fori_loop(0, len(ladder) + 1, bid, (begin, begin))
+    none = _Phase(begin.prices, begin.owner, jnp.int32(0))
+    before, last = lax.fori_loop(begin.phase, len(ladder) + 1, bid, (none, none))
     if n == m:
         last = _unless_stalled(cost, before, last, eps)
     ended = _search.augment(
         cost, last.prices, last.owner, rounds=last.rounds, max_rounds=max_rounds
     )
+    if n < m:
+        ended = _search.even_out(cost, ended, max_rounds=max_rounds)
     return certify(given, problem, ended)
+
+
+class _Start(NamedTuple):
+    """What the bidding starts from."""
+
+    prices: jax.Array  # float32[m]
+    owner: jax.Array  # int32[m]
+    phase: jax.Array  # int32, the first to go through
+    span: jax.Array  # float32, the unit of the rough values of eps
 
 
 class _Phase(NamedTuple):
@@ -190,7 +190,10 @@ def _bid(
     *,
     max_rounds: jax.Array,
 ) -> _Phase:
-    """Free the rows whose pair is off by more than `eps` and let them bid, for n rounds at most."""
+    """Free the rows whose pair is off by more than `eps` and let them bid, for n rounds at most.
+
+    Without an eps rows may take tied columns from each other forever: then for fewer.
+    """
     n = cost.shape[0]
     bids = _search.bid(
         cost,
@@ -199,7 +202,7 @@ def _bid(
         eps,
         slots=min(_SLOTS, n),
         rounds=before.rounds,
-        max_rounds=jnp.minimum(max_rounds, before.rounds + n),
+        max_rounds=jnp.minimum(max_rounds, before.rounds + jnp.where(eps > 0, n, n // _SHORT)),
     )
     return _Phase(bids.prices, bids.owner, bids.rounds)
 
@@ -225,28 +228,68 @@ def _unless_stalled(cost: jax.Array, before: _Phase, last: _Phase, eps: jax.Arra
     return lax.cond(waiting > cost.shape[0] // _STALLED, settle, lambda: last)
 
 
-def _first_prices(problem: Standard, start: jax.Array | None) -> jax.Array:
-    """Return the prices to start from."""
+def _rough_phases(n: int, m: int) -> tuple[float, ...]:
+    """Return the values of eps that come before the last, in units of the range."""
+    if m > _NEARLY_SQUARE * n:
+        return ()
+    return _ROUGH_EPS if n == m else _ROUGH_EPS[1:]
+
+
+def _cold_start(problem: Standard) -> _Start:
+    prices = _mean_prices(problem)
+    nobody = jnp.full(problem.cost.shape[1], -1, jnp.int32)
+    return _Start(prices, nobody, jnp.int32(0), _span(problem.cost, prices))
+
+
+def _warm_start(problem: Standard, prices: jax.Array, *, phase: int) -> _Start:
+    """Start at that phase from the caller's prices; at the first without them if they mislead."""
+    owner = _search.claim(problem.cost, prices)
+    good = jnp.sum(owner >= 0) >= _GOOD_START * problem.cost.shape[0]
+    warm = _Start(prices, owner, jnp.int32(phase), jnp.float32(1))
+    return lax.cond(good, lambda: warm, lambda: _cold_start(problem))
+
+
+def _given_prices(problem: Standard, prices: jax.Array, exchanged: bool) -> jax.Array:
+    """Return the caller's prices as a start; those of rows, if `exchanged`, in terms of columns."""
     n, m = problem.cost.shape
-    if n < m:
-        return jnp.zeros(m, jnp.float32)
-    if start is None:
-        # Features near one direction make a column cheap or dear as a whole; its mean says so.
-        return lax.cond(
-            problem.dense, lambda c: -jnp.mean(c, axis=0), _minus_mean_of_finite, problem.cost
-        )
-    return jnp.where(jnp.isfinite(start), start, 0)
+    prices = jnp.where(jnp.isfinite(prices), prices, 0)
+    if exchanged:
+        best = jnp.min(problem.cost + prices[:, None], axis=0)
+        prices = jnp.where(best < jnp.inf, -best, 0)
+    if n < m:  # as many columns are left out as can be, and those share the lowest price
+        prices = jnp.maximum(prices, jnp.sort(prices)[m - n - 1])
+    return prices
 
 
-def _minus_mean_of_finite(cost: jax.Array) -> jax.Array:
+def _mean_prices(problem: Standard) -> jax.Array:
+    """Return prices to start from where nothing is known."""
+    # Features near one direction make a column cheap or dear as a whole; its mean says so.
+    means = lax.cond(problem.dense, partial(jnp.mean, axis=0), _mean_of_finite, problem.cost)
+    n, m = problem.cost.shape
+    if n == m:
+        return -means
+    # The n columns cheapest on average would end at one level, if rows did not differ: as far as
+    # they do, each finds a column of its own at the lowest price.
+    residuals = _sample(problem.cost) - means
+    finite = jnp.isfinite(residuals)
+    spread = jnp.sqrt(jnp.mean(jnp.where(finite, residuals, 0) ** 2))
+    return jnp.maximum(jnp.sort(means)[n - 1] - means - spread, 0)
+
+
+def _sample(cost: jax.Array) -> jax.Array:
+    """Return some rows of `cost`, at equal distances."""
+    return cost[:: max(1, cost.shape[0] // _SAMPLE)]
+
+
+def _mean_of_finite(cost: jax.Array) -> jax.Array:
     finite = cost < jnp.inf
     number = jnp.maximum(jnp.sum(finite, axis=0, dtype=jnp.float32), 1)
-    return -jnp.sum(cost, axis=0, where=finite) / number
+    return jnp.sum(cost, axis=0, where=finite) / number
 
 
 def _span(cost: jax.Array, prices: jax.Array) -> jax.Array:
     """Return the range of ``cost + prices`` over some rows, 1 if it is nothing."""
-    some = cost[:: max(1, cost.shape[0] // _SPAN_ROWS)] + prices[None]
+    some = _sample(cost) + prices[None]
     finite = some < jnp.inf
     high = jnp.max(some, initial=-jnp.inf, where=finite)
     span = high - jnp.min(some, initial=jnp.inf, where=finite)

@@ -56,6 +56,18 @@ def _first_choices(
     return own + prices, best, 2.0**-23 * (jnp.abs(own) + jnp.abs(best - own))
 
 
+def claim(cost: jax.Array, prices: jax.Array) -> jax.Array:
+    """Return an `owner` in which each row that its best column goes to has that one."""
+    n, m = cost.shape
+    values = cost + prices[None]
+    best = jnp.min(values, axis=1)
+    columns = jnp.arange(m, dtype=jnp.float32)[None]  # minima of integers are slow on XLA:CPU
+    first = jnp.min(jnp.where(values == best[:, None], columns, float(m)), axis=1)
+    place = jnp.where(best < jnp.inf, first.astype(jnp.int32), m)
+    rows = jnp.arange(n, dtype=jnp.int32)
+    return jnp.full(m, -1, jnp.int32).at[place].max(rows, mode="drop")
+
+
 def release(cost: jax.Array, prices: jax.Array, owner: jax.Array, eps: jax.Array) -> jax.Array:
     """Return `owner` without the pairs that are more than `eps` worse than the row's best."""
     held, best, noise = _first_choices(cost, prices, owner)
@@ -222,33 +234,99 @@ def augment(
 
     def body(s: Matching) -> Matching:
         row = todo[s.tried]
-        tree = _shortest_path(cost, row, s, max_rounds)
-        reached = tree.nearest < jnp.inf
-        found = ~tree.going & reached
-        lift = jnp.where(found, jnp.maximum(tree.nearest - tree.settled, 0), 0)
-        owner, col4row = _flip(tree, row, found, s.owner, s.col4row)
-        return Matching(
-            prices=s.prices + lift,
-            owner=owner,
-            col4row=col4row,
-            tried=s.tried + 1,
-            infeasible=s.infeasible | ~reached,
-            rounds=tree.rounds,
-        )
+        first = cost[row] + s.prices
+        first = jnp.where(first < jnp.inf, first - jnp.min(first), jnp.inf)
+        settled = jnp.full_like(s.prices, jnp.inf)
+        return _follow(cost, s, row, first, settled, s.owner < 0, max_rounds)
 
     begin = Matching(prices, owner, col4row, jnp.int32(0), jnp.bool(False), rounds)
     return lax.while_loop(goes_on, body, begin)
 
 
-def _shortest_path(cost: jax.Array, row: jax.Array, s: Matching, max_rounds: jax.Array) -> Tree:
+def even_out(cost: jax.Array, s: Matching, *, max_rounds: jax.Array) -> Matching:
+    """Bring the prices of columns left out down to the lowest, if need be by taking other columns.
+
+    As if a row without preferences waited for each column that is to be left out: it holds one of
+    lowest price, or it has to find one along a shortest augmenting path.
+    """
+    n, m = cost.shape
+
+    def lower_where_unwanted() -> jax.Array:
+        best = jnp.min(cost + s.prices[None], axis=1)
+        unwanted_by = jnp.min(cost - best[:, None], axis=0) + s.prices
+        lower = jnp.maximum(s.prices - jnp.maximum(unwanted_by, 0), jnp.min(s.prices))
+        return jnp.where(s.owner < 0, lower, s.prices)
+
+    def too_dear(s: Matching) -> jax.Array:
+        return (s.owner < 0) & (s.prices > jnp.min(s.prices))
+
+    def goes_on(s: Matching) -> jax.Array:
+        return jnp.any(too_dear(s)) & ~s.infeasible & (s.rounds < max_rounds)
+
+    def body(s: Matching) -> Matching:
+        lowest = jnp.min(s.prices)
+        held = (s.owner < 0) & (s.prices == lowest)
+        first = jnp.where(held, jnp.inf, s.prices - lowest)
+        settled = jnp.where(held, 0, jnp.full_like(s.prices, jnp.inf))
+        return _follow(cost, s, jnp.int32(n), first, settled, too_dear(s), max_rounds)
+
+    every_row_has_one = jnp.all(s.col4row >= 0)
+    needed = every_row_has_one & jnp.any(too_dear(s))
+    begin = s._replace(prices=lax.cond(needed, lower_where_unwanted, lambda: s.prices))
+    return lax.while_loop(lambda s: every_row_has_one & goes_on(s), body, begin)
+
+
+def _follow(
+    cost: jax.Array,
+    s: Matching,
+    row: jax.Array,
+    first: jax.Array,
+    settled: jax.Array,
+    ends: jax.Array,
+    max_rounds: jax.Array,
+) -> Matching:
+    """Change the matching along the shortest path from `row` to a column of `ends`.
+
+    Args:
+        cost: float32[n, m].
+        s: the state before.
+        row: int32; n: a row without preferences, whose column counts as free.
+        first: float32[m], the length of the path's first step to each column.
+        settled: float32[m], distances known beforehand, +inf for the others.
+        ends: bool[m].
+        max_rounds: limit on the count of rounds.
+    """
+    tree = _shortest_path(cost, row, s, first, settled, ends, max_rounds)
+    reached = tree.nearest < jnp.inf
+    found = ~tree.going & reached
+    lift = jnp.where(found, jnp.maximum(tree.nearest - tree.settled, 0), 0)
+    owner, col4row = _flip(tree, row, found, s.owner, s.col4row)
+    return Matching(
+        prices=s.prices + lift,
+        owner=owner,
+        col4row=col4row,
+        tried=s.tried + 1,
+        infeasible=s.infeasible | ~reached,
+        rounds=tree.rounds,
+    )
+
+
+def _shortest_path(
+    cost: jax.Array,
+    row: jax.Array,
+    s: Matching,
+    first: jax.Array,
+    settled: jax.Array,
+    ends: jax.Array,
+    max_rounds: jax.Array,
+) -> Tree:
     m = cost.shape[1]
-    # Among equally near columns a free one ends the search: it comes first.
-    order = jnp.arange(m, dtype=jnp.int32) + jnp.where(s.owner < 0, 0, m)
-    first = cost[row] + s.prices
+    # Among equally near columns one that ends the search comes first.
+    order = jnp.arange(m, dtype=jnp.int32) + jnp.where(ends, 0, m)
     root = Tree(
-        reach=jnp.where(first < jnp.inf, first - jnp.min(first), jnp.inf),
+        reach=first,
         parent=jnp.full(m, row),
-        settled=jnp.full(m, jnp.inf, jnp.float32),
+        settled=settled,
         nearest=jnp.float32(0),
         column=jnp.int32(0),
         going=jnp.bool(True),
@@ -287,7 +365,8 @@ def _shortest_path(cost: jax.Array, row: jax.Array, s: Matching, max_rounds: jax
 def _flip(
     tree: Tree, row: jax.Array, found: jax.Array, owner: jax.Array, col4row: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Swap matched and unmatched pairs along the path from the free column back to `row`."""
+    """Swap matched and unmatched pairs along the path from the column reached back to `row`."""
+    n = col4row.shape[0]
 
     def body(
         s: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
@@ -295,8 +374,8 @@ def _flip(
         owner, col4row, column, _ = s
         taker = tree.parent[column]
         previous = col4row[taker]
-        owner = owner.at[column].set(taker)
-        col4row = col4row.at[taker].set(column)
+        owner = owner.at[column].set(jnp.where(taker < n, taker, -1))
+        col4row = col4row.at[taker].set(column, mode="drop")
         return owner, col4row, previous, taker != row
 
     owner, col4row, _, _ = lax.while_loop(
