@@ -3,7 +3,7 @@
 import math
 import operator
 from functools import partial
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,17 +22,17 @@ from nat_jax.assign._problem import (
     solve_all,
     standardise,
 )
+from nat_jax.assign._start import Start, cold_start, given_prices, warm_start
 
-_SLOTS = 16  # rows that bid in one round
+if TYPE_CHECKING:
+    from nat_jax.assign import _kernel
+
 # Values of eps of the rough phases, in units of the range of cost + first prices. Measured on
 # random, near-collapsed and nearly matched features: small and steep beats the textbook's range/4.
 _ROUGH_EPS = (1e-2, 1e-3, 1e-4)
 _NEARLY_SQUARE = 1.1  # with more columns for each row than that few rows compete: no rough phases
-_STALLED = 16  # the last phase has stalled if more than one row in so many is still waiting
-_SHORT = 8  # the part of n rounds that bidding without an eps gets
-_SETTLING_PASSES = 16
-_GOOD_START = 2 / 3  # share of rows that must find a column of their own at the caller's prices
-_SAMPLE = 64  # rows that ranges are measured on where they only make the search faster
+_ROUNDING_OF_PATHS = 1e-6  # of prices that rise along many paths
+_MAX_KERNEL_COLUMNS = 2048
 _NO_LIMIT = np.iinfo(np.int32).max
 
 
@@ -43,6 +43,7 @@ def auction(
     eps: ArrayLike | None = None,
     prices: ArrayLike | None = None,
     max_rounds: int | None = None,
+    kernel: bool = False,
 ) -> Assignment:
     """Match rows to columns at minimal total cost.
 
@@ -66,6 +67,10 @@ def auction(
         max_rounds: limit on `Assignment.rounds` for each problem; at the limit the rows that are
             left take free columns in order. None: no limit; at most n**2 + O(n) rounds are
             possible, a few hundred are usual at n = 256.
+        kernel: on NVIDIA GPUs of compute capability 8.0 and later, run the whole search in one
+            Pallas program for each problem of at most 2048 columns. It is checked like the rest:
+            were it wrong, time would be lost. It has been compiled for such GPUs but not yet been
+            run on one. Elsewhere nothing changes.
 
     Returns:
         The `Assignment`. Its `gap` bounds value - optimum for the input as given. It is the
@@ -89,7 +94,14 @@ def auction(
         if not 0 <= limit <= _NO_LIMIT:
             raise ValueError(f"max_rounds must be in [0, {_NO_LIMIT}], got {limit}")
         tolerance = jnp.float32(0) if eps is None else _as_eps(eps)
-        return _auction(array, start, tolerance, jnp.int32(limit), maximize=bool(maximize))
+        return _auction(
+            array,
+            start,
+            tolerance,
+            jnp.int32(limit),
+            maximize=bool(maximize),
+            kernel=bool(kernel),
+        )
 
 
 def _as_prices(prices: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
@@ -112,7 +124,7 @@ def _as_eps(eps: ArrayLike) -> jax.Array:
     return array
 
 
-@partial(jax.jit, static_argnames="maximize")
+@partial(jax.jit, static_argnames=("maximize", "kernel"))
 def _auction(
     cost: jax.Array,
     prices: jax.Array | None,
@@ -120,9 +132,10 @@ def _auction(
     max_rounds: jax.Array,
     *,
     maximize: bool,
+    kernel: bool,
 ) -> Assignment:
     exchanged = cost.shape[-2] > cost.shape[-1]
-    solve = partial(_solve_one, maximize=maximize, exchanged=exchanged)
+    solve = partial(_solve_one, maximize=maximize, exchanged=exchanged, kernel=kernel)
     start = () if prices is None else (prices,)
     return solve_all(solve, cost, *start, shared=(eps, max_rounds))
 
@@ -132,47 +145,86 @@ def _solve_one(
     *start_and_limits: jax.Array,
     maximize: bool,
     exchanged: bool,
+    kernel: bool,
 ) -> Solved:
     *start, eps, max_rounds = start_and_limits
     n, m = given.shape
     problem = standardise(given, maximize)
-    cost = problem.cost
     eps = jnp.where(problem.whole, jnp.floor(eps), eps) / problem.unit
     ladder = _rough_phases(n, m)
     if start:
-        prices = _given_prices(problem, start[0] / problem.unit, exchanged)
-        begin = _warm_start(problem, prices, phase=len(ladder))
+        prices = given_prices(problem, start[0] / problem.unit, exchanged)
+        begin = warm_start(problem, prices, phase=len(ladder))
     else:
-        begin = _cold_start(problem)
+        begin = cold_start(problem)
     levels = jnp.maximum(jnp.array([*ladder, 0.0], jnp.float32) * begin.span, eps)
+
+    loops = partial(_search_in_loops, problem, begin, levels, max_rounds)
+    if kernel and m <= _MAX_KERNEL_COLUMNS:
+        program = partial(_search_in_kernel, problem, begin, levels, max_rounds)
+        ended = lax.platform_dependent(cuda=program, default=loops)
+    else:
+        ended = loops()
+    if n < m:
+        ended = _search.even_out(problem.cost, ended, max_rounds=max_rounds)
+    return certify(given, problem, ended)
+
+
+def _search_in_loops(
+    problem: Standard, begin: Start, levels: jax.Array, max_rounds: jax.Array
+) -> _search.Matching:
+    """Go through the phases and match the rows that are left."""
+    cost = problem.cost
+    n, m = cost.shape
+    final = len(levels) - 1
 
     def bid(k: jax.Array, phases: tuple[_Phase, _Phase]) -> tuple[_Phase, _Phase]:
         _, before = phases
         # The last phase deals in whole prices where costs are whole: its sums are then exact.
         whole = jnp.round(before.prices * problem.unit) / problem.unit
-        deals_whole = problem.whole & (k == len(ladder))
+        deals_whole = problem.whole & (k == final)
         before = before._replace(prices=jnp.where(deals_whole, whole, before.prices))
         return before, _bid(cost, before, levels[k], max_rounds=max_rounds)
 
     none = _Phase(begin.prices, begin.owner, jnp.int32(0))
-    before, last = lax.fori_loop(begin.phase, len(ladder) + 1, bid, (none, none))
+    before, last = lax.fori_loop(begin.phase, final + 1, bid, (none, none))
     if n == m:
-        last = _unless_stalled(cost, before, last, eps)
-    ended = _search.augment(
-        cost, last.prices, last.owner, rounds=last.rounds, max_rounds=max_rounds
+        last = _unless_stalled(cost, before, last, levels[final])
+    return _search.augment(cost, *last, max_rounds=max_rounds)
+
+
+def _search_in_kernel(
+    problem: Standard,
+    begin: Start,
+    levels: jax.Array,
+    max_rounds: jax.Array,
+    *,
+    interpret: bool = False,
+) -> _search.Matching:
+    """Do as `_search_in_loops` in one program; keep what of its result holds, match the rest."""
+    from nat_jax.assign import _kernel  # Pallas takes long to import
+
+    cost = problem.cost
+    skipped = jnp.arange(len(levels)) < begin.phase
+    grain = jnp.where(problem.whole, 1 / problem.unit, 0)
+    ended = _kernel.solve(
+        cost,
+        begin.prices,
+        jnp.where(skipped, levels[-1], levels),
+        max_rounds,
+        grain,
+        interpret=interpret,
     )
-    if n < m:
-        ended = _search.even_out(cost, ended, max_rounds=max_rounds)
-    return certify(given, problem, ended)
+    return _keep_what_holds(cost, ended, levels[-1], max_rounds)
 
 
-class _Start(NamedTuple):
-    """What the bidding starts from."""
-
-    prices: jax.Array  # float32[m]
-    owner: jax.Array  # int32[m]
-    phase: jax.Array  # int32, the first to go through
-    span: jax.Array  # float32, the unit of the rough values of eps
+def _keep_what_holds(
+    cost: jax.Array, ended: "_kernel.Ended", eps: jax.Array, max_rounds: jax.Array
+) -> _search.Matching:
+    prices = jnp.where(jnp.isfinite(ended.prices), ended.prices, 0)
+    owner = _search.valid(ended.owner, cost.shape[0])
+    owner = _search.release(cost, prices, owner, eps + _ROUNDING_OF_PATHS)
+    return _search.augment(cost, prices, owner, ended.rounds, max_rounds=max_rounds)
 
 
 class _Phase(NamedTuple):
@@ -195,14 +247,15 @@ def _bid(
     Without an eps rows may take tied columns from each other forever: then for fewer.
     """
     n = cost.shape[0]
+    limit = jnp.where(eps > 0, jnp.int32(n), jnp.int32(n // _search.SHORT))
     bids = _search.bid(
         cost,
         before.prices,
         _search.release(cost, before.prices, before.owner, eps),
         eps,
-        slots=min(_SLOTS, n),
+        slots=min(_search.SLOTS, n),
         rounds=before.rounds,
-        max_rounds=jnp.minimum(max_rounds, before.rounds + jnp.where(eps > 0, n, n // _SHORT)),
+        max_rounds=jnp.minimum(max_rounds, before.rounds + limit),
     )
     return _Phase(bids.prices, bids.owner, bids.rounds)
 
@@ -216,7 +269,7 @@ def _unless_stalled(cost: jax.Array, before: _Phase, last: _Phase, eps: jax.Arra
     waiting = jnp.sum(last.owner < 0)
 
     def settle() -> _Phase:
-        prices = _search.settle(cost, before.prices, before.owner, _SETTLING_PASSES)
+        prices = _search.settle(cost, before.prices, before.owner, _search.SETTLING_PASSES)
         owner = _search.release(cost, prices, before.owner, eps)
         better = jnp.sum(owner < 0) < waiting
         return _Phase(
@@ -225,7 +278,7 @@ def _unless_stalled(cost: jax.Array, before: _Phase, last: _Phase, eps: jax.Arra
             rounds=last.rounds,
         )
 
-    return lax.cond(waiting > cost.shape[0] // _STALLED, settle, lambda: last)
+    return lax.cond(waiting > cost.shape[0] // _search.STALLED, settle, lambda: last)
 
 
 def _rough_phases(n: int, m: int) -> tuple[float, ...]:
@@ -233,64 +286,3 @@ def _rough_phases(n: int, m: int) -> tuple[float, ...]:
     if m > _NEARLY_SQUARE * n:
         return ()
     return _ROUGH_EPS if n == m else _ROUGH_EPS[1:]
-
-
-def _cold_start(problem: Standard) -> _Start:
-    prices = _mean_prices(problem)
-    nobody = jnp.full(problem.cost.shape[1], -1, jnp.int32)
-    return _Start(prices, nobody, jnp.int32(0), _span(problem.cost, prices))
-
-
-def _warm_start(problem: Standard, prices: jax.Array, *, phase: int) -> _Start:
-    """Start at that phase from the caller's prices; at the first without them if they mislead."""
-    owner = _search.claim(problem.cost, prices)
-    good = jnp.sum(owner >= 0) >= _GOOD_START * problem.cost.shape[0]
-    warm = _Start(prices, owner, jnp.int32(phase), jnp.float32(1))
-    return lax.cond(good, lambda: warm, lambda: _cold_start(problem))
-
-
-def _given_prices(problem: Standard, prices: jax.Array, exchanged: bool) -> jax.Array:
-    """Return the caller's prices as a start; those of rows, if `exchanged`, in terms of columns."""
-    n, m = problem.cost.shape
-    prices = jnp.where(jnp.isfinite(prices), prices, 0)
-    if exchanged:
-        best = jnp.min(problem.cost + prices[:, None], axis=0)
-        prices = jnp.where(best < jnp.inf, -best, 0)
-    if n < m:  # as many columns are left out as can be, and those share the lowest price
-        prices = jnp.maximum(prices, jnp.sort(prices)[m - n - 1])
-    return prices
-
-
-def _mean_prices(problem: Standard) -> jax.Array:
-    """Return prices to start from where nothing is known."""
-    # Features near one direction make a column cheap or dear as a whole; its mean says so.
-    means = lax.cond(problem.dense, partial(jnp.mean, axis=0), _mean_of_finite, problem.cost)
-    n, m = problem.cost.shape
-    if n == m:
-        return -means
-    # The n columns cheapest on average would end at one level, if rows did not differ: as far as
-    # they do, each finds a column of its own at the lowest price.
-    residuals = _sample(problem.cost) - means
-    finite = jnp.isfinite(residuals)
-    spread = jnp.sqrt(jnp.mean(jnp.where(finite, residuals, 0) ** 2))
-    return jnp.maximum(jnp.sort(means)[n - 1] - means - spread, 0)
-
-
-def _sample(cost: jax.Array) -> jax.Array:
-    """Return some rows of `cost`, at equal distances."""
-    return cost[:: max(1, cost.shape[0] // _SAMPLE)]
-
-
-def _mean_of_finite(cost: jax.Array) -> jax.Array:
-    finite = cost < jnp.inf
-    number = jnp.maximum(jnp.sum(finite, axis=0, dtype=jnp.float32), 1)
-    return jnp.sum(cost, axis=0, where=finite) / number
-
-
-def _span(cost: jax.Array, prices: jax.Array) -> jax.Array:
-    """Return the range of ``cost + prices`` over some rows, 1 if it is nothing."""
-    some = _sample(cost) + prices[None]
-    finite = some < jnp.inf
-    high = jnp.max(some, initial=-jnp.inf, where=finite)
-    span = high - jnp.min(some, initial=jnp.inf, where=finite)
-    return jnp.where((span > 0) & (span < jnp.inf), span, 1)

@@ -15,7 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_RISE_WITHOUT_RIVAL = 2.0  # by how much a row that has no second choice raises a price
+SLOTS = 16  # rows that bid in one round
+SHORT = 8  # the part of n rounds that bidding without an eps gets
+STALLED = 16  # the last phase has stalled if more than one row in so many is still waiting
+SETTLING_PASSES = 16
+RISE_WITHOUT_RIVAL = 2.0  # by how much a row that has no second choice raises a price
 
 
 class Bidding(NamedTuple):
@@ -40,6 +44,13 @@ def columns_of_rows(owner: jax.Array, num_rows: int) -> jax.Array:
     columns = jnp.arange(owner.shape[0], dtype=jnp.int32)
     place = jnp.where(owner >= 0, owner, num_rows)
     return jnp.full(num_rows, -1, jnp.int32).at[place].set(columns, mode="drop")
+
+
+def valid(owner: jax.Array, num_rows: int) -> jax.Array:
+    """Return `owner` without what is no row, and with one column at most for each row."""
+    owner = jnp.where(owner < num_rows, owner, -1)
+    columns = jnp.arange(owner.shape[0], dtype=jnp.int32)
+    return jnp.where(columns_of_rows(owner, num_rows)[owner] == columns, owner, -1)
 
 
 def _first_choices(
@@ -169,7 +180,7 @@ def _bidding_round(
     first = jnp.min(jnp.where(values == best[:, None], order, 4.0 * m), axis=1)
     column = first.astype(jnp.int32) % m
     others = jnp.where(columns == column[:, None], jnp.inf, values)
-    rise = jnp.minimum(jnp.min(others, axis=1) - best, _RISE_WITHOUT_RIVAL) + eps
+    rise = jnp.minimum(jnp.min(others, axis=1) - best, RISE_WITHOUT_RIVAL) + eps
     able = best < jnp.inf  # a row without any allowed column leaves the auction
     offer = jnp.where(able, s.prices[column] + rise, -jnp.inf)
 
@@ -216,8 +227,8 @@ def augment(
     cost: jax.Array,
     prices: jax.Array,
     owner: jax.Array,
-    *,
     rounds: jax.Array,
+    *,
     max_rounds: jax.Array,
 ) -> Matching:
     """Match the rows that are left, each along a shortest augmenting path.

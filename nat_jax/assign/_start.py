@@ -1,0 +1,85 @@
+"""What the bidding starts from: prices guessed from the costs, or the caller's."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from nat_jax.assign import _search
+from nat_jax.assign._problem import Standard
+
+_GOOD_START = 2 / 3  # share of rows that must find a column of their own at the caller's prices
+_SAMPLE = 64  # rows that ranges are measured on where they only make the search faster
+
+
+class Start(NamedTuple):
+    """What the bidding starts from."""
+
+    prices: jax.Array  # float32[m]
+    owner: jax.Array  # int32[m]
+    phase: jax.Array  # int32, the first to go through
+    span: jax.Array  # float32, the unit of the rough values of eps
+
+
+def cold_start(problem: Standard) -> Start:
+    """Start at the first phase, nobody matched."""
+    prices = _mean_prices(problem)
+    nobody = jnp.full(problem.cost.shape[1], -1, jnp.int32)
+    return Start(prices, nobody, jnp.int32(0), _span(problem.cost, prices))
+
+
+def warm_start(problem: Standard, prices: jax.Array, *, phase: int) -> Start:
+    """Start at that phase from the caller's prices; at the first without them if they mislead."""
+    owner = _search.claim(problem.cost, prices)
+    good = jnp.sum(owner >= 0) >= _GOOD_START * problem.cost.shape[0]
+    warm = Start(prices, owner, jnp.int32(phase), jnp.float32(1))
+    return lax.cond(good, lambda: warm, lambda: cold_start(problem))
+
+
+def given_prices(problem: Standard, prices: jax.Array, exchanged: bool) -> jax.Array:
+    """Return the caller's prices as a start; those of rows, if `exchanged`, in terms of columns."""
+    n, m = problem.cost.shape
+    prices = jnp.where(jnp.isfinite(prices), prices, 0)
+    if exchanged:
+        best = jnp.min(problem.cost + prices[:, None], axis=0)
+        prices = jnp.where(best < jnp.inf, -best, 0)
+    if n < m:  # as many columns are left out as can be, and those share the lowest price
+        prices = jnp.maximum(prices, jnp.sort(prices)[m - n - 1])
+    return prices
+
+
+def _mean_prices(problem: Standard) -> jax.Array:
+    """Return prices to start from where nothing is known."""
+    # Features near one direction make a column cheap or dear as a whole; its mean says so.
+    means = lax.cond(problem.dense, partial(jnp.mean, axis=0), _mean_of_finite, problem.cost)
+    n, m = problem.cost.shape
+    if n == m:
+        return -means
+    # The n columns cheapest on average would end at one level, if rows did not differ: as far as
+    # they do, each finds a column of its own at the lowest price.
+    residuals = _sample(problem.cost) - means
+    finite = jnp.isfinite(residuals)
+    spread = jnp.sqrt(jnp.mean(jnp.where(finite, residuals, 0) ** 2))
+    return jnp.maximum(jnp.sort(means)[n - 1] - means - spread, 0)
+
+
+def _sample(cost: jax.Array) -> jax.Array:
+    """Return some rows of `cost`, at equal distances."""
+    return cost[:: max(1, cost.shape[0] // _SAMPLE)]
+
+
+def _mean_of_finite(cost: jax.Array) -> jax.Array:
+    finite = cost < jnp.inf
+    number = jnp.maximum(jnp.sum(finite, axis=0, dtype=jnp.float32), 1)
+    return jnp.sum(cost, axis=0, where=finite) / number
+
+
+def _span(cost: jax.Array, prices: jax.Array) -> jax.Array:
+    """Return the range of ``cost + prices`` over some rows, 1 if it is nothing."""
+    some = _sample(cost) + prices[None]
+    finite = some < jnp.inf
+    high = jnp.max(some, initial=-jnp.inf, where=finite)
+    span = high - jnp.min(some, initial=jnp.inf, where=finite)
+    return jnp.where((span > 0) & (span < jnp.inf), span, 1)
