@@ -54,6 +54,10 @@ def main(argv: Sequence[str]) -> None:
 def run() -> None:
     """Parse the flags and run the task; a mistake in the input is one message and exit code 2."""
     absl_logging.set_verbosity(absl_logging.WARNING)
+    if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) == 1:
+        os.environ.setdefault(
+            "NPROC", "2"
+        )  # the solver 'scipy' would wait for itself on one thread
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     package = logging.getLogger("nat_jax")

@@ -7,6 +7,8 @@ _REPOSITORY = Path(__file__).resolve().parents[1]
 
 # Before jax starts: it reads these once.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) == 1:
+    os.environ.setdefault("NPROC", "2")  # host callbacks hang on a single thread
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_REPOSITORY / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 # random, near-collapsed and nearly matched features: small and steep beats the textbook's range/4.
 _ROUGH_EPS = (1e-2, 1e-3, 1e-4)
 _NEARLY_SQUARE = 1.1  # with more columns for each row than that few rows compete: no rough phases
+_LARGEST_EPS = 8.0  # more than costs in [-1, 1] and their prices differ by
 _ROUNDING_OF_PATHS = 1e-6  # of prices that rise along many paths
 _MAX_KERNEL_COLUMNS = 2048
 _NO_LIMIT = np.iinfo(np.int32).max
@@ -151,6 +152,7 @@ def _solve_one(
     n, m = given.shape
     problem = standardise(given, maximize)
     eps = jnp.where(problem.whole, jnp.floor(eps), eps) / problem.unit
+    eps = jnp.minimum(eps, _LARGEST_EPS)
     ladder = _rough_phases(n, m)
     if start:
         prices = given_prices(problem, start[0] / problem.unit, exchanged)

@@ -15,6 +15,7 @@ from nat_jax.assign import _search
 from nat_jax.assign._assignment import Assignment, Status
 
 ROUNDOFF = 2.0**-24  # of float32
+TINY = 2.0**-126  # the smallest normal float32; what is smaller may count as zero
 EXACT_INTEGERS = 2.0**24  # float32 holds every integer up to here
 
 
@@ -83,14 +84,17 @@ def standardise(cost: jax.Array, maximize: bool) -> Standard:
     shifted = (high - whole if maximize else whole - low).astype(jnp.float32)
     span = (high - low).astype(jnp.float32)
     unit = _power_above(span)
+    exact = jnp.bool_(True)
+    if unsigned.itemsize > 2:
+        exact = high - low <= jnp.asarray(EXACT_INTEGERS, unsigned)
     return Standard(
         cost=shifted / unit,
         unit=unit,
         largest=span / unit,
         dense=jnp.bool_(True),
         nonfinite=jnp.bool_(False),
-        entry_error=jnp.where(span > EXACT_INTEGERS, jnp.float32(ROUNDOFF), 0),
-        whole=span <= EXACT_INTEGERS,
+        entry_error=jnp.where(exact, 0, jnp.float32(ROUNDOFF)),
+        whole=exact,
     )
 
 
@@ -104,8 +108,8 @@ def _standardise_floats(cost: jax.Array, maximize: bool) -> Standard:
     # A pass over the costs is what a small or easy problem takes longest for: each one counts.
     dtype = jnp.float64 if cost.dtype == jnp.float64 else jnp.float32
     cost = -cost.astype(dtype) if maximize else cost.astype(dtype)
-    low, high = jnp.min(cost), jnp.max(cost)  # NaN if there is any
-    dense = jnp.isfinite(low) & jnp.isfinite(high)
+    low, high = jnp.min(cost), jnp.max(cost)
+    dense = jnp.isfinite(jnp.sum(cost))  # minima may pass over NaN, XLA:CPU's do
     low, high, bad = lax.cond(
         dense, lambda _: (low, high, jnp.bool_(False)), _range_of_finite, cost
     )
@@ -121,7 +125,7 @@ def _standardise_floats(cost: jax.Array, maximize: bool) -> Standard:
         largest=(largest / unit).astype(jnp.float32),
         dense=dense,
         nonfinite=bad,
-        entry_error=jnp.float32(ROUNDOFF if dtype == jnp.float64 else 0),
+        entry_error=jnp.float32(8 * TINY + (ROUNDOFF if dtype == jnp.float64 else 0)),
         whole=_all_whole(known, offset) & (largest <= EXACT_INTEGERS),
     )
 
@@ -141,7 +145,13 @@ def _all_whole(cost: jax.Array, offset: jax.Array) -> jax.Array:
     def whole(some: jax.Array) -> jax.Array:
         return jnp.all(some - offset == jnp.floor(some - offset))
 
-    return lax.cond(whole(cost[0]), whole, lambda _: jnp.bool_(False), cost)
+    def all_whole(cost: jax.Array) -> jax.Array:
+        # Arithmetic takes subnormal numbers for zero; their bits are not.
+        bits = lax.bitcast_convert_type(cost, f"uint{8 * cost.dtype.itemsize}") << 1
+        tiny = lax.bitcast_convert_type(jnp.finfo(cost.dtype).tiny, bits.dtype) << 1
+        return whole(cost) & ~jnp.any((bits > 0) & (bits < tiny))
+
+    return lax.cond(whole(cost[0]), all_whole, lambda _: jnp.bool_(False), cost)
 
 
 class Solved(NamedTuple):
@@ -180,8 +190,11 @@ def certify(given: jax.Array, problem: Standard, ended: _search.Matching) -> Sol
     left_out = jnp.sum(jnp.where(taken, 0, prices - jnp.min(prices)))
     summing = 1 + (n + m) * 2 * ROUNDOFF
     gap = (jnp.sum(slack + rounding) + left_out) * summing * problem.unit
+    gap = gap + jnp.where(exact, 0, 8 * n * TINY)  # what the scaling back may lose
 
-    status = jnp.where(jnp.any(missing), Status.MAX_ROUNDS, Status.OPTIMAL_WITHIN_EPS)
+    status = jnp.where(
+        jnp.any(missing) | ended.cut_off, Status.MAX_ROUNDS, Status.OPTIMAL_WITHIN_EPS
+    )
     status = jnp.where(ended.infeasible, Status.INFEASIBLE, status)
     status = jnp.where(problem.nonfinite, Status.NONFINITE, status)
     certain = (status != Status.NONFINITE) & ~jnp.isnan(gap)
@@ -222,7 +235,10 @@ def complete(given: jax.Array, col4row: jax.Array, *, maximize: bool) -> Solved:
         )
         prices = _search.settle(cost, jnp.where(known, prices, high), owner, n + 1)
     col4row = jnp.where(forbidden, -1, col4row)
-    ended = _search.Matching(prices, owner, col4row, jnp.int32(n), jnp.any(forbidden), jnp.int32(0))
+    infeasible = jnp.any(forbidden)
+    ended = _search.Matching(
+        prices, owner, col4row, jnp.int32(n), infeasible, jnp.bool_(False), jnp.int32(0)
+    )
     return certify(given, problem, ended)
 
 

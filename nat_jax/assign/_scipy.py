@@ -1,5 +1,6 @@
 """SciPy's exact solver on the host, with the interface of the others."""
 
+import os
 from functools import partial
 
 import jax
@@ -29,6 +30,8 @@ def scipy(cost: ArrayLike, *, maximize: bool = False) -> Assignment:
     Raises:
         TypeError: `cost` holds no real numbers.
         ValueError: `cost` has fewer than two dimensions.
+        RuntimeError: under jit on one CPU core, unless the environment variable NPROC is 2 or more
+            when jax starts.
     """
     with full_precision(cost):
         return _scipy(as_cost(cost), maximize=bool(maximize))
@@ -38,12 +41,29 @@ def _scipy(array: jax.Array, *, maximize: bool) -> Assignment:
     host = partial(_solve_on_host, maximize=maximize)
     tall = wide(array)
     if isinstance(array, jax.core.Tracer):
+        _need_two_threads()
         shape = jax.ShapeDtypeStruct(tall.shape[:-1], jnp.int32)
         tall = lax.stop_gradient(tall)
         col4row = jax.pure_callback(host, shape, tall, vmap_method="expand_dims")
     else:
         col4row = jnp.asarray(host(np.asarray(tall)))
     return _certified(array, col4row, maximize=maximize)
+
+
+def _need_two_threads() -> None:
+    """Refuse what would hang: a callback's input is copied by a thread that the callback holds."""
+    threads = int(os.environ.get("NPROC", _cores()))
+    if threads < 2 and jax.default_backend() == "cpu":
+        raise RuntimeError(
+            "solver 'scipy' under jit needs two threads of JAX's CPU client, got one: set the "
+            "environment variable NPROC=2 before Python starts, or use the solver 'auction'"
+        )
+
+
+def _cores() -> int:
+    """Return the number of cores that this process may use, as JAX's CPU client counts them."""
+    has_affinity = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
 
 
 @partial(jax.jit, static_argnames="maximize")

@@ -208,6 +208,7 @@ class Matching(NamedTuple):
     col4row: jax.Array  # int32[n], -1: none
     tried: jax.Array  # int32, rows of the list dealt with
     infeasible: jax.Array  # bool, some row has no path over allowed pairs
+    cut_off: jax.Array  # bool, the limit on rounds came before the prices were even
     rounds: jax.Array  # int32
 
 
@@ -250,7 +251,8 @@ def augment(
         settled = jnp.full_like(s.prices, jnp.inf)
         return _follow(cost, s, row, first, settled, s.owner < 0, max_rounds)
 
-    begin = Matching(prices, owner, col4row, jnp.int32(0), jnp.bool(False), rounds)
+    no = jnp.bool(False)
+    begin = Matching(prices, owner, col4row, jnp.int32(0), no, no, rounds)
     return lax.while_loop(goes_on, body, begin)
 
 
@@ -268,23 +270,27 @@ def even_out(cost: jax.Array, s: Matching, *, max_rounds: jax.Array) -> Matching
         lower = jnp.maximum(s.prices - jnp.maximum(unwanted_by, 0), jnp.min(s.prices))
         return jnp.where(s.owner < 0, lower, s.prices)
 
-    def too_dear(s: Matching) -> jax.Array:
-        return (s.owner < 0) & (s.prices > jnp.min(s.prices))
+    def dearer(s: Matching) -> jax.Array:
+        # The difference decides, not a comparison: two subnormal prices may differ by nothing.
+        return jnp.where(s.owner < 0, s.prices - jnp.min(s.prices), 0)
 
     def goes_on(s: Matching) -> jax.Array:
-        return jnp.any(too_dear(s)) & ~s.infeasible & (s.rounds < max_rounds)
+        return jnp.any(dearer(s) > 0) & ~s.infeasible & (s.rounds < max_rounds) & (s.tried < m)
 
     def body(s: Matching) -> Matching:
-        lowest = jnp.min(s.prices)
-        held = (s.owner < 0) & (s.prices == lowest)
-        first = jnp.where(held, jnp.inf, s.prices - lowest)
+        too_dear = dearer(s) > 0
+        held = (s.owner < 0) & ~too_dear
+        first = jnp.where(held, jnp.inf, s.prices - jnp.min(s.prices))
         settled = jnp.where(held, 0, jnp.full_like(s.prices, jnp.inf))
-        return _follow(cost, s, jnp.int32(n), first, settled, too_dear(s), max_rounds)
+        return _follow(cost, s, jnp.int32(n), first, settled, too_dear, max_rounds)
 
     every_row_has_one = jnp.all(s.col4row >= 0)
-    needed = every_row_has_one & jnp.any(too_dear(s))
-    begin = s._replace(prices=lax.cond(needed, lower_where_unwanted, lambda: s.prices))
-    return lax.while_loop(lambda s: every_row_has_one & goes_on(s), body, begin)
+    needed = every_row_has_one & jnp.any(dearer(s) > 0)
+    prices = lax.cond(needed, lower_where_unwanted, lambda: s.prices)
+    begin = s._replace(prices=prices, tried=jnp.int32(0))
+    ended = lax.while_loop(lambda s: every_row_has_one & goes_on(s), body, begin)
+    cut_off = every_row_has_one & ~ended.infeasible & jnp.any(dearer(ended) > 0)
+    return ended._replace(cut_off=cut_off)
 
 
 def _follow(
@@ -318,6 +324,7 @@ def _follow(
         col4row=col4row,
         tried=s.tried + 1,
         infeasible=s.infeasible | ~reached,
+        cut_off=s.cut_off,
         rounds=tree.rounds,
     )
 

@@ -77,9 +77,9 @@ def _mean_of_finite(cost: jax.Array) -> jax.Array:
 
 
 def _span(cost: jax.Array, prices: jax.Array) -> jax.Array:
-    """Return the range of ``cost + prices`` over some rows, 1 if it is nothing."""
+    """Return the range of ``cost + prices`` over some rows."""
     some = _sample(cost) + prices[None]
     finite = some < jnp.inf
     high = jnp.max(some, initial=-jnp.inf, where=finite)
     span = high - jnp.min(some, initial=jnp.inf, where=finite)
-    return jnp.where((span > 0) & (span < jnp.inf), span, 1)
+    return jnp.where((span > 0) & (span < jnp.inf), span, 0)

@@ -56,7 +56,13 @@ def run(given: Given) -> _kernel.Ended:
 def certify(cost: jax.Array, given: Given, ended: _kernel.Ended) -> _problem.Solved:
     col4row = _search.columns_of_rows(ended.owner, cost.shape[0])
     matching = _search.Matching(
-        ended.prices, ended.owner, col4row, jnp.int32(0), jnp.any(col4row < 0), ended.rounds
+        ended.prices,
+        ended.owner,
+        col4row,
+        jnp.int32(0),
+        jnp.any(col4row < 0),
+        jnp.bool_(False),
+        ended.rounds,
     )
     return _problem.certify(cost, given.problem, matching)
 
