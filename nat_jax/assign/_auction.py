@@ -94,12 +94,12 @@ def auction(
         limit = _NO_LIMIT if max_rounds is None else operator.index(max_rounds)
         if not 0 <= limit <= _NO_LIMIT:
             raise ValueError(f"max_rounds must be in [0, {_NO_LIMIT}], got {limit}")
-        tolerance = jnp.float32(0) if eps is None else _as_eps(eps)
+        tolerance = np.float32(0) if eps is None else _as_eps(eps)
         return _auction(
             array,
             start,
             tolerance,
-            jnp.int32(limit),
+            np.int32(limit),  # of NumPy: JAX takes its time to make a scalar
             maximize=bool(maximize),
             kernel=bool(kernel),
         )
@@ -156,7 +156,7 @@ def _solve_one(
     ladder = _rough_phases(n, m)
     if start:
         prices = given_prices(problem, start[0] / problem.unit, exchanged)
-        begin = warm_start(problem, prices, phase=len(ladder))
+        begin = warm_start(problem, prices, last_phase=len(ladder))
     else:
         begin = cold_start(problem)
     levels = jnp.maximum(jnp.array([*ladder, 0.0], jnp.float32) * begin.span, eps)

@@ -31,6 +31,8 @@ def full_precision(cost: ArrayLike) -> contextlib.AbstractContextManager[Any]:
 
 def _on_host(cost: ArrayLike) -> np.ndarray | None:
     """Return what was given as a NumPy array, None if any of it is JAX's."""
+    if isinstance(cost, jax.Array):
+        return None
     if any(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(cost)):
         return None
     return np.asarray(cost)
@@ -48,9 +50,8 @@ def as_cost(cost: ArrayLike) -> jax.Array:
                 f"cost holds integers beyond {kept}, which JAX narrows {cost.dtype} to; "
                 "set jax_enable_x64 or pass floats"
             )
-    array = jnp.asarray(cost)
-    real = (jnp.floating, jnp.integer, jnp.bool_)
-    if not any(jnp.issubdtype(array.dtype, kind) for kind in real):
+    array = cost if isinstance(cost, jax.Array) else jnp.asarray(cost)
+    if array.dtype.kind not in "fiub" and not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"cost must hold real numbers, got dtype {array.dtype}")
     if array.ndim < 2:
         raise ValueError(
