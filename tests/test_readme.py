@@ -1,5 +1,7 @@
 """What the documentation shows works: Python blocks run, commands are those that are tested.
 
+Lines ``#> ...`` of a Python block are what it prints, all of it.
+
 A block that cannot be run here says why in a comment right above it:
 
     <!-- needs: a TPU pod -->      not run; Python is still compiled, nat_jax commands are checked
@@ -32,6 +34,7 @@ FENCE = re.compile(
     r"(?P<indent>[ \t]*)```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^(?P=indent)```[ \t]*$",
     re.MULTILINE | re.DOTALL,
 )
+PRINTED = re.compile(r"^[ \t]*#> ?(.*)$", re.MULTILINE)
 
 
 class Block(NamedTuple):
@@ -152,6 +155,14 @@ def run_python(block: Block, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def check_python(block: Block, folder: Path) -> None:
+    """Run a block; it must end well and print what it says, if it says so."""
+    done = run_python(block, folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    shown = PRINTED.findall(block.body)
+    assert not shown or done.stdout.splitlines() == shown
+
+
 ALL = all_blocks()
 SHELL = [block for block in ALL if block.language in ("bash", "sh", "shell", "console")]
 PYTHON = [block for block in ALL if block.language in ("python", "py")]
@@ -177,15 +188,13 @@ def test_shown_python_compiles(block: Block) -> None:
 
 @pytest.mark.parametrize("block", [b for b in PYTHON if not b.marker], ids=where)
 def test_shown_python_runs(block: Block, tmp_path: Path) -> None:
-    done = run_python(block, tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    check_python(block, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("block", [b for b in PYTHON if b.marker == "slow"], ids=where)
 def test_shown_slow_python_runs(block: Block, tmp_path: Path) -> None:
-    done = run_python(block, tmp_path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    check_python(block, tmp_path)
 
 
 PAGE = """
@@ -238,6 +247,11 @@ def test_blocks_are_found_with_their_markers() -> None:
 def test_a_failing_block_fails(tmp_path: Path) -> None:
     assert run_python(Block("", "", "python", "raise SystemExit(3)"), tmp_path).returncode == 3
     assert run_python(Block("", "", "python", "import nat_jax"), tmp_path).returncode == 0
+    with pytest.raises(AssertionError):
+        check_python(Block("", "", "python", "raise SystemExit(3)"), tmp_path)
+    with pytest.raises(AssertionError):
+        check_python(Block("", "", "python", "print(1)\n#> 2"), tmp_path)
+    check_python(Block("", "", "python", "if True:\n    print(1)\n    #> 1\nprint()\n#>"), tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,8 @@ def auction(
             common offset has been removed; NumPy's float64 keeps its precision until then.
         maximize: find the largest total instead.
         eps: scalar >= 0, in units of `cost`; the total may be worse than the optimum by
-            min(n, m) * eps. None: only by float32 rounding. Larger values save time.
+            min(n, m) * eps. None: only by float32 rounding. Some hundredths of the range of the
+            costs save time, less does not.
         prices: float[..., m]; the `prices` of a similar problem as a start. They change the time
             and the choice among equally good matchings, not the guarantee.
         max_rounds: limit on `Assignment.rounds` for each problem; at the limit the rows that are

@@ -86,7 +86,7 @@ def release(cost: jax.Array, prices: jax.Array, owner: jax.Array, eps: jax.Array
 
 
 def settle(cost: jax.Array, prices: jax.Array, owner: jax.Array, max_passes: int) -> jax.Array:
-    """Lower the prices of held columns until each is its row's best (Bellman and Ford's method).
+    """Return lower prices of held columns, so that each is its row's best (Bellman and Ford).
 
     For an optimal matching that ends after as many passes as the longest shortest path has pairs.
 
@@ -95,9 +95,6 @@ def settle(cost: jax.Array, prices: jax.Array, owner: jax.Array, max_passes: int
         prices: float32[m]; +inf for a price not yet known.
         owner: int32[m].
         max_passes: limit on the passes over `cost`.
-
-    Returns:
-        The prices, float32[m].
     """
 
     def body(s: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
