@@ -20,7 +20,10 @@ class Status(enum.IntEnum):
 
 _CURES = {
     Status.MAX_ROUNDS: "the round limit was reached; raise max_rounds or leave it out",
-    Status.NONFINITE: "the cost holds NaN or -inf (+inf under maximize); look at what computes it",
+    Status.NONFINITE: (
+        "the cost holds NaN, -inf (+inf under maximize) or numbers beyond float32; "
+        "look at what computes it"
+    ),
     Status.INFEASIBLE: (
         "every complete matching uses a forbidden pair; allow more pairs "
         "(a large finite cost instead of an infinite one)"
@@ -33,7 +36,7 @@ class AssignmentError(RuntimeError):
 
 
 @jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays do not compare to one bool
 class Assignment:
     """The solution of one problem, or of a batch of problems of one shape.
 
@@ -43,9 +46,9 @@ class Assignment:
     Attributes:
         col4row: int32[..., n]; the column of each row, -1 where a row is left out (n > m).
         cost: float32[...]; the sum of the matched costs as given (also under ``maximize``).
-        prices: float32[..., m]; dual values p, one per column: the matched column of row i
-            minimises c[i, j] + p[j] (under ``maximize``: maximises c[i, j] - p[j]). NaN from
-            solvers that give no dual values.
+        prices: float32[..., m]; dual values p, one per column, up to a constant: the matched
+            column of row i minimises c[i, j] + p[j] (under ``maximize``: maximises
+            c[i, j] - p[j]). NaN from solvers that give no dual values.
         gap: float32[...]; upper bound, never negative, on how far the matched total is from the
             optimum (value - optimum, or optimum - value under ``maximize``). Infinite when nothing
             is guaranteed, NaN from solvers that certify nothing.

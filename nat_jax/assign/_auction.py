@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 # random, near-collapsed and nearly matched features: small and steep beats the textbook's range/4.
 _ROUGH_EPS = (1e-2, 1e-3, 1e-4)
 _NEARLY_SQUARE = 1.1  # with more columns for each row than that few rows compete: no rough phases
-_LARGEST_EPS = 8.0  # more than costs in [-1, 1] and their prices differ by
+_LARGEST_EPS = 8.0  # more than costs differ by in the standard form
 _ROUNDING_OF_PATHS = 1e-6  # of prices that rise along many paths
 _MAX_KERNEL_COLUMNS = 2048
 _NO_LIMIT = np.iinfo(np.int32).max
@@ -64,8 +64,8 @@ def auction(
         eps: scalar >= 0, in units of `cost`; the total may be worse than the optimum by
             min(n, m) * eps. None: only by float32 rounding. Some hundredths of the range of the
             costs save time, less does not.
-        prices: float[..., m]; the `prices` of a similar problem as a start. They change the time
-            and the choice among equally good matchings, not the guarantee.
+        prices: float[..., m]; the `prices` of a similar problem as a start, up to a constant. They
+            change the time and the choice among equally good matchings, not the guarantee.
         max_rounds: limit on `Assignment.rounds` for each problem; at the limit the rows that are
             left take free columns in order. None: no limit; at most n**2 + O(n) rounds are
             possible, a few hundred are usual at n = 256.
@@ -92,7 +92,7 @@ def auction(
         start = None
         if prices is not None:
             start = _as_prices(prices, (*array.shape[:-2], array.shape[-1]))
-        limit = _NO_LIMIT if max_rounds is None else operator.index(max_rounds)
+        limit = _NO_LIMIT if max_rounds is None else _as_index("max_rounds", max_rounds)
         if not 0 <= limit <= _NO_LIMIT:
             raise ValueError(f"max_rounds must be in [0, {_NO_LIMIT}], got {limit}")
         tolerance = np.float32(0) if eps is None else _as_eps(eps)
@@ -104,6 +104,13 @@ def auction(
             maximize=bool(maximize),
             kernel=bool(kernel),
         )
+
+
+def _as_index(name: str, value: int) -> int:
+    try:
+        return operator.index(value)
+    except (TypeError, jax.errors.TracerIntegerConversionError):
+        raise TypeError(f"{name} must be a Python integer, also under jit, got {value!r}") from None
 
 
 def _as_prices(prices: ArrayLike, shape: tuple[int, ...]) -> jax.Array:

@@ -43,11 +43,13 @@ def as_cost(cost: ArrayLike) -> jax.Array:
     host = _on_host(cost)
     if host is not None and host.dtype.kind not in "fiubV":  # V: the 16-bit floats of ml_dtypes
         raise TypeError(f"cost must hold real numbers, got dtype {host.dtype}")
-    if isinstance(cost, np.ndarray) and cost.dtype.kind in "iu" and cost.size:
-        kept = jax.dtypes.canonicalize_dtype(cost.dtype)
-        if cost.min() < np.iinfo(kept).min or cost.max() > np.iinfo(kept).max:
+    if host is not None and host.dtype == np.longdouble != np.float64:
+        raise TypeError("cost must not be of dtype longdouble; convert it to float64")
+    if host is not None and host.dtype.kind in "iu" and host.size:
+        kept = jax.dtypes.canonicalize_dtype(host.dtype)
+        if host.min() < np.iinfo(kept).min or host.max() > np.iinfo(kept).max:
             raise ValueError(
-                f"cost holds integers beyond {kept}, which JAX narrows {cost.dtype} to; "
+                f"cost holds integers beyond {kept}, which JAX narrows {host.dtype} to; "
                 "set jax_enable_x64 or pass floats"
             )
     array = cost if isinstance(cost, jax.Array) else jnp.asarray(cost)
@@ -119,6 +121,7 @@ def _standardise_floats(cost: jax.Array, maximize: bool) -> Standard:
     offset = jnp.where((high < 0) & (low >= 2 * high), high, offset)
     largest = jnp.maximum(jnp.abs(low - offset), jnp.abs(high - offset))
     unit = _power_above(largest)
+    bad |= largest > jnp.finfo(jnp.float32).max  # of float64
     known = jnp.where(jnp.isnan(cost) | (cost == -jnp.inf), high, cost)
     return Standard(
         cost=((known - offset) / unit).astype(jnp.float32),
@@ -261,6 +264,7 @@ def solve_all(
     if cost.size == 0:
         return _nothing(tuple(batch), n, m)
     arrays = [lax.stop_gradient(x) for x in (wide(cost), *per_problem)]
+    shared = tuple(lax.stop_gradient(x) for x in shared)
     single = _with_vmap_rule(solve)
     if not batch:
         solved = single(*arrays, *shared)

@@ -1,12 +1,12 @@
 """The two searches of the auction: bidding for most rows, shortest paths for the last few.
 
-Both work on one problem ``cost`` float32[n, m] with n <= m, minimised, of values in [-1, 1] or +inf
-for a forbidden pair, and on prices float32[m]; a row prefers the columns with the smallest
-``cost + prices``. Bidding is
-the auction of Bertsekas ("The auction algorithm", 1988) with `slots` rows at a time, so that a
-round costs slots * m instead of n * m. Shortest augmenting paths as in Jonker and Volgenant ("A
-shortest augmenting path algorithm for dense and sparse linear assignment problems", 1987) end the
-price wars that a few last rows would fight, and need no eps.
+Both work on one problem ``cost`` float32[n, m] with n <= m, minimised, of values in [-1, 1] (beyond
+2**126 in [-4, 4]) or +inf for a forbidden pair, and on prices float32[m]; a row prefers the columns
+with the smallest ``cost + prices``. Bidding is the auction of Bertsekas ("The auction algorithm",
+1988) with `slots` rows at a time, so that a round costs slots * m instead of n * m. Shortest
+augmenting paths as in Jonker and Volgenant ("A shortest augmenting path algorithm for dense and
+sparse linear assignment problems", 1987) end the price wars that a few last rows would fight, and
+need no eps.
 """
 
 from typing import NamedTuple

@@ -50,7 +50,10 @@ def warm_start(problem: Standard, prices: jax.Array, *, last_phase: int) -> Star
 def given_prices(problem: Standard, prices: jax.Array, exchanged: bool) -> jax.Array:
     """Return the caller's prices as a start; those of rows, if `exchanged`, in terms of columns."""
     n, m = problem.cost.shape
-    prices = jnp.where(jnp.isfinite(prices), prices, 0)
+    # A constant in all prices means nothing and costs precision: the lowest becomes 0.
+    finite = jnp.isfinite(prices)
+    prices = prices - jnp.min(prices, initial=jnp.inf, where=finite)
+    prices = jnp.where(finite & jnp.isfinite(prices), prices, 0)
     if exchanged:
         best = jnp.min(problem.cost + prices[:, None], axis=0)
         prices = jnp.where(best < jnp.inf, -best, 0)
