@@ -263,8 +263,8 @@ def even_out(cost: jax.Array, s: Matching, *, max_rounds: jax.Array) -> Matching
 
     def lower_where_unwanted() -> jax.Array:
         best = jnp.min(cost + s.prices[None], axis=1)
-        unwanted_by = jnp.min(cost - best[:, None], axis=0) + s.prices
-        lower = jnp.maximum(s.prices - jnp.maximum(unwanted_by, 0), jnp.min(s.prices))
+        wanted_at = -jnp.min(cost - best[:, None], axis=0)
+        lower = jnp.maximum(jnp.minimum(s.prices, wanted_at), jnp.min(s.prices))
         return jnp.where(s.owner < 0, lower, s.prices)
 
     def dearer(s: Matching) -> jax.Array:

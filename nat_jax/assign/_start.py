@@ -58,7 +58,7 @@ def given_prices(problem: Standard, prices: jax.Array, exchanged: bool) -> jax.A
         best = jnp.min(problem.cost + prices[:, None], axis=0)
         prices = jnp.where(best < jnp.inf, -best, 0)
     if n < m:  # as many columns are left out as can be, and those share the lowest price
-        prices = jnp.maximum(prices, jnp.sort(prices)[m - n - 1])
+        prices = jnp.maximum(prices - jnp.sort(prices)[m - n - 1], 0)
     return prices
 
 
