@@ -86,6 +86,15 @@ def auction(
     Raises:
         TypeError: `cost` or `prices` is no array of real numbers.
         ValueError: a rank, shape or option is wrong.
+
+    >>> import numpy as np
+    >>> costs = np.random.default_rng(0).integers(0, 100, (32, 8, 8))  # 32 problems
+    >>> solution = auction(costs).check()
+    >>> solution.col4row.shape, float(solution.gap.max())
+    ((32, 8), 0.0)
+    >>> again = auction(costs, prices=solution.prices, maximize=False)
+    >>> bool((again.cost == solution.cost).all())
+    True
     """
     with full_precision(cost):
         array = as_cost(cost)
