@@ -121,7 +121,7 @@ def _standardise_floats(cost: jax.Array, maximize: bool) -> Standard:
     offset = jnp.where((high < 0) & (low >= 2 * high), high, offset)
     largest = jnp.maximum(jnp.abs(low - offset), jnp.abs(high - offset))
     unit = _power_above(largest)
-    bad |= largest > jnp.finfo(jnp.float32).max  # of float64
+    bad |= largest > float(jnp.finfo(jnp.float32).max)  # of float64
     known = jnp.where(jnp.isnan(cost) | (cost == -jnp.inf), high, cost)
     return Standard(
         cost=((known - offset) / unit).astype(jnp.float32),

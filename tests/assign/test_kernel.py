@@ -74,7 +74,7 @@ def off_by_more_than(given: Given, ended: _kernel.Ended, eps: float) -> jax.Arra
     return jnp.sum((ended.owner >= 0) & (kept < 0))
 
 
-@pytest.mark.parametrize("shape", [(7, 7), (16, 24), (64, 64)])
+@pytest.mark.parametrize("shape", [(16, 24), (64, 64)])
 def test_every_kind_is_solved(shape: tuple[int, int]) -> None:
     n, m = shape
     for kind in KINDS:
@@ -210,9 +210,6 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("interpreted")
 def test_auctions_through_the_program() -> None:
-    for kind in KINDS:
-        cost = make(kind, 16)
-        assert_solved(cost, auction(cost, kernel=True))
     batch = np.stack([make(kind, 16, 24) for kind in KINDS])
     solved = auction(batch, kernel=True)
     for k, cost in enumerate(batch):
