@@ -11,17 +11,11 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from nat_jax.assign import _search
+from nat_jax.assign import _bidding, _paths
 from nat_jax.assign._assignment import Assignment
-from nat_jax.assign._problem import (
-    Solved,
-    Standard,
-    as_cost,
-    certify,
-    full_precision,
-    solve_all,
-    standardise,
-)
+from nat_jax.assign._batch import solve_all
+from nat_jax.assign._certificate import Solved, certify
+from nat_jax.assign._problem import Standard, as_cost, full_precision, standardise
 from nat_jax.assign._start import Start, cold_start, given_prices, warm_start
 
 if TYPE_CHECKING:
@@ -185,13 +179,13 @@ def _solve_one(
     else:
         ended = loops()
     if n < m:
-        ended = _search.even_out(problem.cost, ended, max_rounds=max_rounds)
+        ended = _paths.even_out(problem.cost, ended, max_rounds=max_rounds)
     return certify(given, problem, ended)
 
 
 def _search_in_loops(
     problem: Standard, begin: Start, levels: jax.Array, max_rounds: jax.Array
-) -> _search.Matching:
+) -> _paths.Matching:
     """Go through the phases and match the rows that are left."""
     cost = problem.cost
     n, m = cost.shape
@@ -209,7 +203,7 @@ def _search_in_loops(
     before, last = lax.fori_loop(begin.phase, final + 1, bid, (none, none))
     if n == m:
         last = _unless_stalled(cost, before, last, levels[final])
-    return _search.augment(cost, *last, max_rounds=max_rounds)
+    return _paths.augment(cost, *last, max_rounds=max_rounds)
 
 
 def _search_in_kernel(
@@ -219,7 +213,7 @@ def _search_in_kernel(
     max_rounds: jax.Array,
     *,
     interpret: bool = False,
-) -> _search.Matching:
+) -> _paths.Matching:
     """Do as `_search_in_loops` in one program; keep what of its result holds, match the rest."""
     from nat_jax.assign import _kernel  # Pallas takes long to import
 
@@ -239,11 +233,11 @@ def _search_in_kernel(
 
 def _keep_what_holds(
     cost: jax.Array, ended: "_kernel.Ended", eps: jax.Array, max_rounds: jax.Array
-) -> _search.Matching:
+) -> _paths.Matching:
     prices = jnp.where(jnp.isfinite(ended.prices), ended.prices, 0)
-    owner = _search.valid(ended.owner, cost.shape[0])
-    owner = _search.release(cost, prices, owner, eps + _ROUNDING_OF_PATHS)
-    return _search.augment(cost, prices, owner, ended.rounds, max_rounds=max_rounds)
+    owner = _bidding.valid(ended.owner, cost.shape[0])
+    owner = _bidding.release(cost, prices, owner, eps + _ROUNDING_OF_PATHS)
+    return _paths.augment(cost, prices, owner, ended.rounds, max_rounds=max_rounds)
 
 
 class _Phase(NamedTuple):
@@ -266,13 +260,13 @@ def _bid(
     Without an eps rows may take tied columns from each other forever: then for fewer.
     """
     n = cost.shape[0]
-    limit = jnp.where(eps > 0, jnp.int32(n), jnp.int32(n // _search.SHORT))
-    bids = _search.bid(
+    limit = jnp.where(eps > 0, jnp.int32(n), jnp.int32(n // _bidding.SHORT))
+    bids = _bidding.bid(
         cost,
         before.prices,
-        _search.release(cost, before.prices, before.owner, eps),
+        _bidding.release(cost, before.prices, before.owner, eps),
         eps,
-        slots=min(_search.SLOTS, n),
+        slots=min(_bidding.SLOTS, n),
         rounds=before.rounds,
         max_rounds=jnp.minimum(max_rounds, before.rounds + limit),
     )
@@ -288,8 +282,8 @@ def _unless_stalled(cost: jax.Array, before: _Phase, last: _Phase, eps: jax.Arra
     waiting = jnp.sum(last.owner < 0)
 
     def settle() -> _Phase:
-        prices = _search.settle(cost, before.prices, before.owner, _search.SETTLING_PASSES)
-        owner = _search.release(cost, prices, before.owner, eps)
+        prices = _bidding.settle(cost, before.prices, before.owner, _bidding.SETTLING_PASSES)
+        owner = _bidding.release(cost, prices, before.owner, eps)
         better = jnp.sum(owner < 0) < waiting
         return _Phase(
             prices=jnp.where(better, prices, last.prices),
@@ -297,7 +291,7 @@ def _unless_stalled(cost: jax.Array, before: _Phase, last: _Phase, eps: jax.Arra
             rounds=last.rounds,
         )
 
-    return lax.cond(waiting > cost.shape[0] // _search.STALLED, settle, lambda: last)
+    return lax.cond(waiting > cost.shape[0] // _bidding.STALLED, settle, lambda: last)
 
 
 def _rough_phases(n: int, m: int) -> tuple[float, ...]:

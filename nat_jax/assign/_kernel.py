@@ -1,8 +1,8 @@
 """The whole auction of a problem in one Pallas program, for NVIDIA GPUs (Triton).
 
-The XLA loops of `_search` cost a GPU several launches for each of some hundred rounds. Here one
-program goes through all phases: bidding with falling eps, then shortest augmenting paths, the
-algorithm of `_search`. `jax.vmap` gives one program to each problem.
+The XLA loops of `_bidding` and `_paths` cost a GPU several launches for each of some hundred
+rounds. Here one program goes through the same algorithm: bidding with falling eps, then shortest
+augmenting paths. `jax.vmap` gives one program to each problem.
 
 A round of bids should take some 2,000 cycles at m = 256 and 4,000 at m = 1024, a step of a path 600
 to 900: counted from the machine code, not measured.
@@ -18,8 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from nat_jax.assign import _kernel_search
+from nat_jax.assign._bidding import SETTLING_PASSES, SHORT, SLOTS, STALLED
 from nat_jax.assign._kernel_search import INF, Table
-from nat_jax.assign._search import SETTLING_PASSES, SHORT, SLOTS, STALLED
 
 _NUM_WARPS = 8  # next to no spilled registers up to 1024 columns; 16 are no faster
 

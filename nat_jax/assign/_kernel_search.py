@@ -1,4 +1,4 @@
-"""The two searches of `_search` as one Pallas program carries them out, in registers and cache.
+"""`_bidding` and `_paths` as one Pallas program carries them out, in registers and cache.
 
 What a round waits for is the latency of loads and of reductions across warps. So a row that bids is
 spread over the lanes of one warp, whose minimum of integers is one instruction; prices, owners and
@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
-from nat_jax.assign._search import RISE_WITHOUT_RIVAL, SLOTS
+from nat_jax.assign._bidding import RISE_WITHOUT_RIVAL, SLOTS
 
 INF = np.float32(np.inf)
 _LANES = 128  # columns that a warp loads at once

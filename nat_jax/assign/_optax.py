@@ -7,14 +7,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from nat_jax.assign._assignment import Assignment
-from nat_jax.assign._problem import (
-    Solved,
-    as_cost,
-    complete,
-    full_precision,
-    solve_all,
-    standardise,
-)
+from nat_jax.assign._batch import solve_all
+from nat_jax.assign._certificate import Solved, complete
+from nat_jax.assign._problem import as_cost, full_precision, standardise
 
 
 def hungarian(cost: ArrayLike, *, maximize: bool = False) -> Assignment:

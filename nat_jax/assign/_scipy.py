@@ -10,7 +10,9 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from nat_jax.assign._assignment import Assignment
-from nat_jax.assign._problem import as_cost, complete, full_precision, solve_all, wide
+from nat_jax.assign._batch import solve_all, wide
+from nat_jax.assign._certificate import complete
+from nat_jax.assign._problem import as_cost, full_precision
 
 
 def scipy(cost: ArrayLike, *, maximize: bool = False) -> Assignment:
@@ -39,14 +41,14 @@ def scipy(cost: ArrayLike, *, maximize: bool = False) -> Assignment:
 
 def _scipy(array: jax.Array, *, maximize: bool) -> Assignment:
     host = partial(_solve_on_host, maximize=maximize)
-    tall = wide(array)
+    problems = wide(array)
     if isinstance(array, jax.core.Tracer):
         _need_two_threads()
-        shape = jax.ShapeDtypeStruct(tall.shape[:-1], jnp.int32)
-        tall = lax.stop_gradient(tall)
-        col4row = jax.pure_callback(host, shape, tall, vmap_method="expand_dims")
+        shape = jax.ShapeDtypeStruct(problems.shape[:-1], jnp.int32)
+        problems = lax.stop_gradient(problems)
+        col4row = jax.pure_callback(host, shape, problems, vmap_method="expand_dims")
     else:
-        col4row = jnp.asarray(host(np.asarray(tall)))
+        col4row = jnp.asarray(host(np.asarray(problems)))
     return _certified(array, col4row, maximize=maximize)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from nat_jax.assign import _search
+from nat_jax.assign import _bidding
 from nat_jax.assign._problem import Standard
 
 # Shares of rows that find a column of their own at the caller's prices. With exact prices about
@@ -36,7 +36,7 @@ def cold_start(problem: Standard) -> Start:
 
 def warm_start(problem: Standard, prices: jax.Array, *, last_phase: int) -> Start:
     """Start from the caller's prices, at the phase that they are good enough for."""
-    owner = _search.claim(problem.cost, prices)
+    owner = _bidding.claim(problem.cost, prices)
     share = jnp.mean(owner >= 0) * (problem.cost.shape[1] / problem.cost.shape[0])
     early = max(last_phase - _PHASES_BACK, 0)
     phase = jnp.where(share >= _NEARLY_SOLVED, last_phase, early).astype(jnp.int32)

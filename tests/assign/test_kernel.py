@@ -11,7 +11,16 @@ import numpy as np
 import pytest
 from problems import assert_matching, assert_solved, make, optimum, total
 
-from nat_jax.assign import Status, _auction, _kernel, _problem, _search, auction
+from nat_jax.assign import (
+    Status,
+    _auction,
+    _bidding,
+    _certificate,
+    _kernel,
+    _paths,
+    _problem,
+    auction,
+)
 
 WHOLE = ["ties", "constant", "integer", "machol_wien"]
 KINDS = [*WHOLE, "uniform", "sphere", "collapsed", "matched", "tenths", "huge", "wild", "forbidden"]
@@ -53,9 +62,9 @@ def run(given: Given) -> _kernel.Ended:
 
 
 @jax.jit
-def certify(cost: jax.Array, given: Given, ended: _kernel.Ended) -> _problem.Solved:
-    col4row = _search.columns_of_rows(ended.owner, cost.shape[0])
-    matching = _search.Matching(
+def certify(cost: jax.Array, given: Given, ended: _kernel.Ended) -> _certificate.Solved:
+    col4row = _bidding.columns_of_rows(ended.owner, cost.shape[0])
+    matching = _paths.Matching(
         ended.prices,
         ended.owner,
         col4row,
@@ -64,13 +73,13 @@ def certify(cost: jax.Array, given: Given, ended: _kernel.Ended) -> _problem.Sol
         jnp.bool_(False),
         ended.rounds,
     )
-    return _problem.certify(cost, given.problem, matching)
+    return _certificate.certify(cost, given.problem, matching)
 
 
 @jax.jit
 def off_by_more_than(given: Given, ended: _kernel.Ended, eps: float) -> jax.Array:
     """Count the pairs that are more than eps worse than the row's best."""
-    kept = _search.release(given.problem.cost, ended.prices, ended.owner, jnp.float32(eps))
+    kept = _bidding.release(given.problem.cost, ended.prices, ended.owner, jnp.float32(eps))
     return jnp.sum((ended.owner >= 0) & (kept < 0))
 
 
@@ -236,11 +245,11 @@ def test_a_wrong_program_costs_time_only() -> None:
 
     @jax.jit
     @jax.vmap
-    def finish(ended: _kernel.Ended) -> _problem.Solved:
+    def finish(ended: _kernel.Ended) -> _certificate.Solved:
         matching = _auction._keep_what_holds(
             given.problem.cost, ended, given.levels, given.max_rounds
         )
-        return _problem.certify(jnp.asarray(cost), given.problem, matching)
+        return _certificate.certify(jnp.asarray(cost), given.problem, matching)
 
     solved = finish(jax.tree.map(lambda *x: jnp.stack(x), *ends))
     assert int(solved.rounds[0]) == 0
