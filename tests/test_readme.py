@@ -9,6 +9,8 @@ A block that cannot be run here says why in a comment right above it:
     <!-- continues -->             Python: run after the block before it, as one program
 """
 
+import contextlib
+import io
 import os
 import re
 import shlex
@@ -156,11 +158,23 @@ def run_python(block: Block, folder: Path) -> subprocess.CompletedProcess[str]:
 
 
 def check_python(block: Block, folder: Path) -> None:
-    """Run a block; it must end well and print what it says, if it says so."""
+    """Run a block as a program; it must end well and print what it says, if it says so."""
     done = run_python(block, folder)
     assert done.returncode == 0, done.stderr[-3000:]
+    check_printed(block, done.stdout)
+
+
+def check_python_here(block: Block, folder: Path) -> None:
+    """Do the same in this process, which has loaded jax already."""
+    printed = io.StringIO()
+    with contextlib.chdir(folder), contextlib.redirect_stdout(printed):
+        exec(compile(block.body, block.where, "exec"), {"__name__": "__main__"})
+    check_printed(block, printed.getvalue())
+
+
+def check_printed(block: Block, printed: str) -> None:
     shown = PRINTED.findall(block.body)
-    assert not shown or done.stdout.splitlines() == shown
+    assert not shown or printed.splitlines() == shown
 
 
 ALL = all_blocks()
@@ -188,7 +202,7 @@ def test_shown_python_compiles(block: Block) -> None:
 
 @pytest.mark.parametrize("block", [b for b in PYTHON if not b.marker], ids=where)
 def test_shown_python_runs(block: Block, tmp_path: Path) -> None:
-    check_python(block, tmp_path)
+    check_python_here(block, tmp_path)
 
 
 @pytest.mark.slow
@@ -251,7 +265,13 @@ def test_a_failing_block_fails(tmp_path: Path) -> None:
         check_python(Block("", "", "python", "raise SystemExit(3)"), tmp_path)
     with pytest.raises(AssertionError):
         check_python(Block("", "", "python", "print(1)\n#> 2"), tmp_path)
-    check_python(Block("", "", "python", "if True:\n    print(1)\n    #> 1\nprint()\n#>"), tmp_path)
+    right = Block("", "", "python", "if True:\n    print(1)\n    #> 1\nprint()\n#>")
+    check_python(right, tmp_path)
+    check_python_here(right, tmp_path)
+    with pytest.raises(AssertionError):
+        check_python_here(Block("", "", "python", "print(1)\n#> 2"), tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        check_python_here(Block("", "", "python", "1 / 0"), tmp_path)
 
 
 @pytest.mark.parametrize(

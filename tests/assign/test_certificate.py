@@ -157,7 +157,16 @@ ATTACKS = {
 }
 
 
-FURTHER = {"any prices, small eps", "any prices, maximize", "wide", "tall", "hungarian", "scipy"}
+FURTHER = {
+    "any prices, small eps",
+    "any prices, maximize",
+    "float64",
+    "wide",
+    "wide, no rounds",
+    "tall",
+    "hungarian",
+    "scipy",
+}
 
 
 @pytest.mark.parametrize(
