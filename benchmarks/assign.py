@@ -30,6 +30,8 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+import hardware
+
 
 def one_core() -> None:
     """Bind this process to one core, before any library counts them."""
@@ -72,14 +74,6 @@ def parse() -> argparse.Namespace:
     return arguments
 
 
-def cpu() -> str:
-    """Return the processor's name."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def environment(packages: tuple[str, ...]) -> dict[str, str]:
     """Return what the numbers depend on."""
     versions = {}
@@ -90,7 +84,7 @@ def environment(packages: tuple[str, ...]) -> dict[str, str]:
             continue
     return {
         "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {platform.system()}, one core of {cpu()}",
+        "machine": f"{platform.machine()}, {platform.system()}, one core of {hardware.cpu()}",
         "python": platform.python_version(),
         **versions,
     }

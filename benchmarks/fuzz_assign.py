@@ -37,6 +37,7 @@ os.environ["XLA_FLAGS"] = (
 )
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "assign"))
 
+import hardware  # noqa: E402
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
@@ -261,14 +262,6 @@ def fuzz(arguments: argparse.Namespace, record: Record, watchdog: Watchdog) -> b
     return covered
 
 
-def cpu() -> str:
-    """Return the processor's name."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def main() -> None:
     """Fuzz, or replay, and say what was found."""
     arguments = parse()
@@ -311,7 +304,7 @@ def main() -> None:
             "python": platform.python_version(),
             **{k: metadata.version(k) for k in ("jax", "jaxlib", "numpy", "scipy", "optax")},
         },
-        "machine": f"{platform.machine()}, {platform.system()}, {cpu()}",
+        "machine": f"{platform.machine()}, {platform.system()}, {hardware.cpu()}",
     }
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)

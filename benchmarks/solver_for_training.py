@@ -167,14 +167,16 @@ def main() -> None:
     folder = arguments.workdir or Path(tempfile.mkdtemp(prefix="solver_for_training_"))
     folder.mkdir(parents=True, exist_ok=True)
     source = first_images(arguments.source, arguments.images, folder)
+    # First, because what is wrong with the costs or a solver should not wait for the training.
+    timed = {arm: solve_ms(arm, arguments.costs) for arm in ARMS} if arguments.costs else {}
     arms: dict[str, dict[str, Any]] = {}
     for arm in ARMS:
         done = subprocess.run(command(arm, source, folder, arguments))
         if done.returncode:
             sys.exit(f"{arm}: exit code {done.returncode}")
         arms[arm] = judged(folder, arm, arguments.seeds)
-        if arguments.costs:
-            arms[arm]["solve_ms"] = round(solve_ms(arm, arguments.costs), 3)
+        if arm in timed:
+            arms[arm]["solve_ms"] = round(timed[arm], 3)
         print(f"{arm}: {json.dumps(arms[arm])}", flush=True)
     print(summary(arms))
     result = {

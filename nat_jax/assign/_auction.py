@@ -64,9 +64,9 @@ def auction(
             left take free columns in order. None: no limit; at most n**2 + O(n) rounds are
             possible, a few hundred are usual at n = 256.
         kernel: on NVIDIA GPUs of compute capability 8.0 and later, run the whole search in one
-            Pallas program for each problem of at most 2048 columns. It is checked like the rest:
-            were it wrong, time would be lost. It has been compiled for such GPUs but not yet been
-            run on one. Elsewhere nothing changes.
+            Pallas program for each problem of at most 2048 columns. Its result is checked: a wrong
+            one would cost time. It has been compiled for such GPUs but not yet been run on one.
+            Elsewhere nothing changes.
 
     Returns:
         The `Assignment`. Its `gap` bounds value - optimum for the input as given. It is the

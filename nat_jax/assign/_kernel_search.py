@@ -17,6 +17,7 @@ from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
 from nat_jax.assign._bidding import RISE_WITHOUT_RIVAL, SLOTS
+from nat_jax.assign._paths import Tree
 
 INF = np.float32(np.inf)
 _LANES = 128  # columns that a warp loads at once
@@ -214,18 +215,6 @@ class _Matching(NamedTuple):
     rounds: jax.Array  # int32
 
 
-class _Tree(NamedTuple):
-    """State of the search for one row's shortest augmenting path (Dijkstra over columns)."""
-
-    reach: jax.Array  # float32[width], length of the shortest path so far; +inf once scanned
-    parent: jax.Array  # int32[width], the row from which the column was reached
-    settled: jax.Array  # float32[width], distance of a scanned column; +inf before
-    nearest: jax.Array  # float32, distance of `column`
-    column: jax.Array  # int32, the column reached last
-    going: jax.Array  # bool
-    rounds: jax.Array  # int32
-
-
 def augment(table: Table, first: jax.Array, rounds: jax.Array, max_rounds: jax.Array) -> jax.Array:
     """Match the waiting rows, each along a shortest augmenting path; return the rounds so far."""
     columns = table.columns()
@@ -252,12 +241,12 @@ def augment(table: Table, first: jax.Array, rounds: jax.Array, max_rounds: jax.A
     return lax.while_loop(goes_on, body, begin).rounds
 
 
-def _shortest_path(table: Table, s: _Matching, row: jax.Array, max_rounds: jax.Array) -> _Tree:
+def _shortest_path(table: Table, s: _Matching, row: jax.Array, max_rounds: jax.Array) -> Tree:
     columns, width = table.columns(), table.width
     # Among equally near columns a free one ends the search: it comes first.
     order = (columns + jnp.where(s.owner < 0, 0, width) << _ROW_BITS) + s.owner + 1
     first = table.row(row) + s.prices
-    root = _Tree(
+    root = Tree(
         reach=jnp.where(first < INF, first - _least(first), INF),
         parent=jnp.broadcast_to(row, width),
         settled=jnp.full(width, INF),
@@ -267,10 +256,10 @@ def _shortest_path(table: Table, s: _Matching, row: jax.Array, max_rounds: jax.A
         rounds=s.rounds,
     )
 
-    def goes_on(t: _Tree) -> jax.Array:
+    def goes_on(t: Tree) -> jax.Array:
         return t.going & (t.rounds < max_rounds)
 
-    def body(t: _Tree) -> _Tree:
+    def body(t: Tree) -> Tree:
         nearest = _least(t.reach)
         place = jnp.min(jnp.where(t.reach == nearest, order, _NONE))
         column = (place >> _ROW_BITS) & (width - 1)
@@ -284,7 +273,7 @@ def _shortest_path(table: Table, s: _Matching, row: jax.Array, max_rounds: jax.A
         settled = jnp.where(here & going, nearest, t.settled)
         shorter = going & (detour < t.reach) & (settled == INF)
         reach = jnp.where(shorter, detour, t.reach)
-        return _Tree(
+        return Tree(
             reach=jnp.where(here, INF, reach),
             parent=jnp.where(shorter, via, t.parent),
             settled=settled,
