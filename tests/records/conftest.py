@@ -1,0 +1,84 @@
+"""Fixtures that the tests of several sources share."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from sample_files import SPLIT_TREE, write_tree
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    return write_tree(tmp_path / "tree", SPLIT_TREE)
+
+
+BUILDER = """
+import io
+import sys
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+
+class Builder(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.2.0")
+
+    def _info(self):
+        features = tfds.features.FeaturesDict({
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "label": tfds.features.ClassLabel(names=["round", "square"]),
+        })
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        splits = {"train": self._make(9), "validation": self._make(4)}
+        return splits | {key: self._make(3, -1) for key in sys.argv[2:]}
+
+    def _make(self, count, label=None):
+        for i in range(count):
+            file = io.BytesIO()
+            Image.fromarray(np.full((6, 7, 3), i, np.uint8)).save(file, "PNG")
+            file.seek(0)
+            yield i, {"image": file, "label": i % 2 if label is None else label}
+
+    def _generate_examples(self):
+        raise NotImplementedError
+"""
+
+PREPARE = """
+import sys
+from tiny_shapes.tiny_shapes_dataset_builder import Builder
+Builder(data_dir=sys.argv[1], file_format="array_record").download_and_prepare()
+assert "tensorflow" not in sys.modules
+"""
+
+
+@pytest.fixture(scope="session")
+def prepare(tmp_path_factory) -> Callable[..., Path]:
+    code = tmp_path_factory.mktemp("code")
+    (code / "tiny_shapes").mkdir()
+    (code / "tiny_shapes/__init__.py").touch()
+    (code / "tiny_shapes/tiny_shapes_dataset_builder.py").write_text(BUILDER)
+
+    def run(*unlabelled_splits: str) -> Path:
+        data = tmp_path_factory.mktemp("tfds")
+        environment = {**os.environ, "PYTHONPATH": str(code)}
+        command = [sys.executable, "-c", PREPARE, str(data), *unlabelled_splits]
+        subprocess.run(command, check=True, env=environment, cwd=code, timeout=120)
+        return data
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def prepared_dir(prepare: Callable[..., Path]) -> Path:
+    return prepare()
+
+
+@pytest.fixture
+def prepared(prepared_dir: Path, monkeypatch) -> Path:
+    monkeypatch.setenv("TFDS_DATA_DIR", str(prepared_dir))
+    return prepared_dir
