@@ -1,4 +1,4 @@
-"""The configuration: its defaults, its checks, and what may change between runs of a workdir.
+"""The configuration: its defaults, its checks, and what follows from it.
 
 Every key that a run reads is in ``default()``; ``validate`` finds every mistake that can be found
 without touching a device or a record.
@@ -6,25 +6,14 @@ without touching a device or a record.
 
 import importlib.util
 import inspect
-import json
-import logging
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from nat_jax import assign, optim, targets
-
-logger = logging.getLogger(__name__)
-
-# Groups that may differ when a workdir is used again: they change what is shown or kept, not what
-# is trained.
-FREE_GROUPS = ("checkpoint", "eval", "log", "task")
-# Lengths may grow: "more epochs" extends a finished run.
-LENGTHS = ("epochs", "steps")
+from nat_jax import assign, optim, preprocess, targets
 
 LABELS_ALL = 0
 
@@ -41,14 +30,20 @@ def default() -> ConfigDict:
     c.batch_size = 256  # global: over all devices and processes
 
     c.data = ConfigDict()
-    c.data.source = "digits"  # digits | folder:PATH | arrays:PATH | tfds:NAME
+    c.data.source = "digits"  # digits | folder:PATH | arrays:PATH | tfds:NAME | arrayrecord:GLOB
     c.data.image_size = 8
     c.data.resize = 0  # shortest side before the crop; 0: scale to image_size, whatever the aspect
-    c.data.pad = 0  # zero padding before a random crop of image_size
+    c.data.crop = "random_crop"  # of the resized image | random_resized_crop (Inception's)
+    c.data.min_area = 0.08  # smallest share of the image that random_resized_crop takes
+    c.data.pad = 0  # shift images that are scaled as a whole by up to this many pixels
     c.data.flip = False  # mirror half of the images
+    c.data.views = 1  # images made of each record, sharing its target (above 1: beyond the paper)
     c.data.on_bad_record = "grey"  # grey: keep its place, weight 0, 1 % at most | error
-    c.data.threads = 2  # decoding threads per process
+    c.data.threads = 2  # decoding threads per process, over all its workers
+    c.data.workers = 0  # processes that decode, for hosts with many cores; 0: threads alone
     c.data.prefetch = 8  # batches prepared ahead, per process
+    c.data.timeout = 300.0  # seconds that reading one record may take
+    c.data.augment_on = "auto"  # shifts and flips of images in memory: host | device | auto
 
     c.model = ConfigDict()
     c.model.name = "convnet"
@@ -102,6 +97,10 @@ def default() -> ConfigDict:
     c.log = ConfigDict()
     c.log.every_steps = 10
     c.log.tensorboard = False  # needs the extra nat_jax[tensorboard]
+
+    c.convert = ConfigDict()  # read by the task `convert` alone
+    c.convert.to = ""  # the folder to write
+    c.convert.shard_mb = 1024  # MiB in a shard, about
     c.lock()  # a misspelt key fails where it is set
     c.model.options.unlock()
     c.assign.options.unlock()
@@ -195,6 +194,8 @@ def validate(config: ConfigDict, probes: Mapping[str, Any]) -> None:
     _one_of("targets.storage", config.targets.storage, targets.STORAGES)
     _one_of("optim.schedule", config.optim.schedule, optim.SCHEDULES)
     _one_of("data.on_bad_record", config.data.on_bad_record, ("grey", "error"))
+    _one_of("data.crop", config.data.crop, preprocess.CROPS)
+    _one_of("data.augment_on", config.data.augment_on, ("auto", "host", "device"))
     for probe in config.eval.probes:
         if "," in probe:
             raise ValueError(
@@ -203,6 +204,10 @@ def validate(config: ConfigDict, probes: Mapping[str, Any]) -> None:
             )
         _one_of("eval.probes", probe, probes)
     _at_least(config, 1, "batch_size", "data.image_size", "data.threads", "data.prefetch")
+    _at_least(config, 1, "data.views")
+    _at_least(config, 0, "data.workers")
+    if not config.data.timeout > 0:
+        raise ValueError(f"data.timeout: expected seconds above 0; got {config.data.timeout}")
     _at_least(config, 1, "assign.reassign_every_epochs", "checkpoint.keep", "log.every_steps")
     _at_least(config, 1, "eval.batch_size", "eval.knn_k", "eval.mlp_width", "eval.mlp_epochs")
     _at_least(config, 0, "data.resize", "data.pad", "eval.every_epochs", "eval.max_train")
@@ -234,6 +239,7 @@ def validate(config: ConfigDict, probes: Mapping[str, Any]) -> None:
             f"data.resize: expected 0 or at least data.image_size = {config.data.image_size}; "
             f"got {config.data.resize}"
         )
+    train_transform(config)
     _check_block(config)
     _check_solver_options(config)
     if config.log.tensorboard and importlib.util.find_spec("tensorboardX") is None:
@@ -241,6 +247,26 @@ def validate(config: ConfigDict, probes: Mapping[str, Any]) -> None:
             "log.tensorboard: needs tensorboardX, which is not installed: "
             "pip install 'nat_jax[tensorboard]', or set --config.log.tensorboard=False"
         )
+
+
+def train_transform(config: ConfigDict) -> preprocess.Transform:
+    """Return what becomes of training images.
+
+    Raises:
+        ValueError: the settings in group ``data`` do not fit together.
+    """
+    data = config.data
+    try:
+        return preprocess.train_transform(
+            image_size=data.image_size,
+            resize=data.resize,
+            pad=data.pad,
+            flip=data.flip,
+            crop=data.crop,
+            min_area=data.min_area,
+        )
+    except ValueError as error:
+        raise ValueError(f"data: {error}") from error
 
 
 def _check_schedule(config: ConfigDict) -> None:
@@ -298,81 +324,6 @@ def check_devices(config: ConfigDict, mesh_shape: Mapping[str, int], processes: 
                 f"batch_size: expected a multiple of the {count} {what}; got "
                 f"{config.batch_size}. Set --config.batch_size={hint}"
             )
-
-
-def training(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
-    """Return the flat keys of a config, or of a saved one, that decide what is trained."""
-    flat = flatten(config)
-    return {key: value for key, value in flat.items() if key.split(".")[0] not in FREE_GROUPS}
-
-
-def seed_folder(config: ConfigDict, workdir: Path, seed: int) -> Path:
-    """Return where a seed's run lives: the workdir itself if there is one seed only."""
-    return workdir if len(config.seeds) == 1 else workdir / f"seed-{seed}"
-
-
-def check_workdir(workdir: Path, config: ConfigDict) -> None:
-    """Check that a workdir can be written to and that what it holds, if anything, is this run.
-
-    A folder in which no checkpoint was ever saved has nothing to lose and is taken over.
-
-    Raises:
-        ValueError: see ``check_same_run``; or the folder cannot be used.
-    """
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if not os.access(workdir, os.W_OK):
-            raise PermissionError("it is not writable")
-    except OSError as error:
-        raise ValueError(f"--workdir: cannot use {workdir}: {error}. Choose another") from error
-    saved = read_json(workdir / "config.json")
-    if saved is None or not any(workdir.glob("**/checkpoints/[0-9]*")):
-        return
-    check_same_run(saved, config, workdir)
-    old, new = training(saved), training(config)
-    for key in LENGTHS:
-        if new[key] != old[key] and config.optim.schedule == "cosine":
-            logger.warning(
-                "%s: %s grows from %s to %s, and the cosine schedule with it: the learning rate "
-                "jumps up, and the run equals neither a short nor a long one",
-                workdir,
-                key,
-                old[key],
-                new[key],
-            )
-
-
-def read_json(path: Path) -> Any:
-    """Return what a JSON file holds; None where there is no file."""
-    return json.loads(path.read_text()) if path.exists() else None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a killed process leaves the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
-    partial.replace(path)
-
-
-def check_same_run(saved: Mapping[str, Any], config: ConfigDict, workdir: Path) -> None:
-    """Check that a workdir's config and this one describe the same training.
-
-    Groups ``log``, ``eval`` and ``checkpoint`` may differ, and the run may become longer.
-
-    Raises:
-        ValueError: naming the first other key, both values, and the way out.
-    """
-    old, new = training(saved), training(config)
-    for key in sorted(old.keys() | new.keys()):
-        if old.get(key) == new.get(key):
-            continue
-        if key in LENGTHS and 0 < old.get(key, 0) < new[key]:
-            continue
-        raise ValueError(
-            f"{workdir} holds a run with {key} = {old.get(key)!r}; this one has {new.get(key)!r}. "
-            "Choose another folder with --workdir=..., or set the key back"
-        )
 
 
 def _check_keys(config: ConfigDict) -> None:

@@ -1,82 +1,28 @@
-"""From record numbers to stacked pixels: read, decode, augment; remember images, count bad ones."""
+"""From record numbers to stacked pixels: read, decode, cut out, move; remember images."""
 
 import logging
 import threading
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from nat_jax import preprocess
-from nat_jax.preprocess import BadImage, Transform
+from nat_jax.bad_records import Bad, BadRecordError
+from nat_jax.decode import BadImage, open_picture
+from nat_jax.preprocess import Transform
 from nat_jax.records import Source, UnreadableRecord
+from nat_jax.work_log import WorkLog
 
 _log = logging.getLogger(__name__)
 
-Batch = dict[str, np.ndarray]
+Batch = dict[str, Any]
 
 GREY = 128  # the pixels of bad records and of padding
-_BAD_SHARE = 100  # one record in this many may be bad
-_NAMES_SHOWN = 5
 
 
-class BadRecordError(RuntimeError):
-    """A record cannot be used; the message names it and says why."""
+class _Read(NamedTuple):
+    """What is known of a record beside its pixels."""
 
-
-class TooManyBadRecords(BadRecordError):
-    """More records are bad than a run may go on with."""
-
-
-class BadRecords:
-    """Count of the distinct bad records of one source, shared by all threads.
-
-    Args:
-        num_records: length of the source; more than max(1, num_records // 100) bad ones are too
-            many.
-    """
-
-    def __init__(self, num_records: int):
-        self.limit = max(1, num_records // _BAD_SHARE)
-        self._num_records = num_records
-        self._reasons: dict[int, str] = {}
-        self._lock = threading.Lock()
-
-    @property
-    def count(self) -> int:
-        return len(self._reasons)
-
-    def add(self, index: int, name: str, reason: str) -> None:
-        """Note a bad record; the same index counts once.
-
-        Raises:
-            TooManyBadRecords: there are more than `limit` of them.
-        """
-        with self._lock:
-            new = index not in self._reasons
-            self._reasons[index] = f"{name}: {reason}"
-            count = len(self._reasons)
-        if count > self.limit:
-            raise TooManyBadRecords(
-                f"{self.summary()}. At most {self.limit} may be (1 %): repair or delete these files"
-            )
-        if new and count <= _NAMES_SHOWN:
-            _log.warning("bad record, used as grey with weight 0: %s: %s", name, reason)
-
-    def summary(self) -> str:
-        """Say how many records are bad, and name the first few."""
-        with self._lock:
-            shown = [self._reasons[i] for i in sorted(self._reasons)[:_NAMES_SHOWN]]
-            count = len(self._reasons)
-        more = f"; and {count - len(shown)} more" if count > len(shown) else ""
-        listed = f": {'; '.join(shown)}{more}" if shown else ""
-        return f"{count} of {self._num_records} records are bad{listed}"
-
-
-class _Decoded(NamedTuple):
-    """One record after the deterministic steps."""
-
-    image: np.ndarray  # [h, w, 3]; grey of the final size where there is a problem
     label: int
     name: str
     problem: str | None
@@ -93,8 +39,7 @@ class _Store:
         self.problems: dict[int, str] = {}
         self.ready = np.zeros(len(source), bool)
 
-    def put(self, index: int, record: _Decoded) -> None:
-        self.images[index] = record.image
+    def put(self, index: int, record: _Read) -> None:
         self.labels[index] = record.label
         self.names[index] = record.name
         if record.problem is not None:
@@ -104,11 +49,11 @@ class _Store:
 
 
 class ImageCache:
-    """Images as they are after decoding and the deterministic steps, kept from epoch to epoch.
+    """Images as they are once cut out, kept from epoch to epoch.
 
-    One cache serves every pass of a run: passes over the same source object whose transforms begin
-    alike share their images. Only images of a fixed size are kept (uint8, all of a source or none),
-    and only while all sources together stay under the bound.
+    One cache serves every pass of a run: passes over the same source object that cut out the same
+    share their images. Only crops without chance are kept (uint8, all of a source or none), and
+    only while all sources together stay under the bound.
 
     Args:
         max_bytes: the bound.
@@ -116,131 +61,183 @@ class ImageCache:
 
     def __init__(self, max_bytes: int = 2**30):
         self._free = max_bytes
-        self._stores: dict[tuple[int, tuple[Transform, ...]], _Store] = {}
+        self._stores: dict[tuple[int, preprocess.Crop], _Store] = {}
         self._lock = threading.Lock()
 
-    def store(self, source: Source, head: tuple[Transform, ...]) -> "_Store | None":
+    def store(self, source: Source, crop: preprocess.Crop) -> "_Store | None":
         """Give the place of a source's images, or None where they do not fit."""
-        try:
-            size = preprocess.output_size(head)
-        except ValueError:
+        if crop.draws or crop.count > 1:
             return None
         with self._lock:
-            key = (id(source), head)
-            needed = len(source) * size * size * 3
+            key = (id(source), crop)
+            needed = len(source) * crop.size**2 * 3
             if key not in self._stores:
                 if needed > self._free:
                     _log.info("%s: not kept in memory, decoded in each epoch", source.name)
                     return None
-                self._stores[key] = _Store(source, size)
+                self._stores[key] = _Store(source, crop.size)
                 self._free -= needed
             return self._stores[key]
 
 
 class ImageReader:
-    """Turns record numbers into batches.
+    """Turns record numbers into batches; pickles to what another process needs to do the same.
 
     Args:
         source: the records.
-        transform: its deterministic head runs on each image alone, its tail on whole batches.
-        cache: keeps what the head gives; None keeps nothing.
-        bad_records: counts bad records, whose pixels become grey and whose weight 0; None stops at
-            the first.
+        transform: what becomes of each image.
+        views: how many times each image is transformed, by other numbers.
+        cache: keeps what is cut out; None keeps nothing.
+        log: where each thread writes which record it reads.
     """
 
     def __init__(
         self,
         source: Source,
-        transform: Sequence[Transform],
-        cache: ImageCache | None,
-        bad_records: BadRecords | None,
+        transform: Transform,
+        *,
+        views: int = 1,
+        cache: ImageCache | None = None,
+        log: WorkLog,
     ):
         self.source = source
-        self.size = preprocess.output_size(transform)
-        self.draws = preprocess.draws(transform)
-        self._head, self._tail = preprocess.split(transform)
-        self._store = None if cache is None else cache.store(source, self._head)
-        self._bad_records = bad_records
-        self._grey = np.full((self.size, self.size, 3), GREY, np.uint8)
+        self.transform = transform
+        self.views = views
+        self._store = None if cache is None else cache.store(source, transform.crop)
+        self._log = log
 
-    def batch(self, indices: np.ndarray, uniform: np.ndarray) -> tuple[Batch, list[str]]:
+    @property
+    def cached(self) -> bool:
+        """Whether images are kept from epoch to epoch."""
+        return self._store is not None
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Shape of what one record becomes: [size, size, 3], or [count, size, size, 3]."""
+        size, count = self.transform.size, self.views * self.transform.count
+        return (size, size, 3) if count == 1 else (count, size, size, 3)
+
+    def batch(self, indices: np.ndarray, uniform: np.ndarray) -> Batch:
         """Read records.
 
         Args:
             indices: int64[b], b > 0.
-            uniform: float64 [b, draws] in [0, 1), the randomness of each record.
+            uniform: float64 [views, b, transform.draws] in [0, 1), the chance of each record.
 
         Returns:
-            The batch (image, index, label, weight) and the records' names.
+            image uint8 [b, *image_shape], index, label, weight, name (a list), and bad, a list of
+            `Bad`: those records are grey, and their weight is 0.
 
         Raises:
-            BadRecordError: a record stops the run.
+            BadRecordError: a fault other than a bad image, with the record.
         """
         numbers = indices.tolist()
+        moves = [self.transform.moves(view) for view in uniform]
         if self._store is None:
-            records = [self._decode(i) for i in numbers]
-            images = self._augment([r.image for r in records], numbers, uniform)
-            labels = np.fromiter((r.label for r in records), np.int32, len(records))
-            names = [r.name for r in records]
-            problems = {i: r.problem for i, r in zip(numbers, records, strict=True) if r.problem}
+            images, labels, names, problems = self._read_all(numbers, uniform, moves)
         else:
+            self.fill(indices)
             store = self._store
-            for i in indices[~store.ready[indices]].tolist():
-                store.put(i, self._decode(i))
-            images = self._apply_tail(store.images[indices], numbers[0], uniform)
-            labels = store.labels[indices]
+            views = [self._move(store.images[indices], m) for m in moves]
+            images = views[0] if len(views) == 1 else np.stack(views, axis=1)
+            labels, problems = store.labels[indices], store.problems
             names = [store.names[i] for i in numbers]
-            problems = store.problems
-        weight = np.ones(len(indices), np.float32)
-        if problems:
-            for row, i in enumerate(numbers):
-                if i in problems:
-                    self._note(i, names[row], problems[i])
-                    images[row] = GREY
-                    weight[row] = 0
-        index = indices.astype(np.int32)
-        return {"image": images, "index": index, "label": labels, "weight": weight}, names
+        weight = np.ones(len(numbers), np.float32)
+        bad = []
+        for row, index in enumerate(numbers if problems else ()):
+            if index in problems:
+                bad.append(Bad(index, names[row], problems[index]))
+                images[row] = GREY
+                weight[row] = 0
+        return {
+            "image": images.reshape(len(numbers), *self.image_shape),
+            "index": indices.astype(np.int32),
+            "label": labels,
+            "weight": weight,
+            "name": names,
+            "bad": bad,
+        }
 
-    def _decode(self, index: int) -> _Decoded:
-        try:
-            record = self.source[index]
-        except UnreadableRecord as error:
-            return _Decoded(self._grey, error.label, error.name, error.reason)
-        except Exception as error:
-            raise BadRecordError(f"record {index} of {self.source.name}: {error!r}") from error
-        name, label = record["name"], record["label"]
-        if record["index"] != index:
-            raise BadRecordError(
-                f"record {index} of {self.source.name} says it is number {record['index']}: "
-                "a source must give each record its own position"
-            )
-        try:
-            image = preprocess.apply(self._head, preprocess.decode(record["image"])[None])[0]
-        except BadImage as error:
-            return _Decoded(self._grey, label, name, str(error) or "not an image")
-        except Exception as error:
-            raise BadRecordError(f"record {index} ({name}): {error!r}") from error
-        return _Decoded(image, label, name, None)
+    def moves(self, indices: np.ndarray, uniform: np.ndarray) -> Batch:
+        """Choose what happens to records whose pixels are elsewhere; see `device_images`.
 
-    def _augment(
-        self, images: list[np.ndarray], numbers: list[int], uniform: np.ndarray
-    ) -> np.ndarray:
-        if len({image.shape for image in images}) == 1:
-            return self._apply_tail(np.stack(images), numbers[0], uniform)
-        return np.concatenate(
-            [
-                self._apply_tail(image[None], i, uniform[row : row + 1])
-                for row, (i, image) in enumerate(zip(numbers, images, strict=True))
-            ]
-        )
+        Args:
+            indices: as in `batch`.
+            uniform: as in `batch`.
 
-    def _apply_tail(self, images: np.ndarray, first: int, uniform: np.ndarray) -> np.ndarray:
-        try:
-            return preprocess.apply(self._tail, images, uniform)
-        except Exception as error:
-            raise BadRecordError(f"record {first} of {self.source.name}: {error!r}") from error
+        Returns:
+            As `batch`, with corner int32 [b, views, 2] and mirrored bool [b, views] (see
+            `preprocess.Moves`) in place of the image.
+        """
+        store = self._store
+        assert store is not None, "only images that are kept in memory can be elsewhere"
+        self.fill(indices)
+        moves = [self.transform.moves(view) for view in uniform]
+        numbers = indices.tolist()
+        bad = [Bad(i, store.names[i], store.problems[i]) for i in numbers if i in store.problems]
+        return {
+            "corner": np.stack([m.corner for m in moves], axis=1),
+            "mirrored": np.stack([m.mirrored for m in moves], axis=1),
+            "index": indices.astype(np.int32),
+            "label": store.labels[indices],
+            "weight": np.asarray([i not in store.problems for i in numbers], np.float32),
+            "name": [store.names[i] for i in numbers],
+            "bad": bad,
+        }
 
-    def _note(self, index: int, name: str, problem: str) -> None:
-        if self._bad_records is None:
-            raise BadRecordError(f"bad record {index} ({name}): {problem}")
-        self._bad_records.add(index, name, problem)
+    def fill(self, indices: np.ndarray) -> None:
+        """Read what the cache lacks of some records."""
+        store = self._store
+        if store is None:
+            return
+        for index in indices[~store.ready[indices]].tolist():
+            # No chance is left in crops that are cached, and moves come later.
+            store.put(index, self._read(index, [()], [False], store.images[index : index + 1]))
+
+    def _read_all(
+        self, numbers: list[int], uniform: np.ndarray, moves: list[preprocess.Moves]
+    ) -> tuple[np.ndarray, np.ndarray, list[str], dict[int, str]]:
+        transform, size = self.transform, self.transform.size
+        images = np.empty((len(numbers), self.views * transform.count, size, size, 3), np.uint8)
+        chosen = uniform[:, :, : transform.crop.draws].swapaxes(0, 1).tolist()
+        # Mirroring one by one is cheaper, but comes after a shift.
+        mirrored = np.stack([m.mirrored & (not transform.pad) for m in moves], axis=1).tolist()
+        records = [
+            self._read(index, chosen[row], mirrored[row], images[row])
+            for row, index in enumerate(numbers)
+        ]
+        if transform.pad:
+            images = np.stack([self._move(images[:, v], m) for v, m in enumerate(moves)], axis=1)
+        labels = np.fromiter((r.label for r in records), np.int32, len(records))
+        problems = {i: r.problem for i, r in zip(numbers, records, strict=True) if r.problem}
+        return images, labels, [r.name for r in records], problems
+
+    def _move(self, images: np.ndarray, moves: preprocess.Moves) -> np.ndarray:
+        return preprocess.move(images, moves, self.transform.pad)
+
+    def _read(self, index: int, uniforms: list, mirrored: list[bool], out: np.ndarray) -> _Read:
+        """Read one record and write its images to `out`, which stays as it is for a bad one."""
+        with self._log.reading(index):
+            try:
+                record = self.source[index]
+            except UnreadableRecord as error:
+                return _Read(error.label, error.name, error.reason)
+            except Exception as error:
+                raise BadRecordError(f"record {index} of {self.source.name}: {error!r}") from error
+            name, label = record["name"], record["label"]
+            if record["index"] != index:
+                raise BadRecordError(
+                    f"record {index} of {self.source.name} says it is number {record['index']}: "
+                    "a source must give each record its own position"
+                )
+            try:
+                picture = open_picture(record["image"])
+                preprocess.cut(picture, self.transform, uniforms, mirrored, out)
+            except BadImage as error:
+                return _Read(label, name, str(error) or "not an image")
+            except Exception as error:
+                raise BadRecordError(f"record {index} ({name}): {error!r}") from error
+            return _Read(label, name, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_store": None}

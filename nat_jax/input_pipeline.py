@@ -3,48 +3,50 @@
 What a step holds is a function of (seed, step) alone: an epoch's order is a permutation that can be
 looked up anywhere, and every image draws its augmentation from a hash of (seed, epoch, index). So
 the state of the stream is the step, for any number of threads and processes. grain makes steps
-ahead of time, in threads.
+ahead of time, in threads or in worker processes; `nat_jax.prefetch` moves them to the devices and
+watches over the workers.
 """
 
-from collections.abc import Generator, Sequence
-from typing import Any
+import logging
+from collections.abc import Callable, Generator
+from typing import Any, TypeVar
 
 import numpy as np
 
-from nat_jax import host_random, preprocess
-from nat_jax.image_reader import (
-    GREY,
-    BadRecordError,
-    BadRecords,
-    Batch,
-    ImageCache,
-    ImageReader,
-    TooManyBadRecords,
-)
+from nat_jax import host_random
+from nat_jax.bad_records import BadRecordError, BadRecords
+from nat_jax.image_reader import GREY, Batch, ImageCache, ImageReader
+from nat_jax.prefetch import made_ahead, prefetched
 from nat_jax.preprocess import Transform
 from nat_jax.records import Source
+from nat_jax.work_log import WorkLog
 
-__all__ = [
-    "BadRecordError",
-    "BadRecords",
-    "Batch",
-    "ImageCache",
-    "TooManyBadRecords",
-    "eval_batches",
-    "steps_per_epoch",
-    "train_batches",
-]
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 _ON_BAD_RECORD = ("grey", "error")
 _ORDER, _AUGMENTATION = 0, 1  # independent streams of chance
+_CONVERTED = 2  # batches on their way to the devices, or there: one is used while one is moved
+
+
+def _unchanged(batch: Batch) -> Any:
+    return batch
 
 
 class _TrainSteps:
     """Random access to the batches of training, by step: what grain reads from."""
 
     def __init__(
-        self, reader: ImageReader, batch_size: int, rows: range, seed: int, num_steps: int
+        self,
+        reader: ImageReader,
+        batch_size: int,
+        rows: range,
+        seed: int,
+        num_steps: int,
+        pixels: bool,
     ):
+        self._read = reader.batch if pixels else reader.moves
         self._reader = reader
         self._count = len(reader.source)
         self._steps_per_epoch = steps_per_epoch(self._count, batch_size)
@@ -52,6 +54,10 @@ class _TrainSteps:
         self._rows = np.asarray(rows)
         self._seed = seed
         self._num_steps = num_steps
+
+    @property
+    def source(self) -> Source:
+        return self._reader.source
 
     def __len__(self) -> int:
         return self._num_steps
@@ -61,19 +67,31 @@ class _TrainSteps:
         positions = step_in_epoch * self._batch_size + self._rows
         order = host_random.stream(self._seed, epoch, _ORDER)
         indices = host_random.shuffled(positions, self._count, order)
-        augmentation = host_random.stream(self._seed, epoch, _AUGMENTATION)
-        uniform = host_random.uniform(augmentation, indices, self._reader.draws)
-        return self._reader.batch(indices, uniform)[0]
+        draws = self._reader.transform.draws
+        uniform = [
+            host_random.uniform(self._augmentation(epoch, view), indices, draws)
+            for view in range(self._reader.views)
+        ]
+        batch = self._read(indices, np.stack(uniform))
+        del batch["name"]
+        return batch
+
+    def _augmentation(self, epoch: int, view: int) -> np.ndarray:
+        further = (view,) if view else ()  # the first is what there was before there were views
+        return host_random.stream(self._seed, epoch, _AUGMENTATION, *further)
 
 
 class _EvalSteps:
     """Random access to the batches of one pass in order, the last one padded."""
 
-    def __init__(self, reader: ImageReader, batch_size: int, rows: range, with_names: bool):
+    def __init__(self, reader: ImageReader, batch_size: int, rows: range):
         self._reader = reader
         self._batch_size = batch_size
         self._rows = rows
-        self._with_names = with_names
+
+    @property
+    def source(self) -> Source:
+        return self._reader.source
 
     def __len__(self) -> int:
         return -(-len(self._reader.source) // self._batch_size)
@@ -83,25 +101,23 @@ class _EvalSteps:
         wanted = np.arange(start + self._rows.start, start + self._rows.stop)
         indices = wanted[wanted < len(self._reader.source)]
         missing = len(wanted) - len(indices)
-        size = self._reader.size
         batch: Batch = {
-            "image": np.empty((0, size, size, 3), np.uint8),
+            "image": np.empty((0, *self._reader.image_shape), np.uint8),
             "index": np.empty(0, np.int32),
             "label": np.empty(0, np.int32),
             "weight": np.empty(0, np.float32),
+            "name": [],
+            "bad": [],
         }
-        names: list[str] = []
         if len(indices):
-            batch, names = self._reader.batch(indices, np.empty((len(indices), 0)))
+            batch = self._reader.batch(indices, np.empty((1, len(indices), 0)))
         if missing:
             padding = {"image": GREY, "index": -1, "label": -1, "weight": 0}
             for key, value in padding.items():
                 shape = (missing, *batch[key].shape[1:])
                 filler = np.full(shape, value, batch[key].dtype)
                 batch[key] = np.concatenate([batch[key], filler])
-            names += [""] * missing
-        if self._with_names:
-            batch["name"] = np.asarray(names)
+            batch["name"] += [""] * missing
         return batch
 
 
@@ -123,20 +139,25 @@ def steps_per_epoch(num_records: int, batch_size: int) -> int:
 
 def train_batches(
     source: Source,
-    transform: Sequence[Transform],
+    transform: Transform,
     *,
     batch_size: int,
     seed: int,
     start_step: int,
     num_steps: int,
+    views: int = 1,
+    pixels: bool = True,
     on_bad_record: str = "grey",
     bad_records: BadRecords | None = None,
     cache: ImageCache | None = None,
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 4,
+    workers: int = 0,
     prefetch: int = 8,
-) -> Generator[Batch, None, None]:
+    timeout: float = 300.0,
+    convert: Callable[[Batch], T] = _unchanged,
+) -> Generator[T, None, None]:
     """Give the batches of training steps start_step, ..., num_steps - 1.
 
     Each epoch visits every record at most once, in an order that depends on (seed, epoch) alone.
@@ -144,23 +165,35 @@ def train_batches(
 
     Args:
         source: the records.
-        transform: steps of `preprocess`, ending in images of one size.
-        batch_size: images in the global batch, over all processes.
+        transform: what becomes of each image.
+        batch_size: records in the global batch, over all processes.
         seed: in [0, 2**32); order and augmentation.
         start_step: first step to give, 0 for a new run: the whole state of the stream.
         num_steps: steps of the whole run, counted from 0.
+        views: images made of each record, by independent chance; the first is the same whatever
+            their number.
+        pixels: False leaves the images to `device_images.DeviceImages`, and gives corner int32
+            [b, views, 2] and mirrored bool [b, views] instead (see `preprocess.Moves`). Needs
+            `cache` to hold all images.
         on_bad_record: "grey" keeps the place of a bad record with pixels 128 and weight 0; "error"
             stops at the first.
         bad_records: counts them; a new count when left out.
         cache: keeps decoded images; None decodes anew in each epoch.
         process_index: which part of each batch this process gets, in [0, process_count).
         process_count: into how many parts batches are divided.
-        threads: batches made at the same time; 0 makes them where they are asked for.
-        prefetch: batches kept ready, at least `threads`.
+        threads: batches made at the same time, in all workers; 0 makes them where they are asked
+            for.
+        workers: processes that make them, for hosts with many cores; 0 uses threads of this one.
+            Images that are cached are always made by threads. A script that asks for workers needs
+            `if __name__ == "__main__":`, as they import it.
+        prefetch: batches kept ready, at least one for each thread.
+        timeout: seconds that reading one record may take.
+        convert: applied to each batch ahead of time, for instance the transfer to the devices.
 
     Returns:
-        Batches of b = batch_size // process_count rows: image uint8 [b, H, W, 3], index
-        int32 [b], label int32 [b] (-1: none), weight float32 [b] (0: bad record).
+        `convert` of batches of b = batch_size // process_count rows: image uint8 [b, H, W, 3], or
+        [b, views, H, W, 3] with several views; index int32 [b], label int32 [b] (-1: none), weight
+        float32 [b] (0: bad record).
 
     Raises:
         ValueError: the arguments do not fit together or the data, at once.
@@ -171,22 +204,36 @@ def train_batches(
         raise ValueError(f"seed must be in [0, 2**32), got {seed}")
     if start_step < 0:
         raise ValueError(f"start_step must be 0 or more, got {start_step}")
+    if views < 1:
+        raise ValueError(f"views must be at least 1, got {views}")
     if on_bad_record not in _ON_BAD_RECORD:
         known = ", ".join(_ON_BAD_RECORD)
         raise ValueError(f"unknown on_bad_record {on_bad_record!r}; known: {known}")
     rows = _rows(batch_size, process_index, process_count)
-    if on_bad_record == "error":
-        bad_records = None
-    elif bad_records is None:
-        bad_records = BadRecords(len(source))
-    reader = ImageReader(source, transform, cache, bad_records)
-    steps = _TrainSteps(reader, batch_size, rows, seed, num_steps)
-    return _iterate(steps, start_step, threads, prefetch)
+    log = WorkLog()
+    reader = ImageReader(source, transform, views=views, cache=cache, log=log)
+    if not pixels and not reader.cached:
+        raise ValueError(f"{source.name}: its images are not kept in memory, so pixels are needed")
+    if workers and reader.cached:
+        _log.info("%s is kept in memory: data.workers is not used", source.name)
+        workers = 0
+    return _iterate(
+        _TrainSteps(reader, batch_size, rows, seed, num_steps, pixels),
+        start_step,
+        threads=threads,
+        workers=workers,
+        depth=prefetch,
+        timeout=timeout,
+        log=log,
+        bad_records=BadRecords(len(source)) if bad_records is None else bad_records,
+        stop_at_bad=on_bad_record == "error",
+        convert=convert,
+    )
 
 
 def eval_batches(
     source: Source,
-    transform: Sequence[Transform],
+    transform: Transform,
     *,
     batch_size: int,
     bad_records: BadRecords | None = None,
@@ -194,8 +241,9 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
     threads: int = 4,
+    workers: int = 0,
     prefetch: int = 8,
-    with_names: bool = False,
+    timeout: float = 300.0,
 ) -> Generator[Batch, None, None]:
     """Give every record exactly once, in order.
 
@@ -204,19 +252,23 @@ def eval_batches(
 
     Args:
         source: the records.
-        transform: steps of `preprocess` without randomness, ending in images of one size.
+        transform: what becomes of each image, without randomness.
         batch_size: rows in the global batch, over all processes; may exceed the data.
         bad_records: counts bad records, which come grey and with weight 0; a new count when left
             out.
         cache: keeps decoded images for other passes; None decodes anew.
         process_index: which part of each batch this process gets, in [0, process_count).
         process_count: into how many parts batches are divided.
-        threads: batches made at the same time; 0 makes them where they are asked for.
-        prefetch: batches kept ready, at least `threads`.
-        with_names: add "name", the records' names ("" for padding), to each batch.
+        threads: batches made at the same time, in all workers; 0 makes them where they are asked
+            for.
+        workers: processes that make them; 0 uses threads of this one.
+        prefetch: batches kept ready, at least one for each thread.
+        timeout: seconds that reading one record may take.
 
     Returns:
-        Batches as in `train_batches`. Close the generator to end its threads early.
+        Batches as in `train_batches`, image [b, count, H, W, 3] where the transform gives several
+        images, with "name", the list of the records' names ("" for padding). Close the generator to
+        end its threads early.
 
     Raises:
         ValueError: the arguments do not fit together or the data, at once.
@@ -226,13 +278,49 @@ def eval_batches(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if not len(source):
         raise ValueError(f"{source.name} has no records in its {source.split} split")
-    if preprocess.draws(transform):
+    if transform.draws:
         raise ValueError(f"evaluation must not depend on chance, got the transform {transform}")
     rows = _rows(batch_size, process_index, process_count)
-    if bad_records is None:
-        bad_records = BadRecords(len(source))
-    reader = ImageReader(source, transform, cache, bad_records)
-    return _iterate(_EvalSteps(reader, batch_size, rows, with_names), 0, threads, prefetch)
+    log = WorkLog()
+    reader = ImageReader(source, transform, cache=cache, log=log)
+    return _iterate(
+        _EvalSteps(reader, batch_size, rows),
+        0,
+        threads=threads,
+        workers=0 if reader.cached else workers,
+        depth=prefetch,
+        timeout=timeout,
+        log=log,
+        bad_records=BadRecords(len(source)) if bad_records is None else bad_records,
+        stop_at_bad=False,
+        convert=_unchanged,
+    )
+
+
+def read_all(
+    source: Source, transform: Transform, cache: ImageCache, *, threads: int, timeout: float
+) -> np.ndarray | None:
+    """Read all images of a source into a cache.
+
+    Args:
+        source: the records.
+        transform: whose crop is kept; what moves images is not applied.
+        cache: where they are kept.
+        threads: batches read at the same time.
+        timeout: seconds that reading one record may take.
+
+    Returns:
+        uint8 [N, size, size, 3], the cache's own memory; None where the cache cannot keep them.
+    """
+    store = cache.store(source, transform.crop)
+    if store is None:
+        return None
+    still = Transform(transform.crop)
+    for _ in eval_batches(
+        source, still, batch_size=256, cache=cache, threads=threads, timeout=timeout
+    ):
+        pass
+    return store.images
 
 
 def _rows(batch_size: int, process_index: int, process_count: int) -> range:
@@ -247,17 +335,33 @@ def _rows(batch_size: int, process_index: int, process_count: int) -> range:
 
 
 def _iterate(
-    steps: _TrainSteps | _EvalSteps, start: int, threads: int, prefetch: int
-) -> Generator[Batch, None, None]:
+    steps: _TrainSteps | _EvalSteps,
+    start: int,
+    *,
+    threads: int,
+    workers: int,
+    depth: int,
+    timeout: float,
+    log: WorkLog,
+    bad_records: BadRecords,
+    stop_at_bad: bool,
+    convert: Callable[[Batch], T],
+) -> Generator[T, None, None]:
     if start >= len(steps):
         return
-    import grain
 
-    options = grain.ReadOptions(
-        num_threads=threads, prefetch_buffer_size=max(prefetch, threads) if threads else 0
+    def checked(batch: Batch) -> T:
+        for bad in batch.pop("bad"):
+            if stop_at_bad:
+                raise BadRecordError(f"bad record {bad.index} ({bad.name}): {bad.reason}")
+            bad_records.add(bad)
+        return convert(batch)
+
+    yield from prefetched(
+        made_ahead(steps, start, threads=threads, workers=workers, depth=depth),
+        checked,
+        depth=_CONVERTED,
+        timeout=timeout,
+        log=log,
+        name_of=steps.source.record_name,
     )
-    batches = iter(grain.MapDataset.source(steps)[start:].to_iter_dataset(options))
-    try:
-        yield from batches
-    finally:
-        batches.close()

@@ -12,12 +12,13 @@ def squared_loss(features: jax.Array, targets: jax.Array, weight: jax.Array) -> 
     batch 256 is 0.01 * 2 * 256 = 5.12 here.
 
     Args:
-        features: float32[B, D], unit norm.
+        features: float32[B, D], unit norm; or [B, V, D], V views that count a V-th each.
         targets: float32[B, D], unit norm.
         weight: float32[B]; 1, or 0 for a record to leave out.
 
     Returns:
         float32 scalar in [0, 2].
     """
-    distance = jnp.sum(jnp.square(features - targets), axis=-1)  # [B]
+    views = features.reshape(len(weight), -1, features.shape[-1])
+    distance = jnp.mean(jnp.sum(jnp.square(views - targets[:, None]), axis=-1), axis=1)  # [B]
     return 0.5 * jnp.sum(weight * distance) / jnp.maximum(jnp.sum(weight), 1.0)

@@ -35,7 +35,17 @@ def _report(config: ConfigDict, workdir: Path) -> None:
     print(f"report: {report.write_report(workdir)}")
 
 
-TASKS: dict[str, Callable[[ConfigDict, Path], None]] = {"pretrain": _pretrain, "report": _report}
+def _convert(config: ConfigDict, workdir: Path) -> None:
+    from nat_jax.records.convert import convert
+
+    convert(config.data.source, config.convert.to, shard_mb=config.convert.shard_mb)
+
+
+TASKS: dict[str, Callable[[ConfigDict, Path], None]] = {
+    "pretrain": _pretrain,
+    "report": _report,
+    "convert": _convert,
+}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -135,13 +145,21 @@ def _guarded(function: Callable) -> Callable:
 
 
 def _is_message(error: Exception) -> bool:
-    """Say whether nat_jax's own code raised an error, as it does for mistakes in the input."""
+    """Say whether an error is nat_jax's own, as those for mistakes in the input are."""
+    if type(error).__module__.startswith("nat_jax."):
+        return True
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     return _PACKAGE in raised_in.parents and isinstance(error, ValueError | RuntimeError)
 
 
 def _fail(error: Exception) -> None:
+    from nat_jax.prefetch import Stalled
+
     print(f"nat_jax: {error}", file=sys.stderr)
+    if isinstance(error, Stalled):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2)  # Python would wait for the thread that hangs
     sys.exit(2)
 
 

@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 
 from nat_jax import checkpoint, input_pipeline, models, optim, records, sharding, targets
 from nat_jax import config as configs
+from nat_jax import workdir as workdirs
+from nat_jax.device_images import DeviceImages
 from nat_jax.evaluate import judge
 from nat_jax.image_reader import ImageCache
 from nat_jax.train_step import Step, TrainState, create_state
@@ -147,6 +149,31 @@ def make_model(config: ConfigDict, platform: str) -> models.Model:
     )
 
 
+def place_images(run: Run) -> DeviceImages | None:
+    """Put the training images on the devices, if they are to be augmented there.
+
+    Raises:
+        ValueError: they shall be, but are not kept in memory.
+    """
+    data, mesh, source = run.config.data, run.step.mesh, run.sources.train
+    on_host = data.augment_on == "auto" and mesh.devices.flat[0].platform == "cpu"
+    if on_host or data.augment_on == "host":
+        return None
+    transform = configs.train_transform(run.config)
+    images = input_pipeline.read_all(
+        source, transform, run.cache, threads=data.threads, timeout=data.timeout
+    )
+    if images is not None:
+        return DeviceImages(images, transform.pad, mesh)
+    if data.augment_on == "device":
+        raise ValueError(
+            "data.augment_on: expected 'host' or 'auto', as the images of "
+            f"{source.name} are not kept in memory (1 GiB at most, and no random crops); got "
+            "'device'"
+        )
+    return None
+
+
 def initial_state(run: Run) -> TrainState:
     """Return a run's state before its first step, on every device."""
     key = jax.random.key(run.seed)
@@ -173,7 +200,7 @@ def restore_or_create(run: Run, checkpoints: checkpoint.Checkpoints) -> TrainSta
     shapes = jax.eval_shape(lambda: initial_state(run))
     abstract = sharding.abstract(shapes, sharding.replicated(run.step.mesh))
     state, meta = checkpoints.restore(abstract, expect=run.identity())
-    configs.check_same_run(meta["config"], run.config, run.workdir)
+    workdirs.check_same_run(meta["config"], run.config, run.workdir)
     done = int(state.step)
     if done == run.total_steps:
         logger.info("finished %s: all %d steps are done", run.workdir, done)

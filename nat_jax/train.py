@@ -13,16 +13,19 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from nat_jax import checkpoint, evaluate, input_pipeline, metrics, preprocess, report, sharding
+from nat_jax import checkpoint, evaluate, input_pipeline, metrics, report, sharding
 from nat_jax import config as configs
+from nat_jax import workdir as workdirs
+from nat_jax.bad_records import BadRecords
 from nat_jax.evaluate import judge
-from nat_jax.image_reader import BadRecords, ImageCache
+from nat_jax.image_reader import ImageCache
 from nat_jax.preemption import Preempted, StopOnSignal
 from nat_jax.run import (
     Run,
     initial_state,
     make_model,
     open_sources,
+    place_images,
     restore_or_create,
     set_up,
 )
@@ -67,14 +70,12 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> T
     mesh = sharding.make_mesh(config.mesh.data)
     configs.check_devices(config, mesh.shape, jax.process_count())
     make_model(config, mesh.devices.flat[0].platform)  # mistakes in its settings come first
-    configs.check_workdir(folder, config)
+    workdirs.check(folder, config)
     results, cache = {}, ImageCache()
     for seed in config.seeds:
-        place = configs.seed_folder(config, folder, seed)
+        place = workdirs.seed_folder(config, folder, seed)
         run = set_up(config, seed, place, mesh=mesh, sources=sources, cache=cache)
-        if jax.process_index() == 0:
-            configs.write_json(folder / "config.json", configs.to_dict(config))
-        state = _train(run)
+        state = _train(run, folder)
         _say_health(run)
         results[seed] = _judge_run(run, state)
     if jax.process_index() == 0:
@@ -82,13 +83,15 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> T
     return state
 
 
-def _train(run: Run) -> TrainState:
+def _train(run: Run, folder: Path) -> TrainState:
     """Bring a run to its last step, from wherever its newest checkpoint stands."""
     checkpoints = checkpoint.Checkpoints(
         run.workdir / "checkpoints", keep=run.config.checkpoint.keep
     )
     try:
-        state = restore_or_create(run, checkpoints)
+        state = restore_or_create(run, checkpoints)  # or find out that it is another's
+        if jax.process_index() == 0:
+            workdirs.write_json(folder / "config.json", configs.to_dict(run.config))
         if int(state.step) > run.total_steps:
             raise ValueError(
                 f"{run.workdir} has done {int(state.step)} steps; this config asks for "
@@ -119,7 +122,7 @@ def _say_health(run: Run) -> None:
         matched_epoch=last_epoch - last_epoch % run.config.assign.reassign_every_epochs,
     )
     if jax.process_index() == 0:
-        configs.write_json(run.workdir / "results" / "health.json", said)
+        workdirs.write_json(run.workdir / "results" / "health.json", said)
     for sentence in said:
         logger.info("seed %d: %s", run.seed, sentence)
 
@@ -134,9 +137,9 @@ def _judge_run(run: Run, state: TrainState) -> list[judge.Row]:
     asked = {
         "step": int(state.step),
         "protocol": panel.protocol(),
-        "training": {**configs.training(run.config), **run.identity()},
+        "training": {**workdirs.training(run.config), **run.identity()},
     }
-    if (saved := configs.read_json(path)) and all(saved.get(k) == v for k, v in asked.items()):
+    if (saved := workdirs.read_json(path)) and all(saved.get(k) == v for k, v in asked.items()):
         return saved["rows"]
     rows: list[judge.Row] = []
     if panel.has_labels:
@@ -147,7 +150,7 @@ def _judge_run(run: Run, state: TrainState) -> list[judge.Row]:
         logger.info("no labels: probes are skipped, neighbours are still drawn")
     if jax.process_index() == 0:
         _draw(run, panel, _network(run, state))
-        configs.write_json(path, {**asked, "rows": rows})
+        workdirs.write_json(path, {**asked, "rows": rows})
     return rows
 
 
@@ -181,7 +184,7 @@ def _publish(workdir: Path, run: Run, results: dict[int, list[judge.Row]]) -> No
             },
             "table": table,
         }
-        configs.write_json(workdir / "results" / "pretrain.json", result)
+        workdirs.write_json(workdir / "results" / "pretrain.json", result)
         (workdir / "results" / "pretrain.md").write_text(report.markdown_table(table))
         print(report.text_table(table), flush=True)
     print(f"report: {report.write_report(workdir)}", flush=True)
@@ -196,6 +199,7 @@ class _Loop:
         self._in_flight: collections.deque[tuple[int, Metrics]] = collections.deque()
         self._timer = metrics.Timer()
         self._bad_records = BadRecords(len(run.sources.train))
+        self._images = place_images(run)
         self._matched: dict[str, float] = {}  # the window's last matching, and its worst status
 
     def run(self, state: TrainState) -> TrainState:
@@ -224,31 +228,39 @@ class _Loop:
                 logger.warning("%s", self._bad_records.summary())
         return state
 
-    def _batches(self, start: int) -> Generator[input_pipeline.Batch, None, None]:
+    def _batches(self, start: int) -> Generator[dict[str, jax.Array], None, None]:
         run, data = self._run, self._run.config.data
         return input_pipeline.train_batches(
             run.sources.train,
-            preprocess.train_transform(
-                image_size=data.image_size, resize=data.resize, pad=data.pad, flip=data.flip
-            ),
+            configs.train_transform(run.config),
             batch_size=run.config.batch_size,
             seed=run.seed,
             start_step=start,
             num_steps=run.total_steps,
+            views=data.views,
+            pixels=self._images is None,
             on_bad_record=data.on_bad_record,
             bad_records=self._bad_records,
             cache=run.cache,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             threads=data.threads,
+            workers=data.workers,
             prefetch=data.prefetch,
+            timeout=data.timeout,
+            convert=self._to_devices,
         )
 
-    def _dispatch(self, step: int, state: TrainState, batch: input_pipeline.Batch) -> TrainState:
+    def _to_devices(self, batch: input_pipeline.Batch) -> dict[str, jax.Array]:
+        local = {name: value for name, value in batch.items() if name != "label"}
+        return sharding.global_batch(local, self._run.step.mesh)
+
+    def _dispatch(self, step: int, state: TrainState, batch: dict[str, jax.Array]) -> TrainState:
         compiled = compile_step(self._run.step, reassign=self._run.reassigns(step))
+        if self._images is not None:
+            batch["image"] = self._images(batch)
         used = {name: batch[name] for name in ("image", "index", "weight")}
-        arrays = sharding.global_batch(used, self._run.step.mesh)
-        state, step_metrics = compiled(state, self._run.targets, arrays)
+        state, step_metrics = compiled(state, self._run.targets, used)
         self._in_flight.append((step, step_metrics))
         return state
 

@@ -72,7 +72,7 @@ class Forward(NamedTuple):
     """The training-mode pass over a batch.
 
     Attributes:
-        features: float32[B, D], unit norm.
+        features: float32[B, D], unit norm; [B, V, D] of V views of each image.
         pullback: maps a cotangent of the features to one of the parameters.
         batch_stats: running statistics after this pass.
     """
@@ -105,13 +105,14 @@ def forward(model: Model, state: TrainState, images: jax.Array) -> Forward:
     Args:
         model: the network.
         state: the current state.
-        images: uint8[B, H, W, 3].
+        images: uint8[B, H, W, 3], or [B, V, H, W, 3], V views of each.
     """
     key = jax.random.fold_in(state.key, state.step)
+    each = images.reshape(-1, *images.shape[-3:])  # batch norm sees all views together
 
     def features(params: Params) -> tuple[jax.Array, Params]:
-        outputs, batch_stats = model.apply(params, state.batch_stats, images, train=True, key=key)
-        return outputs["z"], batch_stats
+        outputs, batch_stats = model.apply(params, state.batch_stats, each, train=True, key=key)
+        return outputs["z"].reshape(*images.shape[:-3], -1), batch_stats
 
     z, pullback, batch_stats = jax.vjp(features, state.params, has_aux=True)
     return Forward(z, pullback, batch_stats)
@@ -123,11 +124,13 @@ def match(
     """Re-deal the batch's target rows among its images by solving an assignment problem.
 
     Each block of images maximises the summed cosine between features and rows (paper, section 3.3,
-    equation 5; authors' main.lua). A record of weight 0 keeps its row.
+    equation 5; authors' main.lua). Views of an image share a row, which is chosen by the direction
+    of their mean (beyond the paper). A record of weight 0 keeps its row.
 
     Args:
         step: solver, block and mesh.
-        features: float32[B, D], unit norm, of the training-mode pass of this very step.
+        features: float32[B, D] or [B, V, D], unit norm, of the training-mode pass of this very
+            step.
         batch_targets: float32[B, D], the targets that the images own now.
         rows: int32[B], their row numbers.
         weight: float32[B]; 0 for a bad record.
@@ -141,7 +144,8 @@ def match(
     # can end up inside the solver's loop.
     spec = P("data") if rows.shape[0] // block % step.mesh.shape["data"] == 0 else P()
     blocks = jax.tree.map(
-        lambda x: x.reshape(-1, block, *x.shape[1:]), (features, batch_targets, rows, weight)
+        lambda x: x.reshape(-1, block, *x.shape[1:]),
+        (_one_direction(features), batch_targets, rows, weight),
     )
     new_rows, per_block = jax.shard_map(
         solve, mesh=step.mesh, in_specs=spec, out_specs=spec, check_vma=False
@@ -152,16 +156,24 @@ def match(
     return new_rows, metrics
 
 
+def _one_direction(features: jax.Array) -> jax.Array:
+    """Give one unit vector for each image, [B, D]: that of its features, or of its views' mean."""
+    z = jax.lax.stop_gradient(features)
+    if z.ndim == 2:
+        return z
+    mean = jnp.mean(z, axis=1)
+    return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
+
+
 def _match_blocks(
     solver: str,
     options: tuple[tuple[str, Any], ...],
-    features: jax.Array,
+    z: jax.Array,
     batch_targets: jax.Array,
     rows: jax.Array,
     weight: jax.Array,
 ) -> tuple[jax.Array, Metrics]:
     """Solve blocks [K, b, ...]; the metrics are one value a block, float32[K]."""
-    z = jax.lax.stop_gradient(features)
     similarity = jnp.einsum("kid,kjd->kij", z, batch_targets, precision=jax.lax.Precision.HIGHEST)
     good = weight > 0
     own = jnp.eye(rows.shape[1], dtype=bool)
@@ -253,7 +265,8 @@ def train_step(
         step: the settings.
         state: the state before the step.
         targets: the target rows.
-        batch: image uint8[B, H, W, 3], index int32[B] (distinct), weight float32[B].
+        batch: image uint8[B, H, W, 3] or [B, V, H, W, 3], index int32[B] (distinct), weight
+            float32[B].
         reassign: whether this step re-deals the batch's rows; static.
     """
     result = forward(step.model, state, batch["image"])

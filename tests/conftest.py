@@ -12,6 +12,7 @@ if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) == 1:
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_REPOSITORY / ".pytest_cache" / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+os.environ.setdefault("NAT_JAX_CACHE", str(_REPOSITORY / ".pytest_cache" / "nat_jax"))
 
 import pytest  # noqa: E402
 

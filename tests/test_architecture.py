@@ -12,16 +12,16 @@ from project import ROOT, project_files
 
 # From the bottom up; a module imports from layers below its own and from its own package.
 LAYERS = (
-    {"host_random", "sharding"},
+    {"bad_records", "decode", "host_random", "sharding", "work_log"},
     {"assign", "losses", "models", "optim", "preprocess", "records", "targets"},
-    {"config", "image_reader", "preemption"},
-    {"checkpoint", "export", "input_pipeline", "metrics", "train_step"},
+    {"config", "image_reader", "preemption", "prefetch"},
+    {"checkpoint", "device_images", "export", "input_pipeline", "metrics", "train_step", "workdir"},
     {"evaluate", "report"},
     {"run"},
     {"train"},
     {"main"},
 )
-SEES_CONFIG = {"config", "evaluate.judge", "run", "train", "main"}
+SEES_CONFIG = {"config", "workdir", "evaluate.judge", "run", "train", "main"}
 MAX_LINES = 400
 
 

@@ -125,47 +125,6 @@ def test_a_batch_that_cannot_be_dealt_is_named(devices, processes, message):
     config.check_devices(valid(), {"data": 8}, 4)
 
 
-def claimed(tmp_path, saved):
-    config.write_json(tmp_path / "config.json", config.to_dict(saved))
-    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
-    return tmp_path
-
-
-@pytest.mark.parametrize("change", ["eval.knn_k", "log.every_steps", "checkpoint.keep"])
-def test_what_is_shown_or_kept_may_change(tmp_path, change):
-    c = valid()
-    group, last = change.split(".")
-    c[group][last] += 1
-    config.check_workdir(claimed(tmp_path, valid()), c)
-
-
-def test_a_run_may_become_longer_but_not_shorter(tmp_path):
-    c = valid()
-    c.epochs = 5.0
-    config.check_workdir(claimed(tmp_path, valid()), c)
-    c.epochs = 2.0
-    with pytest.raises(ValueError, match=r"epochs = 3.0; this one has 2.0.*--workdir="):
-        config.check_workdir(tmp_path, c)
-
-
-@pytest.mark.parametrize(
-    ("change", "value"), [("model.dim", 32), ("data.source", "arrays:x.npz"), ("seeds", (5,))]
-)
-def test_another_run_is_refused(tmp_path, change, value):
-    c = valid()
-    group, _, last = change.rpartition(".")
-    (c[group] if group else c)[last] = value
-    with pytest.raises(ValueError, match=f"holds a run with {change} = .*--workdir="):
-        config.check_workdir(claimed(tmp_path, valid()), c)
-
-
-def test_a_folder_without_checkpoints_is_taken_over(tmp_path):
-    c = valid()
-    c.model.dim = 99
-    config.write_json(tmp_path / "config.json", config.to_dict(valid()))
-    config.check_workdir(tmp_path, c)
-
-
 def unread(keys, text):
     """Return the keys that no code looks up, as ``group.key`` or by the common start of a pair."""
     found = []

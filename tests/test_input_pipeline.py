@@ -13,16 +13,9 @@ import pytest
 from PIL import Image
 
 from nat_jax import preprocess, records
-from nat_jax.input_pipeline import (
-    BadRecordError,
-    BadRecords,
-    Batch,
-    ImageCache,
-    TooManyBadRecords,
-    eval_batches,
-    steps_per_epoch,
-    train_batches,
-)
+from nat_jax.bad_records import Bad, BadRecordError, BadRecords, TooManyBadRecords
+from nat_jax.image_reader import Batch, ImageCache
+from nat_jax.input_pipeline import eval_batches, steps_per_epoch, train_batches
 
 SIZE = 6
 PLAIN = preprocess.eval_transform(image_size=SIZE)
@@ -56,6 +49,9 @@ class Fake:
     def __len__(self) -> int:
         return self.count
 
+    def record_name(self, index: int) -> str:
+        return f"{index}.png"
+
     def __getitem__(self, index: int) -> records.Record:
         self.reads[index] += 1
         assert 0 <= index < self.count
@@ -77,7 +73,10 @@ def indices(batches: Iterable[Batch]) -> list[int]:
 def same(left: list[Batch], right: list[Batch]) -> bool:
     return len(left) == len(right) and all(
         a.keys() == b.keys()
-        and all(a[k].dtype == b[k].dtype and np.array_equal(a[k], b[k]) for k in a)
+        and all(
+            np.asarray(a[k]).dtype == np.asarray(b[k]).dtype and np.array_equal(a[k], b[k])
+            for k in a
+        )
         for a, b in zip(left, right, strict=True)
     )
 
@@ -151,13 +150,13 @@ def test_resuming_gives_the_tail_bit_for_bit():
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_processes_together_get_the_batches_of_one(cached: bool):
+def test_any_number_of_processes_goes_on_where_another_stopped(cached: bool):
     def cache() -> ImageCache | None:
         return ImageCache() if cached else None
 
     whole = train(Fake(40), batch_size=8, num_steps=12, cache=cache())
-    # A run of 2 processes, resumed by 4, then by 1.
-    for start, stop, count in ((0, 4, 2), (4, 9, 4), (9, 12, 1)):
+    # A run of 4 processes, resumed in the middle of its first epoch by 2, then by 1, then by 4.
+    for start, stop, count in ((0, 3, 4), (3, 6, 2), (6, 9, 1), (9, 12, 4)):
         shards = [
             train(
                 Fake(40),
@@ -176,6 +175,8 @@ def test_processes_together_get_the_batches_of_one(cached: bool):
             for parts in zip(*shards, strict=True)
         ]
         assert same(together, whole[start:stop])
+    for epoch in (whole[:5], whole[5:10]):
+        assert visits_once(indices(epoch), 40)
 
 
 # Augmentation.
@@ -212,6 +213,67 @@ def test_images_of_different_sizes_come_out_as_they_would_alone(resize: int):
     assert mixed == alone
 
 
+# Views.
+
+RESIZED = preprocess.train_transform(image_size=SIZE, crop="random_resized_crop")
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("transform", [RANDOM, RESIZED])
+def test_views_are_independent_images_of_one_record(transform, cached: bool):
+    options = {"num_steps": 9, "cache": ImageCache() if cached else None}
+    one = train(Fake(36), transform, **options)
+    two = train(Fake(36), transform, views=2, **options)
+    three = train(Fake(36), transform, views=3, **options)
+    assert two[0]["image"].shape == (4, 2, SIZE, SIZE, 3)
+    equal = 0
+    for a, b, c in zip(one, two, three, strict=True):
+        for key in ("index", "label", "weight"):
+            assert np.array_equal(a[key], b[key])
+        assert np.array_equal(a["image"], b["image"][:, 0])
+        assert np.array_equal(b["image"], c["image"][:, :2])
+        equal += sum(np.array_equal(x[0], x[1]) for x in b["image"])
+    assert equal < 8  # of 36
+
+
+def test_views_do_not_depend_on_the_number_of_processes():
+    whole = train(Fake(40), RESIZED, batch_size=8, num_steps=5, views=2)
+    parts = [
+        train(
+            Fake(40),
+            RESIZED,
+            batch_size=8,
+            num_steps=5,
+            views=2,
+            process_index=i,
+            process_count=2,
+        )
+        for i in range(2)
+    ]
+    for b, left, right in zip(whole, *parts, strict=True):
+        assert np.array_equal(b["image"], np.concatenate([left["image"], right["image"]]))
+
+
+def test_a_bad_record_is_grey_in_every_view():
+    found = train(Fake(400, BROKEN), num_steps=100, views=2)
+    for batch in found:
+        broken = np.isin(batch["index"], list(BROKEN))
+        assert (batch["image"][broken] == 128).all()
+        assert not (batch["image"][~broken] == 128).all(axis=(1, 2, 3, 4)).any()
+
+
+def test_ten_crops_come_with_each_record():
+    transform = preprocess.eval_transform(image_size=SIZE, resize=8, ten_crops=True)
+    source = Fake(5, {i: picture(i, 8, 11) for i in range(5)})
+    passed = list(eval_batches(source, transform, batch_size=4))
+    assert [b["image"].shape for b in passed] == [(4, 10, SIZE, SIZE, 3)] * 2
+    image = picture(4, 8, 11)
+    corners = [image[:6, :6], image[:6, 5:], image[2:, :6], image[2:, 5:], image[1:7, 2:8]]
+    expected = corners + [corner[:, ::-1] for corner in corners]
+    assert np.array_equal(passed[1]["image"][0], expected)
+    assert (passed[1]["image"][1:] == 128).all()
+
+
 # The cache.
 
 
@@ -226,10 +288,10 @@ def test_batches_are_the_same_with_and_without_cache(transform):
 
 def test_cached_images_are_read_once_for_training_and_evaluation():
     source, cache = Fake(16), ImageCache()
-    train(source, RANDOM, num_steps=12, cache=cache)
-    passed = list(eval_batches(source, PLAIN, batch_size=5, cache=cache, with_names=True))
+    train(source, RANDOM, num_steps=12, cache=cache, threads=1)
+    passed = list(eval_batches(source, PLAIN, batch_size=5, cache=cache))
     assert set(source.reads.values()) == {1} and len(source.reads) == 16
-    assert same(passed, list(eval_batches(Fake(16), PLAIN, batch_size=5, with_names=True)))
+    assert same(passed, list(eval_batches(Fake(16), PLAIN, batch_size=5)))
     train(source, RANDOM, num_steps=12)
     assert set(source.reads.values()) == {4}
 
@@ -277,7 +339,6 @@ def test_evaluation_sees_every_record_exactly_once_in_order(batch_size: int, pro
                 batch_size=batch_size,
                 process_index=process,
                 process_count=process_count,
-                with_names=True,
             )
         )
         for process in range(process_count)
@@ -320,7 +381,7 @@ BROKEN = {2: b"not an image", 5: UNREADABLE, 9: png(picture(9))[:60], 11: np.zer
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("resize", [0, 7])
 def test_bad_records_keep_their_place(cached: bool, resize: int, caplog):
-    transform = preprocess.train_transform(image_size=SIZE, resize=resize, pad=2)
+    transform = preprocess.train_transform(image_size=SIZE, resize=resize, pad=0 if resize else 2)
     options = {"num_steps": 30, "cache": ImageCache() if cached else None}
     bad = BadRecords(400)
     found = train(Fake(40, BROKEN), transform, bad_records=bad, **options)
@@ -391,15 +452,15 @@ def test_few_records_may_have_one_bad_one():
     bad = BadRecords(7)
     assert bad.limit == 1 and bad.summary() == "0 of 7 records are bad"
     for _ in range(3):
-        bad.add(4, "4.png", "empty")
+        bad.add(Bad(4, "4.png", "empty"))
     with pytest.raises(TooManyBadRecords, match=r"2 of 7 records are bad: 4\.png: empty; 5\.png"):
-        bad.add(5, "5.png", "empty")
+        bad.add(Bad(5, "5.png", "empty"))
 
 
 def test_a_long_list_of_bad_records_is_cut():
     bad = BadRecords(1000)
     for i in range(8):
-        bad.add(i, f"{i}.png", "empty")
+        bad.add(Bad(i, f"{i}.png", "empty"))
     assert bad.summary().endswith("4.png: empty; and 3 more")
 
 
@@ -439,17 +500,15 @@ def test_a_fault_in_a_worker_ends_the_run_with_the_record(fault, message: str):
 
 
 def test_a_fault_in_a_transform_names_the_record():
-    class Picky:
-        draws = 0
-        size = SIZE
-
-        def __call__(self, images: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-            if np.array_equal(images[0], picture(6)):
+    class Picky(preprocess.WholeImage):
+        def regions(self, height, width, uniform):
+            if width == 7:
                 raise ZeroDivisionError("oops")
-            return images
+            return super().regions(height, width, uniform)
 
+    source = Fake(12, {6: picture(6, 6, 7)})
     with pytest.raises(BadRecordError, match=r"record 6 \(6\.png\): ZeroDivisionError\('oops'\)"):
-        train(Fake(12), (Picky(), *PLAIN), num_steps=3)
+        train(source, preprocess.Transform(Picky(SIZE)), num_steps=3)
 
 
 # Arguments and threads.
@@ -465,7 +524,8 @@ def test_a_fault_in_a_transform_names_the_record():
         ({"on_bad_record": "skip"}, "unknown on_bad_record 'skip'; known: grey, error"),
         ({"process_count": 3}, "batch_size=4 is not divisible by the 3 processes"),
         ({"process_index": 2, "process_count": 2}, r"process_index=2 is not in \[0, 2\)"),
-        ({"transform": ()}, "leaves images of different sizes"),
+        ({"views": 0}, "views must be at least 1, got 0"),
+        ({"pixels": False}, "fake: its images are not kept in memory, so pixels are needed"),
     ],
 )
 def test_wrong_arguments_are_refused_before_the_first_batch(options, message: str):

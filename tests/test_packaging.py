@@ -22,6 +22,8 @@ import nat_jax
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "absl": "absl-py",
+    "array_record": "array-record",
+    "google": "protobuf",
     "ml_collections": "ml-collections",
     "orbax": "orbax-checkpoint",
     "sklearn": "scikit-learn",

@@ -18,9 +18,9 @@ from PIL import Image
 from project import ROOT
 
 from nat_jax import config, train
+from nat_jax.bad_records import BadRecordError
 from nat_jax.checkpoint import CheckpointError, Checkpoints
 from nat_jax.evaluate import judge
-from nat_jax.image_reader import BadRecordError
 from nat_jax.preemption import Preempted
 
 

@@ -108,6 +108,58 @@ def test_gradient_of_the_split_step_equals_that_of_the_whole_loss(step, noise, s
         np.testing.assert_allclose(after, before - slope, rtol=1e-4, atol=1e-6)
 
 
+def test_views_of_an_image_share_a_row_by_their_mean_direction(step, noise, state, batch):
+    rng = np.random.default_rng(1)
+    images = np.stack([batch["image"], rng.integers(0, 256, batch["image"].shape, np.uint8)], 1)
+    result = forward(step.model, state, images)
+    assert result.features.shape == (B, 2, D)
+    np.testing.assert_allclose(jnp.linalg.norm(result.features, axis=-1), 1, atol=1e-5)
+    rows = state.assignment[batch["index"]]
+    new_rows, metrics = match(step, result.features, noise.gather(rows), rows, batch["weight"])
+    mean = np.asarray(result.features).mean(1)
+    mean /= np.linalg.norm(mean, axis=1, keepdims=True)
+    similarity = mean @ np.asarray(noise.gather(rows)).T
+    i, j = linear_sum_assignment(similarity, maximize=True)
+    np.testing.assert_allclose(metrics["assign/cosine_after"], similarity[i, j].mean(), atol=1e-5)
+    assert sorted(new_rows) == sorted(rows)
+    for view in range(2):  # neither view alone decides
+        alone = np.asarray(result.features)[:, view] @ np.asarray(noise.gather(rows)).T
+        k, m = linear_sum_assignment(alone, maximize=True)
+        assert alone[k, m].mean() != pytest.approx(similarity[i, j].mean(), abs=1e-4)
+
+
+def test_every_view_is_pulled_to_the_row(step, noise, state, batch):
+    rng = np.random.default_rng(1)
+    images = np.stack([batch["image"], rng.integers(0, 256, batch["image"].shape, np.uint8)], 1)
+    chosen = noise.gather(state.assignment[batch["index"]])
+    settings = optim.Optimizer(1.0)
+    plain = dataclasses.replace(state, opt_state=optim.make_optimizer(settings).init(state.params))
+    result = forward(step.model, state, images)
+    new_state, metrics = update(settings, plain, result, chosen, batch["weight"])
+
+    def loss(params, flat):
+        outputs, _ = step.model.apply(params, state.batch_stats, flat, train=True)
+        each = jnp.sum((outputs["z"] - jnp.repeat(chosen, 2, axis=0)) ** 2, axis=-1)
+        return 0.5 * jnp.mean(each)
+
+    value, gradient = jax.value_and_grad(loss)(state.params, images.reshape(-1, 8, 8, 3))
+    np.testing.assert_allclose(metrics["train/loss"], value, rtol=1e-6)
+    for before, after, slope in zip(
+        *map(jax.tree.leaves, (state.params, new_state.params, gradient)), strict=True
+    ):
+        np.testing.assert_allclose(after, before - slope, rtol=1e-4, atol=1e-6)
+
+
+def test_two_equal_views_are_as_good_as_one(step, noise, state, batch):
+    run = jax.jit(functools.partial(train_step, step, reassign=True))
+    twice = {**batch, "image": np.stack([batch["image"]] * 2, axis=1)}
+    one, _ = run(state, noise, batch)
+    two, _ = run(state, noise, twice)
+    np.testing.assert_array_equal(one.assignment, two.assignment)
+    for left, right in zip(*map(jax.tree.leaves, (one.params, two.params)), strict=True):
+        np.testing.assert_allclose(left, right, atol=1e-5)
+
+
 def test_rows_are_written_back_only_when_re_matching(step, noise, state, batch):
     run = functools.partial(train_step, step)
     same, plain = jax.jit(functools.partial(run, reassign=False))(state, noise, batch)

@@ -18,10 +18,11 @@ from ml_collections import ConfigDict
 
 from nat_jax import __version__, evaluate, input_pipeline, preprocess, sharding
 from nat_jax import config as configs
+from nat_jax.bad_records import BadRecords
 from nat_jax.evaluate import features
 from nat_jax.evaluate.features import FeatureSet
 from nat_jax.evaluate.knn import nearest
-from nat_jax.image_reader import BadRecords, ImageCache
+from nat_jax.image_reader import ImageCache
 from nat_jax.models import Model, Params
 from nat_jax.records import Record, Source
 
@@ -221,6 +222,8 @@ class Judge:
             cache=self._cache if keep else None,
             bad_records=self._bad[source.split] if keep else None,
             threads=self._data.threads,
+            workers=self._data.workers,
+            timeout=self._data.timeout,
         )
 
 
@@ -357,6 +360,9 @@ class Selection:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def record_name(self, index: int) -> str:
+        return self._source.record_name(int(self._rows[index]))
 
     def __getitem__(self, index: int) -> Record:
         record = self._source[int(self._rows[index])]

@@ -1,7 +1,8 @@
-"""Where images come from: the embedded digits, folders, arrays, and prepared TFDS data sets."""
+"""Where images come from: the embedded digits, folders, arrays, array_record files and TFDS."""
 
 import os
 
+from nat_jax.records.array_record import open_array_record
 from nat_jax.records.arrays import open_arrays
 from nat_jax.records.digits import open_digits
 from nat_jax.records.folder import open_folder
@@ -15,7 +16,9 @@ SOURCES: dict[str, Opener] = {
     "folder": open_folder,
     "arrays": open_arrays,
     "tfds": open_tfds,
+    "arrayrecord": open_array_record,
 }
+_ARGUMENTS = {"digits": "", "tfds": "NAME", "arrayrecord": "GLOB"}  # PATH for the others
 
 
 def open_source(spec: str, split: str = "train") -> Source:
@@ -23,7 +26,8 @@ def open_source(spec: str, split: str = "train") -> Source:
 
     Args:
         spec: "digits" (embedded), "folder:PATH" (a tree of image files or a .zip),
-            "arrays:PATH" (.npz, or a folder of idx files) or "tfds:NAME[:VERSION]" (prepared).
+            "arrays:PATH" (.npz, or a folder of idx files), "tfds:NAME[:VERSION]" (prepared) or
+            "arrayrecord:GLOB" (shards by a pattern, a file, or a folder of them).
         split: "train" or "test".
 
     Returns:
@@ -36,11 +40,11 @@ def open_source(spec: str, split: str = "train") -> Source:
         raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
     kind, _, argument = spec.partition(":")
     if kind not in SOURCES:
+        forms = {k: _ARGUMENTS.get(k, "PATH") for k in SOURCES}
+        known = ", ".join(f"{k}:{what}" if what else k for k, what in forms.items())
         hint = f"; did you mean folder:{spec} or arrays:{spec}?" if os.path.exists(spec) else ""
-        raise ValueError(
-            f"unknown source {spec!r}; known: digits, folder:PATH, arrays:PATH, tfds:NAME{hint}"
-        )
+        raise ValueError(f"unknown source {spec!r}; known: {known}{hint}")
     if not argument and kind != "digits":
-        wanted = "NAME" if kind == "tfds" else "PATH"
+        wanted = _ARGUMENTS.get(kind, "PATH")
         raise ValueError(f"source {spec!r} lacks its {wanted}: write {kind}:{wanted}")
     return SOURCES[kind](argument, split)

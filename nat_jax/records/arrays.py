@@ -70,10 +70,13 @@ class ArraySource:
     def __getitem__(self, index: int) -> Record:
         return {
             "index": index,
-            "name": f"{self.name} {self.split}[{index}]",
+            "name": self.record_name(index),
             "label": -1 if self.labels is None else int(self.labels[index]),
             "image": self.images[index],
         }
+
+    def record_name(self, index: int) -> str:
+        return f"{self.name} {self.split}[{index}]"
 
     def __reduce__(self) -> tuple[Any, ...]:
         opener, argument = self._reopen

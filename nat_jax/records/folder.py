@@ -1,97 +1,90 @@
 """Images in a folder tree or in a .zip that is read in place."""
 
-import functools
-import hashlib
 import logging
 import os
-import threading
 import zipfile
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-
-from nat_jax.records.source import Record, UnreadableRecord, split_positions
+from nat_jax.records.file_index import FileIndex, SplitIndex
+from nat_jax.records.index_cache import DamagedIndex, load_index, open_index
+from nat_jax.records.source import Record, UnreadableRecord
+from nat_jax.records.zip_archive import ZipReader
 
 _log = logging.getLogger(__name__)
-
-IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
-)
-_TEST_FOLDERS = ("test", "val")
-
-
-class _File(NamedTuple):
-    name: str  # path below the root, with "/"
-    inner: str  # the same without common top folders and without the split's folder
-    size: int
 
 
 class FolderSource:
     """Encoded image files; labels are the names of the class folders.
 
+    There is no Python object for a record until it is read, so that opening takes the same time for
+    a million files as for a few. Pickling writes where the index is kept, or, where it is not, the
+    index itself.
+
     Args:
         path: the folder or the .zip.
         split: "train" or "test".
-        names: path of each record below `path`, with "/".
-        sizes: bytes of each.
-        labels: int32[N], -1 where unlabelled.
-        class_names: see `Source`.
+        index: what is known of the records.
+        archive: reads the .zip; None for a folder.
+        kept: the folder of the cache that the index comes from; None where it was listed by this
+            program or its parent. A kept index may be days old, so with one a file whose length has
+            changed is an `UnreadableRecord`: the times of folders do not show that a file was
+            overwritten.
     """
 
     def __init__(
         self,
         path: str,
         split: str,
-        names: tuple[str, ...],
-        sizes: tuple[int, ...],
-        labels: np.ndarray,
-        class_names: tuple[str, ...] | None,
+        index: SplitIndex,
+        archive: ZipReader | None = None,
+        kept: Path | None = None,
     ):
         self.name = f"folder:{path}"
         self.split = split
-        self.class_names = class_names
-        self.num_classes = None if class_names is None else len(class_names)
-        self._names = names
-        self._sizes = sizes
-        self.labels = labels
-        self._root = Path(path).expanduser()
-        self._open_archive()
-
-    def _open_archive(self) -> None:
-        self._lock = threading.Lock()
-        self._zip = zipfile.ZipFile(self._root) if self._root.is_file() else None
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256(f"{self.split} {self.class_names}\n".encode())
-        for name, size, label in zip(self._names, self._sizes, self.labels, strict=True):
-            digest.update(f"{name}\0{size}\0{label}\n".encode())
-        return digest.hexdigest()
+        self.class_names = index.class_names
+        self.num_classes = None if index.class_names is None else len(index.class_names)
+        self.fingerprint = index.fingerprint
+        self.labels = index.files.labels.view()
+        self.labels.flags.writeable = False  # in the cache they are not
+        self._path = path
+        self._root = _root(path)
+        self._index = index
+        self._archive = archive
+        self._kept = kept
 
     def __len__(self) -> int:
-        return len(self._names)
+        return len(self.labels)
+
+    def record_name(self, index: int) -> str:
+        return self._index.files.name(range(len(self))[index])
 
     def __getitem__(self, index: int) -> Record:
-        name, label = self._names[index], int(self.labels[index])
+        position = range(len(self))[index]
+        files = self._index.files
+        name, label = files.name(position), int(self.labels[position])
+        size = int(files.sizes[position])
         try:
-            if self._zip is None:
-                image = (self._root / name).read_bytes()
+            if self._archive is None or files.members is None:
+                with open(os.path.join(self._root, name), "rb", buffering=0) as file:
+                    image = file.read()
             else:
-                with self._lock:
-                    image = self._zip.read(name)
-        except (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+                image = self._archive.read(name, size, files.members[position])
+        except (OSError, zipfile.BadZipFile, zlib.error) as error:
             raise UnreadableRecord(name, label, str(error)) from error
+        if self._kept is not None and self._archive is None and len(image) != size:
+            reason = (
+                f"it has {len(image)} bytes, but {size} in the index of {self._root}: files were "
+                f"overwritten since it was made; delete {self._kept} and start again"
+            )
+            raise UnreadableRecord(name, label, reason)
         return {"index": index, "name": name, "label": label, "image": image}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_zip", "_lock")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._open_archive()
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self._kept is None:
+            return FolderSource, (self._path, self.split, self._index, self._archive)
+        return _reopen, (self._path, self.split, self.fingerprint, self._kept)
 
 
 def open_folder(argument: str, split: str) -> FolderSource:
@@ -101,107 +94,43 @@ def open_folder(argument: str, split: str) -> FolderSource:
     held out as the test split. Folders that hold everything else are looked through, hidden files
     and files with other suffixes are left out.
 
+    The first opening lists all files. The index of a large folder or .zip is kept in
+    `$NAT_JAX_CACHE`, else `$XDG_CACHE_HOME/nat_jax`, else `~/.cache/nat_jax`, and used again until
+    a file or a folder is added, removed or renamed.
+
     Raises:
         ValueError: nothing is there, it is not a folder or .zip, or no image is in it.
     """
-    root = Path(argument).expanduser()
-    if not root.exists():
+    root = _root(argument)
+    if not os.path.exists(root):
         raise ValueError(f"folder: no such folder or .zip: {root}")
-    found = sorted(_list_folder(root) if root.is_dir() else _list_zip(root))
-    visible = [(n, s) for n, s in found if not _is_hidden(n)]
-    images = [(n, s) for n, s in visible if Path(n).suffix.lower() in IMAGE_SUFFIXES]
-    others = len(visible) - len(images)
-    if not images:
-        raise ValueError(
-            f"folder: no images in {root} ({others} other files); "
-            f"expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}"
-        )
-    if others:
-        _log.info("folder: left out %d file(s) of %s that are not images", others, root)
-    files, class_names = _split_files(images, split, root)
-    lookup = {name: label for label, name in enumerate(class_names or ())}
-    labels = [lookup.get(f.inner.partition("/")[0], -1) for f in files]
-    return FolderSource(
-        path=argument,
-        split=split,
-        names=tuple(f.name for f in files),
-        sizes=tuple(f.size for f in files),
-        labels=np.asarray(labels, np.int32),
-        class_names=class_names,
-    )
+    index = open_index(root)
+    for remark in index.remarks:
+        _log.info("folder: %s", remark.format(root=root))
+    return _source(argument, split, index)
 
 
-def _list_folder(root: Path) -> Iterator[tuple[str, int]]:
-    """Yield path and size of every file below root; links are followed, each folder once."""
-    pending, seen = [""], {os.path.realpath(root)}
-    while pending:
-        prefix = pending.pop()
-        with os.scandir(root / prefix) as entries:
-            for entry in entries:
-                name = prefix + entry.name
-                if entry.is_dir():
-                    real = os.path.realpath(entry.path)
-                    if real not in seen and not _is_hidden(name):
-                        seen.add(real)
-                        pending.append(f"{name}/")
-                elif entry.is_file():
-                    yield name, entry.stat().st_size
+def _root(path: str) -> str:
+    return str(Path(path).expanduser())
 
 
-def _list_zip(path: Path) -> list[tuple[str, int]]:
+def _source(path: str, split: str, index: FileIndex) -> FolderSource:
+    archive = None
+    if index.stamp.size is not None:
+        modified, _ = index.stamp.times[""]
+        archive = ZipReader(_root(path), index.stamp.size, modified)
+    return FolderSource(path, split, index.splits[split], archive, index.kept)
+
+
+def _reopen(path: str, split: str, fingerprint: str, kept: Path) -> FolderSource:
+    """Open what another process has opened: by the same index, even if the data changed since."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = [m for m in archive.infolist() if not m.is_dir()]
-    except (OSError, zipfile.BadZipFile) as error:
+        index = load_index(kept)
+    except DamagedIndex:  # somebody has emptied the cache
+        index = open_index(_root(path))
+    if index.splits[split].fingerprint != fingerprint:
         raise ValueError(
-            f"folder: {path} is neither a folder nor a readable .zip: {error}"
-        ) from error
-    if any(m.flag_bits & 1 for m in members):
-        raise ValueError(f"folder: {path} is protected by a password; give one without")
-    return [(m.filename, m.file_size) for m in members]
-
-
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
-
-
-def _split_files(
-    images: list[tuple[str, int]], split: str, root: Path
-) -> tuple[list[_File], tuple[str, ...] | None]:
-    """Choose one split's files and the classes, from the layout of the tree."""
-    files = _without_common_top([_File(n, n, s) for n, s in images])
-    by_top: dict[str, list[_File]] = {}
-    for f in files:
-        top, slash, inner = f.inner.partition("/")
-        by_top.setdefault(top if slash else "", []).append(f._replace(inner=inner or top))
-    test = next((name for name in _TEST_FOLDERS if name in by_top), None)
-    if "train" in by_top and test is not None:
-        left_out = len(files) - len(by_top["train"]) - len(by_top[test])
-        if left_out:
-            _log.info("folder: left out %d image(s) outside train/ and %s/", left_out, test)
-        classes = {"train": _classes(by_top["train"], root), "test": _classes(by_top[test], root)}
-        chosen = by_top["train" if split == "train" else test]
-        if not classes[split]:
-            return chosen, None
-        return chosen, tuple(sorted(classes["train"] | classes["test"]))
-    names = _classes(files, root)
-    return [files[i] for i in split_positions(len(files), split)], tuple(sorted(names)) or None
-
-
-def _without_common_top(files: list[_File]) -> list[_File]:
-    while True:
-        tops = {f.inner.partition("/")[0] if "/" in f.inner else "" for f in files}
-        if len(tops) > 1 or "" in tops:
-            return files
-        files = [f._replace(inner=f.inner.partition("/")[2]) for f in files]
-
-
-def _classes(files: list[_File], root: Path) -> set[str]:
-    """Give the names of the class folders: empty for a flat folder."""
-    flat = [f.name for f in files if "/" not in f.inner]
-    if flat and len(flat) < len(files):
-        raise ValueError(
-            f"folder: {root} mixes {len(flat)} loose images (such as {flat[0]}) with class "
-            "folders; put every image into a class folder, or all into one folder (unlabelled)"
+            f"folder: {path} was changed after another process opened it, and its index is no "
+            f"longer in {kept}; start again"
         )
-    return set() if flat else {f.inner.partition("/")[0] for f in files}
+    return _source(path, split, index)

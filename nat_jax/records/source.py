@@ -62,6 +62,10 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> Record: ...
 
+    def record_name(self, index: int) -> str:
+        """Give a record's name without reading the record."""
+        ...
+
 
 Opener = Callable[[str, str], Source]
 

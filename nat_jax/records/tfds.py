@@ -1,78 +1,14 @@
 """Data sets prepared by TensorFlow Datasets as array_record files, read without TensorFlow."""
 
 import difflib
-import functools
-import hashlib
-import json
 import os
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from nat_jax.records.source import Record, UnreadableRecord
-
-_FORMAT = "array_record"
+from nat_jax.records.array_record import ArrayRecordSource, open_prepared
+from nat_jax.records.metadata import FEATURES, FORMAT, INFO, read_info
 
 
-class TfdsSource:
-    """Encoded images of one split of a prepared data set.
-
-    Args:
-        name: the specification, "tfds:NAME[:VERSION]".
-        split: "train" or "test".
-        directory: the prepared version's folder.
-    """
-
-    def __init__(self, name: str, split: str, directory: Path):
-        self.name = name
-        self.split = split
-        self._directory = directory
-        self._open()
-        feature = dict(self._builder.info.features.items()).get("label")
-        self.num_classes: int | None = getattr(feature, "num_classes", None)
-        self.class_names: tuple[str, ...] | None = None
-        if self.num_classes is not None:
-            names = getattr(feature, "names", None)
-            self.class_names = tuple(names or (str(c) for c in range(self.num_classes)))
-        self.labels: np.ndarray | None = None
-
-    def _open(self) -> None:
-        import tensorflow_datasets as tfds
-
-        self._builder = tfds.builder_from_directory(self._directory)
-        self._key = _split_key(self._builder, self.split, self.name)
-        self._data = _data_source(self._builder, self._key)
-
-    @functools.cached_property
-    def fingerprint(self) -> str:
-        info = self._builder.info.splits[self._key]
-        identity = [self._builder.info.full_name, self._key, info.shard_lengths, info.num_bytes]
-        return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def __getitem__(self, index: int) -> Record:
-        name = f"{self.name} {self._key}[{index}]"
-        try:
-            example = self._data[index]
-        except Exception as error:
-            # array_record reports damaged files by exceptions of no common type.
-            raise UnreadableRecord(name, -1, str(error)) from error
-        label = -1 if self.num_classes is None else int(example["label"])
-        return {"index": index, "name": name, "label": label, "image": example["image"]}
-
-    def __getstate__(self) -> dict[str, Any]:
-        dropped = ("_builder", "_data")
-        return {k: v for k, v in self.__dict__.items() if k not in dropped}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._open()
-
-
-def open_tfds(argument: str, split: str) -> TfdsSource:
+def open_tfds(argument: str, split: str) -> ArrayRecordSource:
     """Open `tfds:NAME[/CONFIG][:VERSION]`, already prepared as array_record.
 
     Looks in the folder that the environment variable TFDS_DATA_DIR names, or in
@@ -86,7 +22,7 @@ def open_tfds(argument: str, split: str) -> TfdsSource:
     data_dir = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
     prepared = [
         path.parent
-        for pattern in ("*/dataset_info.json", "*/*/dataset_info.json")
+        for pattern in (f"*/{INFO}", f"*/*/{INFO}")
         for path in (data_dir / name).glob(pattern)
     ]
     if not prepared:
@@ -104,13 +40,23 @@ def open_tfds(argument: str, split: str) -> TfdsSource:
             )
         prepared = matching
     directory = max(prepared, key=_version_number)
-    file_format = json.loads((directory / "dataset_info.json").read_text()).get("fileFormat")
-    if file_format != _FORMAT:
+    return _open_directory(directory, name, data_dir, f"tfds:{argument}", split)
+
+
+def _open_directory(
+    directory: Path, data_set: str, data_dir: Path, name: str, split: str
+) -> ArrayRecordSource:
+    info = read_info(directory)
+    main_format = info.file_format or "tfrecord"
+    formats = {main_format, *info.alternative_file_formats}
+    if FORMAT not in formats or not (directory / FEATURES).exists():
+        what = "by an old TFDS, without features.json" if FORMAT in formats else f"as {main_format}"
+        why = "" if FORMAT in formats else ", which only TensorFlow reads"
         raise ValueError(
-            f"tfds: {directory} is prepared as {file_format or 'tfrecord'}, which only TensorFlow "
-            f"reads; prepare it once more as {_FORMAT}: {_command(name, data_dir)}"
+            f"tfds: {directory} is prepared {what}{why}; "
+            f"prepare it once more as {FORMAT}: {_command(data_set, data_dir)}"
         )
-    return TfdsSource(f"tfds:{argument}", split, directory)
+    return open_prepared(directory, split, name)
 
 
 def _version_number(directory: Path) -> tuple[int, ...]:
@@ -143,32 +89,7 @@ def _command(name: str, data_dir: Path) -> str:
     )
     return (by_hand if name.startswith("imagenet2012") else "") + (
         'python -c "import tensorflow_datasets as tfds; '
-        f"tfds.builder('{name}', data_dir='{data_dir}', file_format='{_FORMAT}')"
+        f"tfds.builder('{name}', data_dir='{data_dir}', file_format='{FORMAT}')"
         '.download_and_prepare()" (some data sets need TensorFlow installed for this step, never '
         "for training)"
     )
-
-
-def _split_key(builder: Any, split: str, name: str) -> str:
-    """Choose TFDS's name of the split: a test split without labels gives way to validation."""
-    splits = builder.info.splits
-    if "image" not in builder.info.features:
-        found = ", ".join(builder.info.features)
-        raise ValueError(f"{name}: no feature 'image' in this data set (it has {found})")
-    candidates = ("train",) if split == "train" else ("test", "validation")
-    present = [key for key in candidates if key in splits and splits[key].num_examples]
-    if not present:
-        raise ValueError(
-            f"{name}: no {' or '.join(candidates)} split; prepared: {', '.join(splits) or 'none'}"
-        )
-    if present == ["test", "validation"] and "label" in builder.info.features:
-        # imagenet2012's test images have the label -1: not known.
-        labelled = _data_source(builder, "test")[0]["label"] >= 0
-        return "test" if labelled else "validation"
-    return present[0]
-
-
-def _data_source(builder: Any, key: str) -> Any:
-    import tensorflow_datasets as tfds
-
-    return builder.as_data_source(split=key, decoders={"image": tfds.decode.SkipDecoding()})

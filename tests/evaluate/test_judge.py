@@ -23,10 +23,13 @@ class Blocks:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def record_name(self, index: int) -> str:
+        return f"{self.split}{index}"
+
     def __getitem__(self, index: int) -> records.Record:
         return {
             "index": index,
-            "name": f"{self.split}{index}",
+            "name": self.record_name(index),
             "label": int(self.labels[index]),
             "image": b"no image" if index == self._broken else self._images[index],
         }

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from scipy.optimize import linear_sum_assignment
 
 from nat_jax import config, models, optim, sharding, targets, train
+from nat_jax.device_images import DeviceImages
 from nat_jax.train_step import Step, compile_step, create_state, forward
 
 N, B, D = 203, 32, 6  # 203 rows do not divide by 8 devices
@@ -27,7 +28,7 @@ def step_on(mesh, block=None) -> Step:
     return Step(network, optim.Optimizer(0.5, momentum=0.9), mesh, block=block)
 
 
-def one_step(step, storage="table"):
+def one_step(step, storage="table", views=()):
     """Run one re-matching step from the same state on a mesh; return what it gives on the host."""
     noise, _ = targets.make_targets(
         "sphere", N, D, jax.random.key(7), storage=storage, sharding=sharding.over_data(step.mesh)
@@ -39,11 +40,14 @@ def one_step(step, storage="table"):
     state = jax.device_put(state, everywhere)
     rng = np.random.default_rng(0)
     batch = {
-        "image": rng.integers(0, 256, (B, 8, 8, 3), np.uint8),
+        "image": rng.integers(0, 256, (B, *views, 8, 8, 3), np.uint8),
         "index": rng.permutation(N)[:B].astype(np.int32),
         "weight": np.ones(B, np.float32),
     }
     features = jax.jit(lambda s, x: forward(step.model, s, x).features)(state, batch["image"])
+    if views:  # what is matched is the direction of their mean
+        features = jnp.mean(features, axis=1)
+        features /= jnp.linalg.norm(features, axis=-1, keepdims=True)
     similarity = np.asarray(features) @ np.asarray(noise.gather(jnp.asarray(batch["index"]))).T
     compiled = compile_step(step, reassign=True)
     state, metrics = compiled(state, noise, sharding.global_batch(batch, step.mesh))
@@ -111,6 +115,33 @@ def test_one_step_agrees_with_one_device(reference, shape, storage):
     np.testing.assert_array_equal(np.sort(other_assignment), np.arange(N))
     for left, right in zip(*map(jax.tree.leaves, (params, other_params)), strict=True):
         np.testing.assert_allclose(left, right, atol=1e-4)
+
+
+def test_two_views_agree_with_one_device():
+    (params, assignment, _), batch, similarity = one_step(step_on(mesh_of(1)), views=(2,))
+    (other_params, other_assignment, _), _, _ = one_step(step_on(mesh_of(8)), views=(2,))
+    clear = batch["index"][margins(similarity) > 1e-5]
+    assert len(clear) > B // 2
+    np.testing.assert_array_equal(other_assignment[clear], assignment[clear])
+    for left, right in zip(*map(jax.tree.leaves, (params, other_params)), strict=True):
+        np.testing.assert_allclose(left, right, atol=1e-4)
+
+
+def test_images_on_the_devices_are_split_like_the_batch():
+    mesh = mesh_of(8)
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8)
+    on_device = DeviceImages(images, 0, mesh)
+    index = np.random.default_rng(1).permutation(40)[:16].astype(np.int32)
+    batch = {
+        "index": index,
+        "corner": np.zeros((16, 2, 2), np.int32),
+        "mirrored": np.tile([False, True], (16, 1)),
+        "weight": np.ones(16, np.float32),
+    }
+    found = on_device(sharding.global_batch(batch, mesh))
+    assert found.sharding.is_equivalent_to(sharding.over_data(mesh), found.ndim)
+    expected = np.stack([images[index], images[index][:, :, ::-1]], axis=1)
+    np.testing.assert_array_equal(np.asarray(found), expected)
 
 
 @pytest.mark.parametrize("block", [4, 16])

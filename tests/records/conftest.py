@@ -10,6 +10,12 @@ import pytest
 from sample_files import SPLIT_TREE, write_tree
 
 
+@pytest.fixture(autouse=True)
+def no_real_cache(tmp_path: Path, monkeypatch) -> None:
+    """Keep indexes of large folders out of the cache of whoever runs the tests."""
+    monkeypatch.setenv("NAT_JAX_CACHE", str(tmp_path / ".cache"))
+
+
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
     return write_tree(tmp_path / "tree", SPLIT_TREE)

@@ -15,10 +15,13 @@ from sample_files import (
 )
 
 from nat_jax import records
+from nat_jax.records.convert import convert
 from nat_jax.records.source import split_positions
 
 
-@pytest.fixture(params=["digits", "folder", "zip", "npz", "idx", "tfds"])
+@pytest.fixture(
+    params=["digits", "folder", "zip", "npz", "idx", "tfds", "arrayrecord", "converted"]
+)
 def any_spec(request, tmp_path: Path) -> str:
     kind = request.param
     if kind == "digits":
@@ -30,7 +33,11 @@ def any_spec(request, tmp_path: Path) -> str:
     if kind == "tfds":
         request.getfixturevalue("prepared")
         return "tfds:tiny_shapes"
+    if kind == "arrayrecord":
+        return f"arrayrecord:{request.getfixturevalue('prepared')}/tiny_shapes/1.2.0"
     root = write_tree(tmp_path / "tree", SPLIT_TREE)
+    if kind == "converted":
+        return f"arrayrecord:{convert(f'folder:{root}', str(tmp_path / 'shards'))}"
     return f"folder:{root if kind == 'folder' else zip_tree(root, tmp_path / 'tree.zip')}"
 
 
@@ -62,12 +69,14 @@ def test_unknown_source_lists_the_known_ones_and_suggests_the_path(tmp_path: Pat
         records.open_source("mnist")
     with pytest.raises(ValueError, match=f"did you mean folder:{tmp_path} or arrays:"):
         records.open_source(str(tmp_path))
-    assert set(records.SOURCES) == {"digits", "folder", "arrays", "tfds"}
+    with pytest.raises(ValueError, match="arrays:PATH, tfds:NAME, arrayrecord:GLOB$"):
+        records.open_source("mnist")
+    assert set(records.SOURCES) == {"digits", "folder", "arrays", "tfds", "arrayrecord"}
 
 
-@pytest.mark.parametrize("kind", ["folder", "arrays", "tfds"])
+@pytest.mark.parametrize("kind", ["folder", "arrays", "tfds", "arrayrecord"])
 def test_a_source_without_its_argument_says_what_to_write(kind: str):
-    with pytest.raises(ValueError, match=f"write {kind}:(PATH|NAME)"):
+    with pytest.raises(ValueError, match=f"write {kind}:(PATH|NAME|GLOB)"):
         records.open_source(kind)
 
 

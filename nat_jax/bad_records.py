@@ -1,0 +1,71 @@
+"""Records that cannot be used: named, counted, and at last too many."""
+
+import dataclasses
+import logging
+import threading
+
+_log = logging.getLogger(__name__)
+
+_BAD_SHARE = 100  # one record in this many may be bad
+_NAMES_SHOWN = 5
+
+
+class BadRecordError(RuntimeError):
+    """A record cannot be used; the message names it and says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bad:
+    """A record whose place is kept, without its pixels."""
+
+    index: int
+    name: str
+    reason: str
+
+
+class TooManyBadRecords(BadRecordError):
+    """More records are bad than a run may go on with."""
+
+
+class BadRecords:
+    """Count of the distinct bad records of one source.
+
+    Args:
+        num_records: length of the source; more than max(1, num_records // 100) bad ones are too
+            many.
+    """
+
+    def __init__(self, num_records: int):
+        self.limit = max(1, num_records // _BAD_SHARE)
+        self._num_records = num_records
+        self._reasons: dict[int, str] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def count(self) -> int:
+        return len(self._reasons)
+
+    def add(self, bad: Bad) -> None:
+        """Note a bad record; the same index counts once.
+
+        Raises:
+            TooManyBadRecords: there are more than `limit` of them.
+        """
+        with self._lock:
+            new = bad.index not in self._reasons
+            self._reasons[bad.index] = f"{bad.name}: {bad.reason}"
+        if self.count > self.limit:
+            raise TooManyBadRecords(
+                f"{self.summary()}. At most {self.limit} may be (1 %): repair or delete these files"
+            )
+        if new and self.count <= _NAMES_SHOWN:
+            _log.warning("bad record, used as grey with weight 0: %s: %s", bad.name, bad.reason)
+
+    def summary(self) -> str:
+        """Say how many records are bad, and name the first few."""
+        with self._lock:
+            shown = [self._reasons[i] for i in sorted(self._reasons)[:_NAMES_SHOWN]]
+            count = self.count
+        more = f"; and {count - len(shown)} more" if count > len(shown) else ""
+        listed = f": {'; '.join(shown)}{more}" if shown else ""
+        return f"{count} of {self._num_records} records are bad{listed}"

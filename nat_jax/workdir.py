@@ -1,0 +1,110 @@
+"""A run's folder: what may change when it is used again, and files that are never half written."""
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from nat_jax import config as configs
+
+logger = logging.getLogger(__name__)
+
+# Groups that may differ when a workdir is used again: they change what is shown or kept, not what
+# is trained.
+FREE_GROUPS = ("checkpoint", "convert", "eval", "log", "task")
+# Keys that may differ too: where the same data lies, and how it is read.
+FREE_KEYS = (
+    "data.source",
+    "data.threads",
+    "data.workers",
+    "data.prefetch",
+    "data.timeout",
+    "data.augment_on",
+)
+# Lengths may grow: "more epochs" extends a finished run.
+LENGTHS = ("epochs", "steps")
+
+
+def training(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
+    """Return the flat keys of a config, or of a saved one, that decide what is trained."""
+    flat = configs.flatten(config)
+    return {
+        key: value
+        for key, value in flat.items()
+        if key.split(".")[0] not in FREE_GROUPS and key not in FREE_KEYS
+    }
+
+
+def seed_folder(config: ConfigDict, workdir: Path, seed: int) -> Path:
+    """Return where a seed's run lives: the workdir itself if there is one seed only."""
+    return workdir if len(config.seeds) == 1 else workdir / f"seed-{seed}"
+
+
+def check(workdir: Path, config: ConfigDict) -> None:
+    """Check that a workdir can be written to and that what it holds, if anything, is this run.
+
+    A folder in which no checkpoint was ever saved has nothing to lose and is taken over.
+
+    Raises:
+        ValueError: see ``check_same_run``; or the folder cannot be used.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not os.access(workdir, os.W_OK):
+            raise PermissionError("it is not writable")
+    except OSError as error:
+        raise ValueError(f"--workdir: cannot use {workdir}: {error}. Choose another") from error
+    saved = read_json(workdir / "config.json")
+    if saved is None or not any(workdir.glob("**/checkpoints/[0-9]*")):
+        return
+    check_same_run(saved, config, workdir)
+    old, new = training(saved), training(config)
+    for key in LENGTHS:
+        if new[key] != old[key] and config.optim.schedule == "cosine":
+            logger.warning(
+                "%s: %s grows from %s to %s, and the cosine schedule with it: the learning rate "
+                "jumps up, and the run equals neither a short nor a long one",
+                workdir,
+                key,
+                old[key],
+                new[key],
+            )
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds; None where there is no file."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that a killed process leaves the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(value, indent=1) + "\n")
+    partial.replace(path)
+
+
+def check_same_run(saved: Mapping[str, Any], config: ConfigDict, workdir: Path) -> None:
+    """Check that a workdir's config and this one describe the same training.
+
+    ``FREE_GROUPS`` and ``FREE_KEYS`` may differ, and the run may become longer. That other data is
+    not taken for the same is for the checkpoint to see, which knows the data's fingerprint.
+
+    Raises:
+        ValueError: naming the first other key, both values, and the way out.
+    """
+    # A key that the run is older than had its default.
+    old, new = {**training(configs.default()), **training(saved)}, training(config)
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) == new.get(key):
+            continue
+        if key in LENGTHS and 0 < old.get(key, 0) < new[key]:
+            continue
+        raise ValueError(
+            f"{workdir} holds a run with {key} = {old.get(key)!r}; this one has {new.get(key)!r}. "
+            "Choose another folder with --workdir=..., or set the key back"
+        )

@@ -1,0 +1,67 @@
+import pytest
+
+from nat_jax import config, workdir
+
+
+def valid():
+    c = config.default()
+    c.epochs, c.checkpoint.every_epochs = 3.0, 1.0
+    return c
+
+
+def claimed(tmp_path, saved):
+    workdir.write_json(tmp_path / "config.json", config.to_dict(saved))
+    (tmp_path / "checkpoints" / "10").mkdir(parents=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize("change", ["eval.knn_k", "log.every_steps", "checkpoint.keep"])
+def test_what_is_shown_or_kept_may_change(tmp_path, change):
+    c = valid()
+    group, last = change.split(".")
+    c[group][last] += 1
+    workdir.check(claimed(tmp_path, valid()), c)
+
+
+def test_the_same_data_may_lie_elsewhere_and_be_read_otherwise(tmp_path):
+    c = valid()
+    c.data.source, c.data.threads, c.data.workers = "folder:/elsewhere", 7, 3
+    workdir.check(claimed(tmp_path, valid()), c)
+
+
+def test_a_run_from_before_there_was_a_key_had_its_default(tmp_path):
+    saved = valid()
+    with saved.unlocked():
+        del saved.data.views
+    workdir.check(claimed(tmp_path, saved), valid())
+    c = valid()
+    c.data.views = 2
+    with pytest.raises(ValueError, match="data.views = 1; this one has 2"):
+        workdir.check(tmp_path, c)
+
+
+def test_a_run_may_become_longer_but_not_shorter(tmp_path):
+    c = valid()
+    c.epochs = 5.0
+    workdir.check(claimed(tmp_path, valid()), c)
+    c.epochs = 2.0
+    with pytest.raises(ValueError, match=r"epochs = 3.0; this one has 2.0.*--workdir="):
+        workdir.check(tmp_path, c)
+
+
+@pytest.mark.parametrize(
+    ("change", "value"), [("model.dim", 32), ("data.image_size", 9), ("seeds", (5,))]
+)
+def test_another_run_is_refused(tmp_path, change, value):
+    c = valid()
+    group, _, last = change.rpartition(".")
+    (c[group] if group else c)[last] = value
+    with pytest.raises(ValueError, match=f"holds a run with {change} = .*--workdir="):
+        workdir.check(claimed(tmp_path, valid()), c)
+
+
+def test_a_folder_without_checkpoints_is_taken_over(tmp_path):
+    c = valid()
+    c.model.dim = 99
+    workdir.write_json(tmp_path / "config.json", config.to_dict(valid()))
+    workdir.check(tmp_path, c)
