@@ -7,6 +7,7 @@ and refuse the same files.
 """
 
 import contextlib
+import functools
 import io
 import struct
 from collections.abc import Iterator
@@ -77,10 +78,17 @@ def open_picture(image: bytes | np.ndarray) -> Picture:
     if image[:2] == b"\xff\xd8":
         return _open_jpeg(image)
     with _refusing(image):
-        opened = Image.open(io.BytesIO(image))
+        opened = Image.open(io.BytesIO(image), formats=_formats())
         opened.load()
         # Only now: Pillow turns TIFF files itself, and a PNG file's tag may come after its pixels.
         return _Decoded(_to_rgb(opened, _orientation(opened.info.get("exif", b""))))
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Give the formats that Pillow reads without starting another program, as it does for EPS."""
+    Image.init()
+    return tuple(name for name in Image.ID if name != "EPS")
 
 
 def decode(image: bytes | np.ndarray) -> np.ndarray:
@@ -180,7 +188,7 @@ def _jpeg_orientation(data: bytes) -> int:
 
 
 def _orientation(exif: bytes) -> int:
-    """Give the orientation, 1 if it cannot be read: the pixels may be good where the tags are not."""
+    """Give the orientation; 1, upright, if it cannot be read, as the pixels may still be good."""
     exif = exif.removeprefix(b"Exif\0\0")
     try:
         order = {b"II": "<", b"MM": ">"}[exif[:2]]
