@@ -56,7 +56,8 @@ class BadRecords:
             self._reasons[bad.index] = f"{bad.name}: {bad.reason}"
         if self.count > self.limit:
             raise TooManyBadRecords(
-                f"{self.summary()}. At most {self.limit} may be (1 %): repair or delete these files"
+                f"{self.summary()}. At most {self.limit} may be (1 %). Repair or delete these "
+                "files, and start in another --workdir: other names or sizes are other data"
             )
         if new and self.count <= _NAMES_SHOWN:
             _log.warning("bad record, used as grey with weight 0: %s: %s", bad.name, bad.reason)

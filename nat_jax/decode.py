@@ -178,6 +178,9 @@ def _jpeg_orientation(data: bytes) -> int:
     place = 2
     try:
         while data[place] == 0xFF and data[place + 1] != 0xDA:  # the pixels begin
+            if data[place + 1] == 0xFF:  # markers may be preceded by any number of these
+                place += 1
+                continue
             (length,) = struct.unpack_from(">H", data, place + 2)
             if data[place + 1] == 0xE1 and data[place + 4 : place + 10] == b"Exif\0\0":
                 return _orientation(data[place + 4 : place + 2 + length])

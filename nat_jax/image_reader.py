@@ -61,7 +61,8 @@ class ImageCache:
 
     def __init__(self, max_bytes: int = 2**30):
         self._free = max_bytes
-        self._stores: dict[tuple[int, preprocess.Crop], _Store] = {}
+        # None: it does not fit, which has been said.
+        self._stores: dict[tuple[int, preprocess.Crop], _Store | None] = {}
         self._lock = threading.Lock()
 
     def store(self, source: Source, crop: preprocess.Crop) -> "_Store | None":
@@ -72,11 +73,11 @@ class ImageCache:
             key = (id(source), crop)
             needed = len(source) * crop.size**2 * 3
             if key not in self._stores:
-                if needed > self._free:
+                fits = needed <= self._free
+                self._stores[key] = _Store(source, crop.size) if fits else None
+                self._free -= needed if fits else 0
+                if not fits:
                     _log.info("%s: not kept in memory, decoded in each epoch", source.name)
-                    return None
-                self._stores[key] = _Store(source, crop.size)
-                self._free -= needed
             return self._stores[key]
 
 

@@ -8,6 +8,7 @@ watches over the workers.
 """
 
 import logging
+import math
 from collections.abc import Callable, Generator
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ import numpy as np
 from nat_jax import host_random
 from nat_jax.bad_records import BadRecordError, BadRecords
 from nat_jax.image_reader import GREY, Batch, ImageCache, ImageReader
-from nat_jax.prefetch import made_ahead, prefetched
+from nat_jax.prefetch import check_shared_memory, made_ahead, prefetched
 from nat_jax.preprocess import Transform
 from nat_jax.records import Source
 from nat_jax.work_log import WorkLog
@@ -27,6 +28,7 @@ T = TypeVar("T")
 
 _ON_BAD_RECORD = ("grey", "error")
 _ORDER, _AUGMENTATION = 0, 1  # independent streams of chance
+_MOST_RECORDS = 2**31 - 1
 _CONVERTED = 2  # batches on their way to the devices, or there: one is used while one is moved
 
 
@@ -129,6 +131,11 @@ def steps_per_epoch(num_records: int, batch_size: int) -> int:
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    if num_records > _MOST_RECORDS:
+        raise ValueError(
+            f"the data has {num_records} records; expected at most {_MOST_RECORDS}, as their "
+            "numbers are int32. Train on a part of it"
+        )
     if batch_size > num_records:
         raise ValueError(
             f"batch_size={batch_size} is larger than the data, which has {num_records} records; "
@@ -217,6 +224,8 @@ def train_batches(
     if workers and reader.cached:
         _log.info("%s is kept in memory: data.workers is not used", source.name)
         workers = 0
+    if workers:
+        check_shared_memory(workers, prefetch, len(rows) * math.prod(reader.image_shape))
     return _iterate(
         _TrainSteps(reader, batch_size, rows, seed, num_steps, pixels),
         start_step,
@@ -283,11 +292,14 @@ def eval_batches(
     rows = _rows(batch_size, process_index, process_count)
     log = WorkLog()
     reader = ImageReader(source, transform, cache=cache, log=log)
+    workers = 0 if reader.cached else workers
+    if workers:
+        check_shared_memory(workers, prefetch, len(rows) * math.prod(reader.image_shape))
     return _iterate(
         _EvalSteps(reader, batch_size, rows),
         0,
         threads=threads,
-        workers=0 if reader.cached else workers,
+        workers=workers,
         depth=prefetch,
         timeout=timeout,
         log=log,

@@ -5,17 +5,20 @@ being used. A worker that hangs or dies ends the run with the name of the record
 bound.
 """
 
+import math
 import multiprocessing.connection
 import os
 import queue
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
+from multiprocessing import resource_tracker
 from typing import Any, Protocol, TypeVar
 
 from nat_jax.bad_records import BadRecordError
-from nat_jax.work_log import Reading, WorkLog
+from nat_jax.work_log import Reading, WorkLog, is_alive
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -24,6 +27,8 @@ T_co = TypeVar("T_co", covariant=True)
 _POLL = 0.2  # seconds between looks at the workers
 _START_UP = 120.0  # seconds that worker processes have to start in
 _GOODBYE = 30.0  # seconds that workers have to end when nobody wants their batches any more
+_MIN_SHARED = 2**16  # bytes of an array from which on shared memory pays: pixels
+_PAUSE = 5.0  # seconds between two looks that say that this process was suspended
 _DIED = "terminated unexpectedly"  # in grain's words
 
 
@@ -66,11 +71,14 @@ def made_ahead(
     options = grain.ReadOptions(num_threads=each, prefetch_buffer_size=ready if threads else 0)
     dataset = grain.MapDataset.source(steps)[start:].to_iter_dataset(options)
     if workers:
+        _keep_signals_from_workers()
+        small = grain.experimental.DatasetOptions(min_shm_size=_MIN_SHARED)
+        dataset = grain.experimental.WithOptionsIterDataset(dataset, small)
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # grain reads flags there, in notebooks too
         dataset = dataset.mp_prefetch(
             grain.MultiprocessingOptions(
-                num_workers=workers, per_worker_buffer_size=max(1, depth // workers)
+                num_workers=workers, per_worker_buffer_size=per_worker(depth, workers)
             ),
             worker_init_fn=_end_with_parent,
         )
@@ -79,6 +87,35 @@ def made_ahead(
         yield from batches
     finally:
         batches.close()
+
+
+def per_worker(depth: int, workers: int) -> int:
+    """Return how many batches each worker keeps ready."""
+    return max(1, depth // workers)
+
+
+def check_shared_memory(
+    workers: int, depth: int, batch_bytes: int, place: str = "/dev/shm"
+) -> None:
+    """Check that the batches of workers fit into shared memory, through which they come.
+
+    Where they do not, a worker dies in the middle of a write.
+
+    Raises:
+        ValueError: there is less free than they need.
+    """
+    if not os.path.isdir(place):
+        return
+    # Each worker's ready ones, one that it writes, and those that are being used.
+    needed = (workers * (per_worker(depth, workers) + 1) + 4) * batch_bytes
+    free = shutil.disk_usage(place).free
+    if needed > free:
+        raise ValueError(
+            f"data.workers: batches wait in {place}; expected {needed / 1e6:.0f} MB free, for "
+            f"{workers} workers and data.prefetch = {depth}; got {free / 1e6:.0f} MB. Enlarge it "
+            "(docker run --shm-size=...), lower data.prefetch or data.workers, or set "
+            "data.workers=0 for threads"
+        )
 
 
 def prefetched(
@@ -109,14 +146,20 @@ def prefetched(
         WorkerDied: a worker process was killed or crashed.
     """
     fetcher = _Fetcher(batches, convert, depth)
-    waiting_since, patience = time.monotonic(), _GOODBYE
+    waiting_since = looked = time.monotonic()
+    resumed, patience = -math.inf, _GOODBYE
     try:
         for item in fetcher:
+            now = time.monotonic()
             if item is None:
-                _check(log.under_way(), time.monotonic() - waiting_since, timeout, name_of)
+                if now - looked > _PAUSE:
+                    waiting_since = resumed = now  # suspended, and the workers with it
+                if now - resumed > timeout:
+                    _check(log.under_way(), now - waiting_since, timeout, name_of)
+                looked = now
                 continue
             yield item
-            waiting_since = time.monotonic()
+            waiting_since = looked = time.monotonic()
     except Stalled:
         log.end_workers()
         patience = 0.0  # a thread cannot be ended
@@ -187,37 +230,49 @@ def _check(
     late = [reading for reading in under_way if reading.seconds > timeout]
     if late:
         raise Stalled(
-            f"{_named(late, name_of)}: reading it has taken more than {timeout:g} s. Repair or "
-            "delete the file, look at the disk, or raise data.timeout"
+            f"{_named(late, name_of)}: reading it has taken more than {timeout:g} s. Look at the "
+            "disk, or raise data.timeout; then the same line goes on. (A file that is replaced by "
+            "one of another size is other data, and needs another --workdir)"
         )
     if not under_way and waited > max(timeout, _START_UP):
         raise Stalled(
             f"no batch has come for {waited:.0f} s, and no record is being read: the data workers "
-            "are gone. Start again; with data.workers=0 they are threads"
+            "are gone, or a device does not take its data. Start again; with data.workers=0 the "
+            "workers are threads"
         )
 
 
 def _obituary(error: Exception, under_way: list[Reading], name_of: Callable[[int], str]) -> str:
     code = str(error).partition("exit code ")[2].partition(".")[0]
-    readings = [reading for reading in under_way if not _is_alive(reading.process)]
+    readings = [reading for reading in under_way if not is_alive(reading.process)]
     said = f"a data worker died with exit code {code}"
     if readings:
         said += f" while it read {_named(readings, name_of)}"
     if code == f"-{signal.SIGKILL.value}":
         said += "; the system may have been short of memory: lower data.workers or data.prefetch"
+    elif code == f"-{signal.SIGBUS.value}":
+        said += (
+            "; /dev/shm may be full: enlarge it (docker run --shm-size=4g), or lower data.prefetch"
+        )
+    elif not code.startswith("-") and not readings:
+        said += (
+            " before it read anything; it says why above. A script of yours that asks for workers "
+            'needs `if __name__ == "__main__":`'
+        )
     return said
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def _named(readings: list[Reading], name_of: Callable[[int], str]) -> str:
     return ", ".join(f"record {r.index} ({name_of(r.index)})" for r in readings[:3])
+
+
+def _keep_signals_from_workers() -> None:
+    """Let the processes that this thread starts ignore Ctrl-C, which reaches a terminal's all.
+
+    They inherit its mask, and shall go on until the run has made its last step.
+    """
+    resource_tracker.ensure_running()  # starting it would lift the mask
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
 
 
 def _end_with_parent(worker: int, count: int) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 # entry may be read while it is written: so the time is written first, and read last.
 _NUMBER, _BEGUN = struct.Struct("<q"), struct.Struct("<d")
 _SIZE = _NUMBER.size + _BEGUN.size
+_PREFIX = "nat_jax-work-"  # then the process and something random
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +45,8 @@ class WorkLog:
     """
 
     def __init__(self) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="nat_jax-work-"))
+        _sweep()
+        self._folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
         self._local = threading.local()
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
@@ -94,3 +96,22 @@ class WorkLog:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._local = threading.local()
+
+
+def is_alive(process: int) -> bool:
+    """Say whether there is a process of that number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        pass
+    return True
+
+
+def _sweep() -> None:
+    """Remove what killed processes left behind."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
+        process = folder.name.removeprefix(_PREFIX).partition("-")[0]
+        if process.isdigit() and not is_alive(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)

@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 # Groups that may differ when a workdir is used again: they change what is shown or kept, not what
 # is trained.
 FREE_GROUPS = ("checkpoint", "convert", "eval", "log", "task")
-# Keys that may differ too: where the same data lies, and how it is read.
+# Keys that may differ too: where the same data lies, how it is read, and what ends a run.
 FREE_KEYS = (
     "data.source",
     "data.threads",
@@ -24,6 +24,7 @@ FREE_KEYS = (
     "data.prefetch",
     "data.timeout",
     "data.augment_on",
+    "data.on_bad_record",
 )
 # Lengths may grow: "more epochs" extends a finished run.
 LENGTHS = ("epochs", "steps")

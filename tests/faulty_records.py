@@ -44,4 +44,8 @@ class Faulty:
                 raise KeyError("oops")
             elif self.fault == "broken":
                 return Record(index=index, name=f"{index}.png", label=-1, image=b"broken")
-        return Record(index=index, name=f"{index}.png", label=-1, image=picture(index))
+        label = -1
+        if self.fault == "signals":
+            blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+            label = int(blocked >= {signal.SIGINT, signal.SIGTERM})
+        return Record(index=index, name=f"{index}.png", label=label, image=picture(index))

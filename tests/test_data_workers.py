@@ -44,6 +44,15 @@ def test_a_killed_worker_is_reported_with_its_record():
     assert time.monotonic() - begun < 60
 
 
+def test_ctrl_c_is_not_for_the_workers():
+    for workers in (2, 0):
+        labels = {
+            int(i) for b in batches(Faulty(40, "signals"), workers=workers) for i in b["label"]
+        }
+        assert labels == {int(workers > 0)}
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGINT, signal.SIGTERM}
+
+
 @pytest.mark.slow
 def test_a_fault_in_a_worker_process_is_reported_with_its_record():
     with pytest.raises(BadRecordError, match=r"record 17 of faulty: KeyError\('oops'\)"):

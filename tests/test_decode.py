@@ -559,6 +559,18 @@ def test_damaged_files_are_read_or_refused_alike_by_both_readers(both):
     assert min(found.values()) > 100
 
 
+def test_markers_may_be_preceded_by_fill_bytes():
+    image = Image.fromarray(np.zeros((8, 16, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    image.save(file, "JPEG", exif=exif)
+    data = file.getvalue()
+    place = data.index(b"\xff\xe1")
+    for fill in (b"", b"\xff", b"\xff" * 5):
+        assert decode(data[:place] + fill + data[place:]).shape == (16, 8, 3)
+
+
 def test_formats_that_start_programs_are_not_opened():
     drawing = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n"
     assert Image.open(io.BytesIO(drawing)).format == "EPS"

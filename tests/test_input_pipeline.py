@@ -104,6 +104,12 @@ def test_steps_per_epoch_drops_the_remainder():
         steps_per_epoch(7, 0)
 
 
+def test_more_records_than_int32_can_number_are_refused():
+    assert steps_per_epoch(2**31 - 1, 256) == 8388607
+    with pytest.raises(ValueError, match="expected at most 2147483647, as their numbers are int32"):
+        steps_per_epoch(2**31, 256)
+
+
 def test_a_batch_holds_what_the_source_holds():
     for batch in train(Fake(10), PLAIN, num_steps=4):
         assert {k: (v.dtype.name, v.shape) for k, v in batch.items()} == {

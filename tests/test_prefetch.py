@@ -1,11 +1,12 @@
 import threading
 import time
 from collections.abc import Callable, Generator
+from pathlib import Path
 
 import pytest
 
 from nat_jax.bad_records import BadRecordError
-from nat_jax.prefetch import Stalled, WorkerDied, prefetched
+from nat_jax.prefetch import Stalled, WorkerDied, check_shared_memory, prefetched
 from nat_jax.work_log import WorkLog
 
 
@@ -131,6 +132,45 @@ def test_silence_is_a_stall_too(monkeypatch):
     with pytest.raises(Stalled, match="no batch has come for . s, and no record is being read"):
         next(run(silent(), timeout=0.5))
     release.set()
+
+
+def test_a_suspended_process_is_no_stall(monkeypatch):
+    from nat_jax import prefetch
+
+    log, clock = WorkLog(), [0.0]
+    monkeypatch.setattr(prefetch.time, "monotonic", lambda: time.perf_counter() + clock[0])
+    go_on = threading.Event()
+
+    def source() -> Generator[int, None, None]:
+        with log.reading(3):
+            time.sleep(0.5)
+            clock[0] += 100  # all that a process sees of having been stopped
+            go_on.wait(1)
+        yield 0
+
+    assert list(run(source(), log=log, timeout=10.0)) == [0]
+
+
+def test_shared_memory_that_is_too_small_is_told_before_it_overflows(tmp_path: Path):
+    check_shared_memory(2, 8, 1000, str(tmp_path))
+    check_shared_memory(2, 8, 1 << 60, str(tmp_path / "missing"))
+    with pytest.raises(
+        ValueError, match=r"data\.workers: batches wait in .*MB free, for 2 workers"
+    ):
+        check_shared_memory(2, 8, 1 << 60, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [("-7", "/dev/shm may be full"), ("1", r"before it read anything.*__main__"), ("-11", "-11$")],
+)
+def test_what_a_death_may_mean(code: str, message: str):
+    def dead() -> Generator[int, None, None]:
+        raise RuntimeError(f"Worker process was terminated unexpectedly with exit code {code}. S")
+        yield 0
+
+    with pytest.raises(WorkerDied, match=message):
+        list(run(dead()))
 
 
 def test_the_death_of_a_worker_is_told_from_other_faults():

@@ -72,6 +72,32 @@ def all_blocks() -> list[Block]:
     ]
 
 
+def dead_links(page: str, text: str) -> list[str]:
+    """Return the links of a page that lead nowhere: to no heading of it, or to no file."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    anchors = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+    found = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = link.partition("#")
+        if path.startswith(("http://", "https://")):
+            continue
+        there = (ROOT / page).parent / path
+        if (path and not there.exists()) or (not path and anchor not in anchors):
+            found.append(link)
+    return found
+
+
+@pytest.mark.parametrize("page", ["README.md", *(p.name for p in (ROOT / "docs").glob("*.md"))])
+def test_links_lead_somewhere(page: str):
+    page = page if page == "README.md" else f"docs/{page}"
+    assert dead_links(page, (ROOT / page).read_text("utf-8")) == []
+
+
+def test_dead_links_are_found():
+    text = "# A page\n## What, then?\n[a](#what-then) [b](#nowhere) [c](docs/nothing.md) [d](docs)"
+    assert dead_links("README.md", text) == ["#nowhere", "docs/nothing.md"]
+
+
 def commands(body: str) -> list[str]:
     """Return the simple commands of a bash block, without comments and prompts."""
     lines = body.replace("\\\n", " ").splitlines()

@@ -1,6 +1,7 @@
 import multiprocessing
 import os
 import pickle
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -57,6 +58,21 @@ def test_the_dead_leave_word():
     assert worker.exitcode == 3
     (reading,) = log.under_way()
     assert (reading.index, reading.process) == (41, worker.pid)
+
+
+def test_what_killed_processes_left_is_removed(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    worker = multiprocessing.get_context("spawn").Process(target=os.getpid)
+    worker.start()
+    worker.join()
+    left = tmp_path / f"nat_jax-work-{worker.pid}-abc"
+    mine = tmp_path / f"nat_jax-work-{os.getpid()}-abc"
+    other = tmp_path / "nat_jax-work-notes"
+    for folder in (left, mine, other):
+        folder.mkdir()
+    log = WorkLog()
+    assert not left.exists() and mine.exists() and other.exists()
+    del log
 
 
 def test_the_folder_ends_with_the_log_and_not_with_a_copy():

@@ -223,6 +223,7 @@ class Judge:
             bad_records=self._bad[source.split] if keep else None,
             threads=self._data.threads,
             workers=self._data.workers,
+            prefetch=self._data.prefetch,
             timeout=self._data.timeout,
         )
 

@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 _SUFFIX = re.compile(r"\.(array_record|arrayrecord)(?=$|[.-])")
 _NUMBER = re.compile(r"-(\d+)-of-(\d+)")
-_TEST_KEYS = ("test", "validation", "val")
+_TEST_KEYS = ("test", "validation", "val", "valid")
 _SHOWN = 3  # names in a message
 _TRIED = 16  # records, before a data set counts as unreadable
 
@@ -118,7 +118,7 @@ def open_array_record(argument: str, split: str) -> ArrayRecordSource:
         ValueError: nothing is there, a shard is missing or damaged, or the records have no image.
     """
     name = f"arrayrecord:{argument}"
-    path = Path(argument).expanduser()
+    path = Path(argument).expanduser().absolute()  # notebooks change their folder
     found = _find(path)
     if not found:
         raise ValueError(

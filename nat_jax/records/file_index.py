@@ -12,7 +12,7 @@ import numpy as np
 from nat_jax.records.file_listing import Group, Listing, Stamp, decoded, encoded
 from nat_jax.records.source import SPLITS, split_positions
 
-_TEST_FOLDERS = ("test", "val")
+_TEST_FOLDERS = ("test", "val", "validation", "valid")  # in any case; the first that is there
 _CHUNK = 2**16
 
 
@@ -191,8 +191,10 @@ class _Layout:
         self._inner = [g.prefix for g in groups]
         while len(tops := set(map(_top, self._inner))) == 1 and "" not in tops:
             self._inner = [inner.partition("/")[2] for inner in self._inner]
-        if "train" in tops:
-            self.test = next((name for name in _TEST_FOLDERS if name in tops), None)
+        named = {top.lower(): top for top in sorted(tops, reverse=True)}
+        self._train = named.get("train")
+        if self._train is not None:
+            self.test = next((named[name] for name in _TEST_FOLDERS if name in named), None)
         if self.test is not None:
             inside = self.belongs("train") | self.belongs("test")
             counts = [len(g.sizes) for g in groups]
@@ -200,7 +202,7 @@ class _Layout:
 
     def belongs(self, split: str) -> np.ndarray:
         """Say which groups are of a split that has its own folder: bool[groups]."""
-        folder = "train" if split == "train" else self.test
+        folder = self._train if split == "train" else self.test
         return np.asarray([_top(inner) == folder for inner in self._inner])
 
     def classes(self, split: str) -> tuple[tuple[str, ...] | None, np.ndarray]:

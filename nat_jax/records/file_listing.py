@@ -103,7 +103,7 @@ class Listing(NamedTuple):
 class _Scanned(NamedTuple):
     group: Group
     others: int
-    folders: list[tuple[str, str]]  # name and real path of each, in the file system's order
+    folders: list[tuple[str, str]]  # name and real path of each, by name
     links: dict[str, str | None]
     times: list[int]
     settled: bool
@@ -132,8 +132,8 @@ def list_folder(root: str, progress: Callable[[int], object]) -> Listing:
     with ExitStack() as cleanup:
         while pending:
             prefix, real = pending.pop()
-            # Which of several links to one folder counts depends on this order, so threads only
-            # prepare what comes next.
+            # Which of several links to one folder counts depends on this order, which is that of
+            # their names: so threads only prepare what comes next.
             future = ahead.pop(prefix, None)
             found = future.result() if future else _scan(root, prefix, real)
             times[prefix] = found.times
@@ -148,7 +148,7 @@ def list_folder(root: str, progress: Callable[[int], object]) -> Listing:
                 if target not in reached:
                     reached.add(target)
                     new.append((f"{name}/", target))
-            pending += new
+            pending += reversed(new)
             count = len(found.group.sizes) + found.others
             progress(count)
             num_seen += count + 1
@@ -197,6 +197,7 @@ def _scan(root: str, prefix: str, real: str) -> _Scanned:
         raise ValueError(f"folder: cannot list {path}: {error}") from error
     settled = is_settled(now, times)
     images.sort()
+    folders.sort()
     sizes = np.fromiter((size for _, size in images), np.int64, len(images))
     group = Group(prefix, encoded("\0".join(name for name, _ in images)), sizes, None)
     return _Scanned(group, others, folders, links, times, settled)

@@ -111,7 +111,7 @@ def open_folder(argument: str, split: str) -> FolderSource:
 
 
 def _root(path: str) -> str:
-    return str(Path(path).expanduser())
+    return str(Path(path).expanduser().absolute())  # notebooks change their folder
 
 
 def _source(path: str, split: str, index: FileIndex) -> FolderSource:

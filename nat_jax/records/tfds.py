@@ -19,7 +19,9 @@ def open_tfds(argument: str, split: str) -> ArrayRecordSource:
             images; the message holds the command that prepares it.
     """
     name, _, version = argument.partition(":")
-    data_dir = Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    data_dir = (
+        Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser().absolute()
+    )
     prepared = [
         path.parent
         for pattern in (f"*/{INFO}", f"*/*/{INFO}")

@@ -31,6 +31,42 @@ def test_val_stands_in_for_test_and_gives_way_to_it(tree: Path, caplog):
     assert "left out 6 image(s) outside train/ and test/" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("train", "test"), [("train", "validation"), ("Train", "Test"), ("TRAIN", "valid")]
+)
+def test_other_spellings_of_the_splits(tmp_path: Path, train: str, test: str):
+    root = write_tree(tmp_path, [f"{train}/a/0.jpg", f"{train}/b/0.jpg", f"{test}/a/1.jpg"])
+    assert names(records.open_source(f"folder:{root}")) == [f"{train}/a/0.jpg", f"{train}/b/0.jpg"]
+    held_out = records.open_source(f"folder:{root}", "test")
+    assert names(held_out) == [f"{test}/a/1.jpg"] and held_out.class_names == ("a", "b")
+
+
+def test_a_class_may_be_called_train(tmp_path: Path):
+    root = write_tree(tmp_path, [f"{name}/{i}.jpg" for name in ("train", "boat") for i in range(9)])
+    assert records.open_source(f"folder:{root}").class_names == ("boat", "train")
+
+
+def test_which_of_two_links_counts_does_not_depend_on_the_file_system(tmp_path: Path):
+    elsewhere = write_tree(tmp_path / "elsewhere", ["0.jpg", "1.jpg", "2.jpg"])
+    found = []
+    for order in ("pq", "qp"):
+        root = write_tree(tmp_path / order, ["a/0.jpg"])
+        for link in order:
+            (root / link).symlink_to(elsewhere, target_is_directory=True)
+        source = records.open_source(f"folder:{root}")
+        found.append((source.class_names, source.fingerprint))
+    assert found[0] == found[1] and found[0][0] == ("a", "p")
+
+
+def test_a_notebook_may_change_its_folder(tmp_path: Path, monkeypatch):
+    write_tree(tmp_path / "data", [f"{i}.jpg" for i in range(4)])
+    monkeypatch.chdir(tmp_path)
+    source = records.open_source("folder:data")
+    (tmp_path / "data" / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "data" / "sub")
+    assert source[0]["image"]
+
+
 def test_class_folders_without_splits_hold_a_tenth_out(tmp_path: Path):
     write_tree(tmp_path, [f"{c}/{i:02d}.jpg" for c in "ab" for i in range(20)])
     train, test = (records.open_source(f"folder:{tmp_path}", s) for s in ("train", "test"))
