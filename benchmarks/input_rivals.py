@@ -109,11 +109,13 @@ def tf_data(spec: dict[str, Any]) -> tuple[dict[str, Any], Callable[[int], dict]
     files = sorted(str(path) for path in Path(spec["folder"]).glob("*/*"))
     data = tf.data.Dataset.from_tensor_slices(files).shuffle(len(files), seed=spec["seed"])
     data = data.repeat().map(load, num_parallel_calls=parallel)
-    data = data.batch(spec["batch"], drop_remainder=True).prefetch(tf.data.AUTOTUNE)
+    data = data.batch(spec["batch"], drop_remainder=True).prefetch(2)
+    options = tf.data.Options()
+    options.autotune.ram_budget = 2**29  # it would go on filling half of the memory between turns
+    options.experimental_optimization.inject_prefetch = False
     if spec["threads"] is not None:
-        options = tf.data.Options()
         options.threading.private_threadpool_size = spec["threads"]
-        data = data.with_options(options)
+    data = data.with_options(options)
     batches = iter(data)
 
     def turn(count: int) -> dict[str, float]:

@@ -17,6 +17,7 @@ from typing import Any
 # Batches that are ready would count as made in no time. So many are thrown away first, for so many
 # seconds at least.
 _DRAIN = (16, 1.5)
+_SETTLE = 10.0  # seconds at most until nothing more is made ahead
 
 
 def cpu_seconds(process: int | None = None) -> float:
@@ -52,7 +53,21 @@ def stream_turn(batches: Iterator[Any], count: int, batch_size: int) -> dict[str
             next(batches)
         return count * batch_size
 
-    return whole_turn(work)
+    answer = whole_turn(work)
+    _settle()
+    return answer
+
+
+def _settle() -> None:
+    """Wait until what is made ahead is made: the next turn is another program's."""
+    end = time.perf_counter() + _SETTLE
+    before = cpu_seconds()
+    while time.perf_counter() < end:
+        time.sleep(0.2)
+        now = cpu_seconds()
+        if now - before < 0.05:
+            return
+        before = now
 
 
 def serve(start: Callable[[], tuple[dict[str, Any], Callable[[int], dict[str, Any]]]]) -> None:
