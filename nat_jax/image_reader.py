@@ -100,7 +100,7 @@ class _BatchMemory:
         try:
             memory = free.pop()
         except IndexError:
-            memory = memoryview(np.empty(size, np.uint8))
+            memory = np.empty(size, np.uint8).data
         # Every view of it, JAX's included, keeps this array alive: it owns no memory, and its base
         # is no array, so NumPy makes it the base of all.
         whole = np.frombuffer(memory, np.uint8)
