@@ -1,6 +1,6 @@
 """What the documentation shows works: Python blocks run, commands are those that are tested.
 
-Lines ``#> ...`` of a Python block are what it prints, all of it.
+Lines ``# > ...`` of a Python block are what it prints, all of it.
 
 A block that cannot be run here says why in a comment right above it:
 
@@ -36,7 +36,7 @@ FENCE = re.compile(
     r"(?P<indent>[ \t]*)```(?P<language>\w*)[^\n]*\n(?P<body>.*?)^(?P=indent)```[ \t]*$",
     re.MULTILINE | re.DOTALL,
 )
-PRINTED = re.compile(r"^[ \t]*#> ?(.*)$", re.MULTILINE)
+PRINTED = re.compile(r"^[ \t]*# ?> ?(.*)$", re.MULTILINE)  # the formatter adds a space
 
 
 class Block(NamedTuple):
