@@ -40,9 +40,10 @@ from ml_collections import ConfigDict
 from nat_jax import assign, input_pipeline, preprocess, sharding
 from nat_jax import config as configs
 from nat_jax.image_reader import ImageCache
+from nat_jax.placement import compile_step
 from nat_jax.run import Run, initial_state, open_sources, set_up
 from nat_jax.targets import Targets
-from nat_jax.train_step import Step, TrainState, compile_step, forward
+from nat_jax.train_step import Step, TrainState, forward
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -3,9 +3,10 @@
 A checkpoint is the whole training state and a JSON record beside it. Orbax writes both in the
 background into a temporary folder and renames it when all is on disk, so a killed save leaves the
 older checkpoints as they were. Orbax does not notice a flipped bit in array data: the record
-therefore holds the SHA-256 of every leaf, and a checkpoint that does not match is never restored.
-The
-state is hashed on the host before its save goes on in the background, and when it is restored.
+therefore holds a digest of every leaf, and a checkpoint that does not match is never restored. The
+state is hashed on the host before its save goes on in the background, and when it is restored. The
+assignment, the one leaf that grows with the data set, is hashed and proven to be a permutation
+shard by shard (``nat_jax.permutation``); it never comes together in one place.
 """
 
 import hashlib
@@ -21,9 +22,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from nat_jax import permutation
+
 PyTree = Any
 
 logger = logging.getLogger(__name__)
+
+# Of the JSON record; raised when its meaning changes.
+_FORMAT = 2
 
 # What orbax calls a checkpoint that is not complete. Its own cleaning ends only at the next save.
 _LEFTOVERS = "*.orbax-checkpoint-tmp*"
@@ -35,6 +41,18 @@ class CheckpointError(RuntimeError):
 
 class _Damaged(CheckpointError):
     """What is on disk is not what was saved; an older checkpoint may be good."""
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager, which leaves the question whether to stop to the training loop.
+
+    Orbax asks JAX's runtime too, from its background thread with the steps of older saves. The
+    runtime lets the processes stop at the step after the last that it heard of: one that is past,
+    then, and nobody would stop (seen with two processes).
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
 
 
 class Checkpoints:
@@ -64,7 +82,7 @@ class Checkpoints:
             if jax.process_index() == 0:
                 for leftover in self._directory.glob(_LEFTOVERS):
                     shutil.rmtree(leftover)
-            self._manager = ocp.CheckpointManager(self._directory, options=options)
+            self._manager = _Manager(self._directory, options=options)
         except Exception as error:
             raise CheckpointError(
                 f"cannot use {self._directory} for checkpoints: {error}"
@@ -95,15 +113,20 @@ class Checkpoints:
             raise ValueError(
                 f"state to save: expected a top-level leaf 'assignment'; got {sorted(leaves)}"
             )
-        if not _is_permutation(_to_host(leaves["assignment"])):
+        flaw = permutation.flaw(leaves["assignment"])
+        if not _all_processes(flaw is None):
             raise ValueError(
-                f"state to save at step {step}: 'assignment' is not a permutation of "
-                f"0..{leaves['assignment'].size - 1}; nothing was saved"
+                f"state to save at step {step}: 'assignment' is not a permutation: "
+                f"{flaw or 'on another process'}; nothing was saved"
             )
         record = {
+            "format": _FORMAT,
             "meta": _as_json(meta),
             "num_records": int(leaves["assignment"].size),
-            "leaves": {name: _describe(leaf) | _digest(leaf) for name, leaf in leaves.items()},
+            "leaves": {
+                name: _describe(leaf) | {"digest": _digest(name, leaf)}
+                for name, leaf in leaves.items()
+            },
         }
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
@@ -162,7 +185,7 @@ class Checkpoints:
         )
 
     def digests(self) -> dict[str, str]:
-        """Return the SHA-256 of every leaf of the newest checkpoint, by the leaf's name.
+        """Return a digest of every leaf of the newest checkpoint, by the leaf's name.
 
         Raises:
             CheckpointError: there is no checkpoint, or its record is damaged.
@@ -171,7 +194,7 @@ class Checkpoints:
         if step is None:
             raise CheckpointError(f"no checkpoint in {self._directory}")
         leaves = self._read_record(step)["leaves"]
-        return {name: leaf["sha256"] for name, leaf in leaves.items()}
+        return {name: leaf["digest"] for name, leaf in leaves.items()}
 
     def wait(self) -> None:
         """Block until a running save is on disk.
@@ -202,30 +225,34 @@ class Checkpoints:
         except Exception as error:
             reason = f"its JSON record is unreadable ({_first_line(error)})"
         self._raise_damaged(step, reason)
+        if (there := item["record"].get("format", 1)) != _FORMAT:
+            raise self._error(
+                step,
+                f"was written by another version of nat_jax (format {there}; this one reads "
+                f"{_FORMAT}). Go on with that version, or use another workdir",
+            )
         return item["record"]
 
     def _read_state(self, step: int, record: dict[str, Any], abstract_state: PyTree) -> PyTree:
-        reason = None
+        state = reason = None
         try:
             state = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
             ).state
-            leaves = _named_leaves(state)
-            for name, saved in record["leaves"].items():
-                if _digest(leaves[name])["sha256"] != saved["sha256"]:
-                    reason = f"{name!r} does not match its checksum"
-            if not _is_permutation(_to_host(leaves["assignment"])):
-                reason = f"'assignment' is not a permutation of 0..{record['num_records'] - 1}"
         except Exception as error:
             reason = f"its arrays are unreadable ({_first_line(error)})"
+        self._raise_damaged(step, reason)  # the processes look at what they read together, or not
+        leaves = _named_leaves(state)
+        for name, saved in record["leaves"].items():
+            if _digest(name, leaves[name]) != saved["digest"]:
+                reason = f"{name!r} does not match its checksum"
+        if flaw := permutation.flaw(leaves["assignment"]):
+            reason = f"'assignment' is not a permutation: {flaw}"
         self._raise_damaged(step, reason)
         return state
 
     def _raise_damaged(self, step: int, reason: str | None) -> None:
-        good = reason is None
-        if jax.process_count() > 1:  # all processes must fall back, or none
-            good = bool(multihost_utils.process_allgather(np.array(good)).all())
-        if not good:
+        if not _all_processes(reason is None):
             raise _Damaged(str(self._error(step, f"is damaged: {reason or 'on another process'}")))
 
     def _check_meta(self, step: int, meta: Mapping[str, Any], expect: Mapping[str, Any]) -> None:
@@ -275,6 +302,13 @@ class Checkpoints:
         return CheckpointError(f"checkpoint of step {step} in {self._directory} {what}")
 
 
+def _all_processes(good: bool) -> bool:
+    """Say whether something is true on every process; all must call this."""
+    if jax.process_count() == 1:
+        return good
+    return bool(multihost_utils.process_allgather(np.array(good)).all())
+
+
 def _named_leaves(tree: PyTree) -> dict[str, Any]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
@@ -293,10 +327,12 @@ def _describe(leaf: Any) -> dict[str, Any]:
     return {"dtype": str(leaf.dtype), "shape": list(leaf.shape)}
 
 
-def _digest(leaf: Any) -> dict[str, str]:
+def _digest(name: str, leaf: Any) -> str:
+    if name == "assignment":
+        return f"{permutation.checksum(leaf):016x}"
     # reshape first: a uint8 view needs a last axis, which a scalar has not
     data = np.ascontiguousarray(_to_host(leaf)).reshape(-1).view(np.uint8)
-    return {"sha256": hashlib.sha256(data.data).hexdigest()}
+    return hashlib.sha256(data.data).hexdigest()
 
 
 def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -306,10 +342,6 @@ def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _json_digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def _is_permutation(rows: np.ndarray) -> bool:
-    return rows.ndim == 1 and bool(np.array_equal(np.sort(rows), np.arange(rows.size)))
 
 
 def _shape_text(described: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from nat_jax import assign, optim, preprocess, targets
+from nat_jax import assign, optim, preprocess, sharding, targets
 
 LABELS_ALL = 0
 
@@ -50,6 +50,7 @@ def default() -> ConfigDict:
     c.model.dim = 16  # D, the dimension of features and targets
     c.model.frontend = "sobel"  # rgb | highpass | sobel
     c.model.dtype = "float32"  # compute dtype: float32 | bfloat16
+    c.model.bn_groups = 1  # parts of the batch, each with batch statistics of its own
     c.model.options = ConfigDict()  # arguments of the network's function
 
     c.targets = ConfigDict()
@@ -60,6 +61,8 @@ def default() -> ConfigDict:
     c.assign.solver = "auction"
     c.assign.reassign_every_epochs = 3  # epochs 0, 3, 6, ... re-match every batch
     c.assign.block = config_dict.placeholder(int)  # images matched together; None: the whole batch
+    c.assign.placement = "auto"  # who solves: device | host | auto (the host beside TPUs)
+    c.assign.storage = "auto"  # the permutation: replicated | sharded | auto (sharded from 2**24)
     c.assign.options = ConfigDict()  # arguments of the solver, for instance eps
 
     c.optim = ConfigDict()
@@ -73,7 +76,8 @@ def default() -> ConfigDict:
     c.optim.weight_decay = 0.0
 
     c.mesh = ConfigDict()
-    c.mesh.data = -1  # devices along the batch; -1: all
+    c.mesh.data = -1  # devices along the batch; -1: all that mesh.model leaves
+    c.mesh.model = 1  # devices along the kernels of wide fully connected layers; -1: all others
 
     c.eval = ConfigDict()
     c.eval.source = ""  # judged on this source's test split; "": data.source
@@ -190,6 +194,8 @@ def validate(config: ConfigDict, probes: Mapping[str, Any]) -> None:
     """
     _check_keys(config)
     _one_of("assign.solver", config.assign.solver, assign.SOLVERS)
+    _one_of("assign.placement", config.assign.placement, ("auto", "device", "host"))
+    _one_of("assign.storage", config.assign.storage, sharding.STORAGES)
     _one_of("targets.kind", config.targets.kind, targets.KINDS)
     _one_of("targets.storage", config.targets.storage, targets.STORAGES)
     _one_of("optim.schedule", config.optim.schedule, optim.SCHEDULES)
@@ -241,6 +247,7 @@ def validate(config: ConfigDict, probes: Mapping[str, Any]) -> None:
         )
     train_transform(config)
     _check_block(config)
+    _check_mesh(config)
     _check_solver_options(config)
     if config.log.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise ValueError(
@@ -310,13 +317,28 @@ def _check_block(config: ConfigDict) -> None:
         )
 
 
+def _check_mesh(config: ConfigDict) -> None:
+    sizes = {"mesh.data": config.mesh.data, "mesh.model": config.mesh.model}
+    for key, size in sizes.items():
+        if size < 1 and size != -1:
+            raise ValueError(f"{key}: expected devices, or -1 for all that are left; got {size}")
+    if max(sizes.values()) == -1:
+        raise ValueError("mesh.data and mesh.model: expected -1 for one at the most; got it twice")
+    groups = config.model.bn_groups
+    if groups < 1 or config.batch_size % groups:
+        raise ValueError(
+            f"model.bn_groups: expected a positive divisor of batch_size = {config.batch_size}; "
+            f"got {groups}"
+        )
+
+
 def check_devices(config: ConfigDict, mesh_shape: Mapping[str, int], processes: int) -> None:
     """Check what depends on the number of devices and processes.
 
     Raises:
         ValueError: if the global batch cannot be dealt evenly to them.
     """
-    for count, what in ((mesh_shape["data"], "devices along mesh.data"), (processes, "processes")):
+    for count, what in ((math.prod(mesh_shape.values()), "devices"), (processes, "processes")):
         if config.batch_size % count:
             below = config.batch_size // count * count
             hint = f"{below} or {below + count}" if below else f"{count}"

@@ -29,7 +29,7 @@ class DeviceImages:
     def __init__(self, images: np.ndarray, pad: int, mesh: Mesh):
         everywhere = sharding.replicated(mesh)
         self._images = jax.make_array_from_process_local_data(everywhere, images, images.shape)
-        spec = P("data")
+        spec = sharding.over_all(mesh).spec
         self._take = jax.jit(
             jax.shard_map(
                 functools.partial(_take, pad),
@@ -47,8 +47,8 @@ class DeviceImages:
                 `preprocess.Moves`, weight float32 [B], all split along "data".
 
         Returns:
-            uint8 [B, size, size, 3], or [B, V, size, size, 3] with several views; grey where the
-            weight is 0.
+            uint8 [B, size, size, 3], or [B, V, size, size, 3] with several views, split over all
+            devices; grey where the weight is 0.
         """
         return self._take(
             self._images, batch["index"], batch["corner"], batch["mirrored"], batch["weight"]

@@ -14,18 +14,39 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from nat_jax import config as configs
+from nat_jax import distributed
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "What to run, e.g. configs/digits.py; change a key with --config.key=value."
 )
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; runs/<config name> by default.")
+_DISTRIBUTED = flags.DEFINE_enum(
+    "distributed",
+    "auto",
+    ("auto", "on", "off"),
+    "Run in several processes: auto: where a cluster names more than one; on: always; off: never.",
+)
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT where process 0 waits.")
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "How many processes there are.", lower_bound=1
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Which of them this is, from 0.", lower_bound=0
+)
+_DISTRIBUTED_TIMEOUT = flags.DEFINE_float(
+    "distributed_timeout", 300.0, "Seconds in which all processes must have come.", lower_bound=1.0
+)
+_DISTRIBUTED_HEARTBEAT = flags.DEFINE_integer(
+    "distributed_heartbeat", 100, "Seconds of silence after which a process is dead.", lower_bound=1
+)
 
 _PACKAGE = Path(__file__).parent
 
 
 def _pretrain(config: ConfigDict, workdir: Path) -> None:
-    from nat_jax import train
+    from nat_jax import train, user_cache
 
+    user_cache.keep_programs()
     train.train_and_evaluate(config, workdir)
 
 
@@ -48,6 +69,10 @@ TASKS: dict[str, Callable[[ConfigDict, Path], None]] = {
 }
 
 
+# Tasks that run in several processes; the others run in one.
+_TOGETHER = {"pretrain"}
+
+
 def main(argv: Sequence[str]) -> None:
     """Run the task that the config names."""
     if len(argv) > 1:
@@ -57,8 +82,34 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError(f"--config is missing. {_known_configs()}")
     if config.task not in TASKS:
         raise ValueError(f"task: unknown {config.task!r}. Known: {', '.join(TASKS)}")
+    _start_up(config.task)
     file = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0])
     TASKS[config.task](config, Path(_WORKDIR.value or f"runs/{file.stem}"))
+
+
+def _start_up(task: str) -> None:
+    """Connect to the other processes, if this is one of several; only the first one is chatty."""
+    place = distributed.find_place(
+        _DISTRIBUTED.value,
+        coordinator=_COORDINATOR.value,
+        num_processes=_NUM_PROCESSES.value,
+        process_id=_PROCESS_ID.value,
+        timeout=_DISTRIBUTED_TIMEOUT.value,
+    )
+    if place is None:
+        return
+    if task not in _TOGETHER:
+        raise ValueError(
+            f"task {task!r} runs in one process; this is number {place.index} of {place.count}. "
+            "Start it once, with --distributed=off"
+        )
+    distributed.connect(
+        place, timeout=_DISTRIBUTED_TIMEOUT.value, heartbeat=_DISTRIBUTED_HEARTBEAT.value
+    )
+    if place.index:
+        package = logging.getLogger("nat_jax")
+        package.setLevel(logging.WARNING)
+        package.handlers[0].setFormatter(logging.Formatter(f"{distributed.who()}%(message)s"))
 
 
 def run() -> None:
@@ -137,8 +188,13 @@ def _guarded(function: Callable) -> Callable:
         except flags.Error as error:
             _fail(error)
         except Exception as error:
+            if words := distributed.lost_peer(error):
+                _lost(words)
             if _is_message(error):
                 _fail(error)
+            if distributed.who():  # Python's own end would wait for the other processes
+                traceback.print_exc()
+                distributed.leave(1)
             raise
 
     return call
@@ -152,15 +208,22 @@ def _is_message(error: Exception) -> bool:
     return _PACKAGE in raised_in.parents and isinstance(error, ValueError | RuntimeError)
 
 
+def _lost(words: str) -> None:
+    print(
+        f"nat_jax: {distributed.who()}another process of this run has ended or cannot be reached "
+        f"({words}); its own output says why. The same command line, started for all processes, "
+        "goes on from the last checkpoint",
+        file=sys.stderr,
+    )
+    distributed.leave(distributed.LOST)
+
+
 def _fail(error: Exception) -> None:
     from nat_jax.prefetch import Stalled
 
-    print(f"nat_jax: {error}", file=sys.stderr)
-    if isinstance(error, Stalled):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(2)  # Python would wait for the thread that hangs
-    sys.exit(2)
+    print(f"nat_jax: {distributed.who()}{error}", file=sys.stderr)
+    # Python would wait for the thread that hangs
+    distributed.leave(2, at_once=isinstance(error, Stalled))
 
 
 if __name__ == "__main__":

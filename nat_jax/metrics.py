@@ -141,6 +141,7 @@ class Timer:
         self._start = time.perf_counter()
         self._waited = self._paused = 0.0
         self._images = self._matched = self._steps = 0
+        self._solving: float | None = None
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -157,8 +158,11 @@ class Timer:
         self._paused += time.perf_counter() - start
         self._last_step = None
 
-    def step(self, images: int, *, matched: bool) -> None:
-        """Count a finished step over ``images`` images; ``matched`` if it re-dealt rows."""
+    def step(self, images: int, *, matched: bool, solving: float | None = None) -> None:
+        """Count a finished step over ``images`` images; ``matched`` if it re-dealt rows.
+
+        ``solving`` is for how many seconds the host solved and the devices waited, where it did.
+        """
         now = time.perf_counter()
         if self._last_step is not None:
             self._durations[matched].append(now - self._last_step)
@@ -166,21 +170,26 @@ class Timer:
         self._images += images
         self._steps += 1
         self._matched += matched
+        if solving is not None:
+            self._solving = (self._solving or 0.0) + solving
 
     def window(self) -> dict[str, float]:
         """Return the measurements since the last call, and start anew.
 
         Returns:
-            time/images_per_second; time/data_share, the share of time spent waiting for data; and,
-            once steps with and without matching have been seen, time/match_share, the share of
-            time that matching added (from the median durations of both kinds of steps).
+            time/images_per_second; time/data_share, the share of time spent waiting for data; and
+            time/match_share: the share of time that the host solved; where the devices solve, the
+            share that matching added, from the median durations of steps with and without it, once
+            both have been seen.
         """
         elapsed = max(time.perf_counter() - self._start - self._paused, 1e-9)
         row = {
             "time/images_per_second": self._images / elapsed,
             "time/data_share": min(self._waited / elapsed, 1.0),
         }
-        if self._matched and all(self._durations.values()):
+        if self._solving is not None:
+            row["time/match_share"] = min(self._solving / elapsed, 1.0)
+        elif self._matched and all(self._durations.values()):
             plain, matching = (statistics.median(self._durations[kind]) for kind in (False, True))
             added = max(0.0, 1.0 - plain / max(matching, 1e-9))
             row["time/match_share"] = added * self._matched / self._steps

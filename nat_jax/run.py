@@ -6,16 +6,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from nat_jax import checkpoint, input_pipeline, models, optim, records, sharding, targets
+from nat_jax import (
+    checkpoint,
+    input_pipeline,
+    models,
+    optim,
+    placement,
+    records,
+    sharding,
+    targets,
+)
 from nat_jax import config as configs
 from nat_jax import workdir as workdirs
 from nat_jax.device_images import DeviceImages
 from nat_jax.evaluate import judge
 from nat_jax.image_reader import ImageCache
-from nat_jax.train_step import Step, TrainState, create_state
+from nat_jax.train_step import Step, TrainState, create_state, state_shardings
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +107,8 @@ def set_up(
         momentum=settings.momentum,
         weight_decay=settings.weight_decay,
     )
-    model = make_model(config, mesh.devices.flat[0].platform)
+    platform = mesh.devices.flat[0].platform
+    model = make_model(config, platform)
     panel = judge.Judge(  # finds mistakes in the evaluation's settings before training, not after
         config, sources.probe_train, sources.probe_test, model, seed=seed, cache=cache
     )
@@ -108,6 +119,8 @@ def set_up(
         solver=config.assign.solver,
         solver_options=tuple(sorted(config.assign.options.items())),
         block=config.assign.block,
+        placement=placement.resolve(config.assign.placement, platform),
+        storage=sharding.permutation_storage(config.assign.storage, len(sources.train), mesh)[0],
     )
     noise, storage = targets.make_targets(
         config.targets.kind,
@@ -145,6 +158,7 @@ def make_model(config: ConfigDict, platform: str) -> models.Model:
         frontend=config.model.frontend,
         dtype=config.model.dtype,
         platform=platform,
+        bn_groups=config.model.bn_groups,
         **options,
     )
 
@@ -175,18 +189,23 @@ def place_images(run: Run) -> DeviceImages | None:
 
 
 def initial_state(run: Run) -> TrainState:
-    """Return a run's state before its first step, on every device."""
-    key = jax.random.key(run.seed)
+    """Return a run's state before its first step, on the devices of its mesh."""
+    key, number = jax.random.key(run.seed), len(run.sources.train)
+    _, length = sharding.permutation_storage(run.step.storage, number, run.step.mesh)
 
     def create() -> TrainState:
         assignment = targets.initial_assignment(
-            run.config.targets.kind, len(run.sources.train), jax.random.fold_in(key, 2)
+            run.config.targets.kind, number, jax.random.fold_in(key, 2)
         )
+        padding = jnp.arange(number, length, dtype=jnp.int32)
         return create_state(
-            run.step.model, run.step.optimizer, assignment, jax.random.fold_in(key, 0)
+            run.step.model,
+            run.step.optimizer,
+            jnp.concatenate([assignment, padding]),
+            jax.random.fold_in(key, 0),
         )
 
-    return jax.jit(create, out_shardings=sharding.replicated(run.step.mesh))()
+    return jax.jit(create, out_shardings=state_shardings(run.step))()
 
 
 def restore_or_create(run: Run, checkpoints: checkpoint.Checkpoints) -> TrainState:
@@ -198,7 +217,7 @@ def restore_or_create(run: Run, checkpoints: checkpoint.Checkpoints) -> TrainSta
     if checkpoints.latest_step() is None:
         return initial_state(run)
     shapes = jax.eval_shape(lambda: initial_state(run))
-    abstract = sharding.abstract(shapes, sharding.replicated(run.step.mesh))
+    abstract = sharding.abstract(shapes, state_shardings(run.step))
     state, meta = checkpoints.restore(abstract, expect=run.identity())
     workdirs.check_same_run(meta["config"], run.config, run.workdir)
     done = int(state.step)

@@ -1,7 +1,11 @@
 """The device mesh, where arrays live on it, and global batches.
 
-One 2-D mesh ("data", "model") serves a laptop and a pod. Its axes are of type Auto: the Explicit
-type, JAX's default, refuses ``targets[assignment[index]]`` on sharded operands.
+One 2-D mesh ("data", "model") serves a laptop and a pod. Pixels are split over all of its devices,
+so that each convolves images of its own. What follows from them, features for instance, is split
+along "data"; the devices along "model" share the matrices of wide fully connected layers.
+
+The axes are of type Auto: the Explicit type, JAX's default, refuses
+``targets[assignment[index]]`` on sharded operands.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,8 +13,22 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+# Matrices of at least this many elements (4 MiB of float32) are split over "model". Below, a split
+# saves less memory than its collectives cost time.
+SPLIT_FROM = 2**20
+
+# "auto" shards a permutation of at least this many entries (64 MiB) over "data".
+_PERMUTATION_FROM = 2**24
+
+# Sharded permutations are as long as the next multiple of this number, whatever the devices: a
+# checkpoint then fits any number of them that divides it. Costs 1.7 MB at the most.
+PERMUTATION_UNIT = 2**12 * 3 * 5 * 7
+
+STORAGES = ("auto", "replicated", "sharded")
 
 
 def make_mesh(
@@ -20,24 +38,41 @@ def make_mesh(
 
     Args:
         data: devices along the batch; -1 takes what ``model`` leaves.
-        model: devices along large kernels.
+        model: devices along large matrices; -1 takes what ``data`` leaves.
         devices: those to use; all of them, over all processes, if None.
 
     Raises:
-        ValueError: if data * model is not the number of devices.
+        ValueError: data * model is not the number of devices, or the devices along "model" are not
+            all of one process.
     """
     devices = devices or jax.devices()
     count = len(devices)
+    asked = f"mesh.data = {data}, mesh.model = {model}"
+    if min(data, model) < -1 or 0 in (data, model) or data == model == -1:
+        raise ValueError(
+            "mesh: expected numbers of devices, one of which may be -1 for all that the other "
+            f"leaves; got {asked}"
+        )
     if data == -1:
         data = count // model
+    elif model == -1:
+        model = count // data
     if data * model != count:
         raise ValueError(
-            f"mesh.data: expected {count // model}, the number of devices"
-            f"{f' divided by {model}' if model > 1 else ''}; got {data}. "
-            "Set --config.mesh.data=-1 to use all devices"
+            f"mesh: expected mesh.data * mesh.model to be the number of devices, {count}; got "
+            f"{asked}. Set --config.mesh.data=-1 and a divisor of {count} as mesh.model"
         )
-    types = (AxisType.Auto, AxisType.Auto)
-    return jax.make_mesh((data, model), ("data", "model"), axis_types=types, devices=devices)
+    names, types = ("data", "model"), (AxisType.Auto, AxisType.Auto)
+    rows = jax.make_mesh((data, model), names, axis_types=types, devices=devices).devices
+    if any(len({device.process_index for device in row}) > 1 for row in rows):
+        raise ValueError(
+            "mesh.model: expected the devices along it to belong to one process, as each process "
+            f"has images of its own; got {asked}. Set mesh.model to a smaller number that divides "
+            "the devices of each process"
+        )
+    # JAX follows the wiring. The batch shall be in one order, whichever process has which part.
+    order = np.argsort([row[0].process_index for row in rows], kind="stable")
+    return Mesh(rows[order], names, axis_types=types)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -50,20 +85,115 @@ def over_data(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P("data"))
 
 
+def over_all(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of an array whose first axis is split over all devices."""
+    return NamedSharding(mesh, P(mesh.axis_names))
+
+
+def of_batch(mesh: Mesh) -> dict[str, NamedSharding]:
+    """Return the shardings of what a train step needs of a batch."""
+    return {"image": over_all(mesh), "index": over_data(mesh), "weight": over_data(mesh)}
+
+
+def of_weights(mesh: Mesh, shapes: Any) -> Any:
+    """Return the sharding of every parameter, or of what an optimiser or batch norm keeps.
+
+    Large matrices, those of fully connected layers, are split over "model" by their outputs, and so
+    is what an optimiser keeps beside each of their elements. Everything else is replicated.
+
+    Args:
+        mesh: the devices.
+        shapes: pytree of arrays or ``jax.ShapeDtypeStruct``.
+    """
+
+    def place(leaf: Any) -> NamedSharding:
+        large = leaf.ndim == 2 and leaf.size >= SPLIT_FROM
+        if large and leaf.shape[1] % mesh.shape["model"] == 0:
+            return NamedSharding(mesh, P(None, "model"))
+        return replicated(mesh)
+
+    return jax.tree.map(place, shapes)
+
+
+def permutation_storage(storage: str, num_records: int, mesh: Mesh) -> tuple[str, int]:
+    """Say where a permutation of the records lives, and how long it is.
+
+    A sharded one is padded. Entry i >= ``num_records`` is i, and stays so: no record has that
+    index, and no batch that row. The whole remains a permutation.
+
+    Args:
+        storage: one of ``STORAGES``.
+        num_records: N.
+        mesh: the devices.
+
+    Returns:
+        "replicated" and N, or "sharded" and the padded length.
+
+    Raises:
+        ValueError: the padded length is beyond int32, or does not divide by the devices.
+    """
+    if storage == "auto":
+        storage = "sharded" if num_records >= _PERMUTATION_FROM else "replicated"
+    if storage == "replicated":
+        return storage, num_records
+    length = -(-num_records // PERMUTATION_UNIT) * PERMUTATION_UNIT
+    shards = mesh.shape["data"]
+    if length % shards:
+        raise ValueError(
+            "assign.storage: expected a number of devices along mesh.data that divides "
+            f"{PERMUTATION_UNIT:,}, as the permutation is sharded over them; got {shards}. Set "
+            "mesh.data or mesh.model, or --config.assign.storage=replicated"
+        )
+    if length > np.iinfo(np.int32).max:
+        most = np.iinfo(np.int32).max // PERMUTATION_UNIT * PERMUTATION_UNIT
+        raise ValueError(
+            f"data: expected at most {most:,} records for a permutation that is sharded; got "
+            f"{num_records:,}. Train on a part of them"
+        )
+    return storage, length
+
+
 def global_batch(local: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Assemble each process's share of a batch into global arrays sharded along "data"."""
-    sharding = over_data(mesh)
+    """Assemble each process's share of a batch into global arrays."""
+    shardings = of_batch(mesh)
     return {
-        name: jax.make_array_from_process_local_data(sharding, value)
+        name: jax.make_array_from_process_local_data(shardings.get(name, over_data(mesh)), value)
         for name, value in local.items()
     }
 
 
-def abstract(tree: Any, sharding: NamedSharding) -> Any:
-    """Return the shapes and dtypes of ``tree`` as they shall be restored under ``sharding``."""
+def abstract(tree: Any, shardings: Any) -> Any:
+    """Return the shapes and dtypes of ``tree`` as they shall be restored.
+
+    Args:
+        tree: pytree of arrays or ``jax.ShapeDtypeStruct``.
+        shardings: a sharding for each leaf; or for all of them, or of each of its parts.
+    """
     return jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        jax.tree.broadcast(shardings, tree),
     )
+
+
+def whole(tree: Any) -> Any:
+    """Return arrays as they are on no device in particular, for work a process does alone.
+
+    All processes must call this: others may hold what this one lacks.
+
+    Args:
+        tree: pytree of arrays, sharded in any way.
+
+    Returns:
+        The same of ``numpy.ndarray``.
+    """
+
+    def fetch(leaf: jax.Array) -> np.ndarray:
+        if leaf.is_fully_addressable or leaf.is_fully_replicated:
+            return np.asarray(leaf)
+        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+
+    return jax.tree.map(fetch, tree)
 
 
 def _local_mesh() -> Mesh:
@@ -71,7 +201,7 @@ def _local_mesh() -> Mesh:
 
 
 def on_local_devices(tree: Any) -> Any:
-    """Copy replicated arrays onto every device of this process, for work it does alone."""
+    """Copy whole arrays onto every device of this process, for work it does alone."""
     everywhere = NamedSharding(_local_mesh(), P())
     return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf), everywhere), tree)
 

@@ -14,11 +14,14 @@ import jax.numpy as jnp
 KINDS = ("sphere", "basis")
 STORAGES = ("auto", "table", "virtual")
 
+# Images and rows are numbered in int32.
+MAX_RECORDS = 2**31 - 1
+
 # Above this many bytes "auto" recomputes rows instead of storing them: 1 GiB in total.
 TABLE_LIMIT_BYTES = 2**30
 
-# Rows computed at a time when a table is built, which bounds the scratch memory.
-_BUILD_CHUNK = 65_536
+# Numbers computed at a time when a table is built, which bounds the scratch memory (64 MiB).
+_BUILD_CHUNK = 2**24
 
 
 class Targets(Protocol):
@@ -39,18 +42,39 @@ def sphere_rows(key: jax.Array, rows: jax.Array, dim: int) -> jax.Array:
 
     Returns:
         float32[..., D] of unit norm; a normalised Gaussian is uniform on the sphere
-        (paper, section 3.2).
+        (paper, section 3.2). Equal to 2 ulp whichever program computes them.
     """
     flat = rows.reshape(-1)
     noise = jax.vmap(lambda row: jax.random.normal(jax.random.fold_in(key, row), (dim,)))(flat)
-    unit = noise / jnp.linalg.norm(noise, axis=-1, keepdims=True)
-    return unit.reshape(*rows.shape, dim)
+    return (noise * _inverse_norm(noise)).reshape(*rows.shape, dim)
+
+
+def _inverse_norm(x: jax.Array) -> jax.Array:
+    """Return 1 / |x| over the last axis, float32[..., 1], the same in every program.
+
+    Compilers add up floats in whatever order suits the shapes around them, which moved rows by 4
+    ulp between one device and eight. Here the squares are added as integers, which has no order.
+    """
+    dim = x.shape[-1]
+    largest = jnp.max(jnp.abs(x), axis=-1, keepdims=True)
+    exponent = jax.lax.bitcast_convert_type(largest, jnp.int32) & 0x7F800000
+    scale = 2 * jax.lax.bitcast_convert_type(exponent, jnp.float32)  # a power of 2 above all of x
+    bits = 31 - (dim - 1).bit_length()  # dim squares below 2**bits stay below 2**31
+    squares = jnp.round(jnp.square(x / scale) * 2.0**bits).astype(jnp.uint32)
+    total = jnp.sum(squares, axis=-1, keepdims=True).astype(jnp.float32)
+    norm = scale * jnp.sqrt(total * 2.0**-bits)
+    # behind the barrier, as some programs would turn a division by a root into another operation
+    return 1 / jax.lax.optimization_barrier(norm)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SphereTable:
-    """Sphere rows held in an array float32[>=N, D]; the array may be sharded over its rows."""
+    """Sphere rows held in an array float32[>=N, D]; the array may be sharded over its rows.
+
+    Then each device looks the asked rows up in its share, and a sum over the devices brings them
+    together: what travels are B row numbers and B rows, never the table.
+    """
 
     rows: jax.Array
 
@@ -85,6 +109,19 @@ class Basis:
         return jax.nn.one_hot(rows % self.dim, self.dim)
 
 
+def check_num_records(num_records: int) -> None:
+    """Check that images and rows can be numbered.
+
+    Raises:
+        ValueError: there are too many.
+    """
+    if num_records > MAX_RECORDS:
+        raise ValueError(
+            f"data: expected at most {MAX_RECORDS:,} records, as images and target rows are "
+            f"numbered in int32; got {num_records:,}. Train on a part of them"
+        )
+
+
 def make_targets(
     kind: str,
     num_records: int,
@@ -109,8 +146,9 @@ def make_targets(
         The targets and the storage that was used.
 
     Raises:
-        ValueError: for an unknown kind or storage.
+        ValueError: for an unknown kind or storage, or more records than int32 can number.
     """
+    check_num_records(num_records)
     if kind not in KINDS:
         raise ValueError(f"targets.kind: expected one of {', '.join(KINDS)}; got {kind!r}")
     if storage not in STORAGES:
@@ -127,24 +165,54 @@ def make_targets(
 def _build_table(
     key: jax.Array, num_records: int, dim: int, sharding: jax.sharding.NamedSharding | None
 ) -> jax.Array:
-    shards = 1 if sharding is None else sharding.num_devices
-    padded = -(-num_records // shards) * shards
+    if sharding is None:
+        return jax.jit(_rows_from, static_argnums=(2, 3))(key, jnp.int32(0), num_records, dim)
+    (axis,) = sharding.spec
+    per_device = -(-num_records // sharding.mesh.shape[axis])
 
     def build(key: jax.Array) -> jax.Array:
-        return jax.lax.map(
-            lambda row: sphere_rows(key, row, dim),
-            jnp.arange(padded, dtype=jnp.int32),
-            batch_size=min(_BUILD_CHUNK, padded),
-        )
+        first = jax.lax.axis_index(axis) * per_device
+        return _rows_from(key, first, per_device, dim)
 
-    return jax.jit(build, out_shardings=sharding)(key)
+    # Left to itself, the compiler lets every device compute the whole table and keep its share.
+    build = jax.shard_map(
+        build,
+        mesh=sharding.mesh,
+        in_specs=jax.P(),
+        out_specs=sharding.spec,
+        check_vma=False,
+    )
+    return jax.jit(build)(key)
 
 
-def initial_assignment(kind: str, num_records: int, key: jax.Array) -> jax.Array:
+def _rows_from(key: jax.Array, first: jax.Array, count: int, dim: int) -> jax.Array:
+    return jax.lax.map(
+        lambda row: sphere_rows(key, row, dim),
+        first + jnp.arange(count, dtype=jnp.int32),
+        batch_size=max(1, min(_BUILD_CHUNK // dim, count)),
+    )
+
+
+def initial_assignment(
+    kind: str, num_records: int, key: jax.Array, *, length: int | None = None
+) -> jax.Array:
     """Return the first permutation int32[N]: image i owns row ``assignment[i]``.
 
     Sphere rows are independent noise already, so the identity is as random as any permutation;
     basis rows repeat with period k and are dealt at random.
+
+    Args:
+        kind: "sphere" or "basis".
+        num_records: N.
+        key: typed PRNG key of the deal.
+        length: how long the permutation shall be, at least N; entries from N on own themselves.
+
+    Raises:
+        ValueError: more records than int32 can number.
     """
-    rows = jnp.arange(num_records, dtype=jnp.int32)
-    return jax.random.permutation(key, rows) if kind == "basis" else rows
+    check_num_records(num_records)
+    length = num_records if length is None else length
+    if kind != "basis":
+        return jnp.arange(length, dtype=jnp.int32)  # each device makes its share of it
+    dealt = jax.random.permutation(key, jnp.arange(num_records, dtype=jnp.int32))
+    return jnp.concatenate([dealt, jnp.arange(num_records, length, dtype=jnp.int32)])

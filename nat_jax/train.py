@@ -4,21 +4,33 @@
 """
 
 import collections
+import dataclasses
 import logging
 import math
 import os
+import time
 from collections.abc import Generator
 from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
-from nat_jax import checkpoint, evaluate, input_pipeline, metrics, report, sharding
+from nat_jax import (
+    agreement,
+    checkpoint,
+    evaluate,
+    input_pipeline,
+    metrics,
+    preemption,
+    report,
+    sharding,
+)
 from nat_jax import config as configs
 from nat_jax import workdir as workdirs
 from nat_jax.bad_records import BadRecords
 from nat_jax.evaluate import judge
 from nat_jax.image_reader import ImageCache
+from nat_jax.placement import SOLVER_SECONDS, compile_step
 from nat_jax.preemption import Preempted, StopOnSignal
 from nat_jax.run import (
     Run,
@@ -29,13 +41,16 @@ from nat_jax.run import (
     restore_or_create,
     set_up,
 )
-from nat_jax.train_step import Metrics, TrainState, compile_step
+from nat_jax.train_step import Metrics, TrainState
 
 logger = logging.getLogger(__name__)
 
 # Steps whose results have not been read yet. Dispatching without bound deadlocks simulated devices
 # on few cores, and two are enough to keep a device busy.
 _IN_FLIGHT = 2
+
+# Keys that may differ between processes: where the same data lies, and how it is read.
+_OF_EACH_HOST = ("data.source", "data.threads", "data.workers", "data.prefetch", "data.timeout")
 
 _MATCHING = ("assign/", "features/")
 _STATUS = "assign/worst_status"
@@ -49,7 +64,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> T
     """Train, judge the features, and write the table and the report.
 
     The same call resumes an unfinished run, extends one that has become longer, and only reads the
-    results of a finished one.
+    results of a finished one. Of several processes all make the same call; the first one alone
+    judges, as that takes its own devices only, and writes what is written once.
 
     Args:
         config: see ``nat_jax.config.default``; with several ``seeds``, each is an independent run
@@ -63,32 +79,50 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> T
         ValueError: a mistake in the config or the data, before any device work.
         TrainingDiverged: loss or gradient not finite; the last good checkpoint is kept.
         Preempted: stopped by Ctrl-C or SIGTERM, with the state saved.
+        Disagreement: the processes of this run have different configs, data or folders.
     """
     folder = Path(workdir)
+    began = time.perf_counter()
     configs.validate(config, evaluate.PROBES)
     sources = open_sources(config)
-    mesh = sharding.make_mesh(config.mesh.data)
+    mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
     configs.check_devices(config, mesh.shape, jax.process_count())
     make_model(config, mesh.devices.flat[0].platform)  # mistakes in its settings come first
     workdirs.check(folder, config)
+    shared = {k: v for k, v in configs.flatten(config).items() if k not in _OF_EACH_HOST}
+    agreement.check_same(
+        {"config": shared, "data": sources.train.fingerprint},
+        "Start all processes with the same command line, on the same data",
+    )
+    agreement.check_shared(folder)
     results, cache = {}, ImageCache()
     for seed in config.seeds:
         place = workdirs.seed_folder(config, folder, seed)
         run = set_up(config, seed, place, mesh=mesh, sources=sources, cache=cache)
-        state = _train(run, folder)
-        _say_health(run)
-        results[seed] = _judge_run(run, state)
-    if jax.process_index() == 0:
-        _publish(folder, run, results)
+        state = _train(run, folder, began)
+        trained = _network(run, state)
+        if jax.process_index() == 0:
+            with preemption.nothing_to_save():
+                _say_health(run)
+                results[seed] = _judge_run(run, int(state.step), trained)
+        began = time.perf_counter()
+    with preemption.nothing_to_save():
+        if jax.process_index() == 0:
+            _publish(folder, run, results)
+        agreement.wait_for_all("published")  # however long that took
     return state
 
 
-def _train(run: Run, folder: Path) -> TrainState:
+def _train(run: Run, folder: Path, began: float) -> TrainState:
     """Bring a run to its last step, from wherever its newest checkpoint stands."""
     checkpoints = checkpoint.Checkpoints(
         run.workdir / "checkpoints", keep=run.config.checkpoint.keep
     )
     try:
+        agreement.check_same(
+            {"newest checkpoint": checkpoints.latest_step()},
+            f"All hosts must see the same files in {run.workdir}",
+        )
         state = restore_or_create(run, checkpoints)  # or find out that it is another's
         if jax.process_index() == 0:
             workdirs.write_json(folder / "config.json", configs.to_dict(run.config))
@@ -98,14 +132,22 @@ def _train(run: Run, folder: Path) -> TrainState:
                 f"{run.total_steps}. Raise epochs, or choose another folder with --workdir=..."
             )
         if int(state.step) < run.total_steps:
-            state = _Loop(run, checkpoints).run(state)
+            state = _Loop(run, checkpoints, began).run(state)
         return state
     finally:
         checkpoints.close()
 
 
 def _network(run: Run, state: TrainState) -> judge.Network:
-    return judge.Network(run.step.model, state.params, state.batch_stats)
+    """Return the network with its weights on the host; all processes must call this."""
+    return judge.Network(run.step.model, *sharding.whole((state.params, state.batch_stats)))
+
+
+def _untrained(run: Run) -> judge.Network:
+    """Make the network before its first step, on this process's devices alone."""
+    here = sharding.make_mesh(devices=jax.local_devices())
+    alone = dataclasses.replace(run, step=dataclasses.replace(run.step, mesh=here))
+    return _network(run, initial_state(alone))
 
 
 def _say_health(run: Run) -> None:
@@ -121,21 +163,21 @@ def _say_health(run: Run) -> None:
         kind=run.config.targets.kind,
         matched_epoch=last_epoch - last_epoch % run.config.assign.reassign_every_epochs,
     )
-    if jax.process_index() == 0:
-        workdirs.write_json(run.workdir / "results" / "health.json", said)
+    workdirs.write_json(run.workdir / "results" / "health.json", said)
     for sentence in said:
         logger.info("seed %d: %s", run.seed, sentence)
 
 
-def _judge_run(run: Run, state: TrainState) -> list[judge.Row]:
+def _judge_run(run: Run, step: int, trained: judge.Network) -> list[judge.Row]:
     """Score raw pixels, the untrained and the trained network, and draw the pictures.
 
-    What an earlier call found for the same weights under the same protocol is read back.
+    What an earlier call found for the same weights under the same protocol is read back. Nothing
+    here waits for another process.
     """
     panel = run.panel
     path = run.workdir / "judged.json"
     asked = {
-        "step": int(state.step),
+        "step": step,
         "protocol": panel.protocol(),
         "training": {**workdirs.training(run.config), **run.identity()},
     }
@@ -144,13 +186,12 @@ def _judge_run(run: Run, state: TrainState) -> list[judge.Row]:
     rows: list[judge.Row] = []
     if panel.has_labels:
         rows += panel.pixels()
-        rows += panel.network(judge.UNTRAINED, _network(run, initial_state(run)))
-        rows += panel.network(judge.TRAINED, _network(run, state))
+        rows += panel.network(judge.UNTRAINED, _untrained(run))
+        rows += panel.network(judge.TRAINED, trained)
     else:
         logger.info("no labels: probes are skipped, neighbours are still drawn")
-    if jax.process_index() == 0:
-        _draw(run, panel, _network(run, state))
-        workdirs.write_json(path, {**asked, "rows": rows})
+    _draw(run, panel, trained)
+    workdirs.write_json(path, {**asked, "rows": rows})
     return rows
 
 
@@ -193,8 +234,10 @@ def _publish(workdir: Path, run: Run, results: dict[int, list[judge.Row]]) -> No
 class _Loop:
     """The only training loop: batches in, steps dispatched, results read two steps later."""
 
-    def __init__(self, run: Run, checkpoints: checkpoint.Checkpoints) -> None:
+    def __init__(self, run: Run, checkpoints: checkpoint.Checkpoints, began: float) -> None:
         self._run, self._checkpoints = run, checkpoints
+        self._began: float | None = began  # until the first step is done
+        self._first_step: dict[str, float] = {}  # until it is in a row
         self._save_every = configs.steps_from(run.config, "checkpoint.every_", run.steps_per_epoch)
         self._in_flight: collections.deque[tuple[int, Metrics]] = collections.deque()
         self._timer = metrics.Timer()
@@ -212,8 +255,8 @@ class _Loop:
         batches = self._batches(start)
         try:
             with StopOnSignal() as stop:
-                if self._judges_at(start) and not self._is_judged(start):
-                    self._judge(start, state)  # the run was stopped before it could
+                if self._judges_at(start):
+                    self._judge(start, state)  # if the run was stopped before it could
                 for step in range(start, run.total_steps):
                     with self._timer.waiting():
                         batch = next(batches)
@@ -272,13 +315,20 @@ class _Loop:
             row = {name: float(value) for name, value in jax.device_get(step_metrics).items()}
             if not all(map(math.isfinite, (row["train/loss"], row["train/gradient_norm"]))):
                 self._diverged(step + 1, row)
-            self._timer.step(run.config.batch_size, matched=run.reassigns(step))
+            if self._began is not None:
+                seconds, self._began = time.perf_counter() - self._began, None
+                logger.info("the first step was done %.1f s after the start", seconds)
+                self._first_step = {"time/first_step_seconds": seconds}
+            solving = row.pop(SOLVER_SECONDS, None)
+            self._timer.step(run.config.batch_size, matched=run.reassigns(step), solving=solving)
             if run.reassigns(step):
                 worst = max(row["assign/worst_status"], self._matched.get(_STATUS, 0.0))
                 self._matched = {k: v for k, v in row.items() if k.startswith(_MATCHING)}
                 self._matched[_STATUS] = worst
             if (step + 1) % run.config.log.every_steps == 0 or step + 1 == run.total_steps:
-                self._write(step + 1, {**self._matched, **row, **self._timer.window()})
+                timed = {**self._timer.window(), **self._first_step}
+                self._write(step + 1, {**self._matched, **row, **timed})
+                self._first_step = {}
 
     def _write(self, done: int, row: dict[str, float]) -> None:
         row = {"step": done, "epoch": done / self._run.steps_per_epoch, **row}
@@ -304,17 +354,19 @@ class _Loop:
         """Judge and save when due, and leave when asked to."""
         run = self._run
         last = done == run.total_steps
-        if self._judges_at(done) and not stop.received:
+        asked = stop.asked()  # the same in all processes
+        if self._judges_at(done) and not asked:
             self._read(keep=0)
             with self._timer.paused():
                 self._judge(done, state)
-        if last or stop.received or done % self._save_every == 0:
+        if last or asked or done % self._save_every == 0:
             self._read(keep=0)  # nothing that is not finite is ever saved
+            agreement.check_copies(state, f"step {done}")
             meta = {**run.identity(), "config": configs.to_dict(run.config)}
             self._checkpoints.save(done, state, meta)
-        if stop.received and not last:
+        if asked and not last:
             self._checkpoints.wait()
-            raise Preempted(stop.received, done)
+            raise Preempted(asked, done)
         return state
 
     def _judges_at(self, done: int) -> bool:
@@ -329,6 +381,9 @@ class _Loop:
         )
 
     def _judge(self, done: int, state: TrainState) -> None:
-        rows = self._run.panel.network(judge.TRAINED, _network(self._run, state))
+        network = _network(self._run, state)
+        if jax.process_index() != 0 or self._is_judged(done):
+            return  # the next step waits for the first process
+        rows = self._run.panel.network(judge.TRAINED, network)
         scores = {f"eval/{r['features']}/{r['probe']}/{r['labels']}": r["value"] for r in rows}
         self._write(done, scores)

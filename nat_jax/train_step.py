@@ -4,7 +4,9 @@
     rows      = match(features, targets, rows)        re-deal the batch's rows, when due
     state     = update(features, targets[rows])       SGD on 1/(2n) sum |z - c|^2
 
-Everything here is pure and runs under ``jax.jit`` over the ("data", "model") mesh.
+``match`` poses assignment problems (``pose``), solves them (``solve``) and deals out the rows
+(``deal``). Everything here is pure and runs under ``jax.jit`` over the ("data", "model") mesh; how
+it is compiled, and where matching is solved, is the business of ``nat_jax.placement``.
 """
 
 import dataclasses
@@ -15,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from nat_jax import assign, losses, optim, sharding
@@ -37,6 +39,7 @@ class TrainState:
         step: int32 scalar, the number of steps done; also the position in the data.
         key: typed PRNG key, folded by the step for dropout.
         assignment: int32[N]; image i owns target row ``assignment[i]``. Always a permutation.
+            Sharded it is padded to a greater length; see ``sharding.permutation_storage``.
     """
 
     params: Params
@@ -58,6 +61,8 @@ class Step:
         solver: a key of ``assign.SOLVERS``.
         solver_options: keyword arguments of the solver, as sorted (name, value) pairs.
         block: images matched together; None for the whole global batch.
+        placement: "device" or "host", where matching is solved.
+        storage: "replicated" or "sharded" over "data", how the assignment is kept.
     """
 
     model: Model
@@ -66,6 +71,8 @@ class Step:
     solver: str = "auction"
     solver_options: tuple[tuple[str, Any], ...] = ()
     block: int | None = None
+    placement: str = "device"
+    storage: str = "replicated"
 
 
 class Forward(NamedTuple):
@@ -80,6 +87,22 @@ class Forward(NamedTuple):
     features: jax.Array
     pullback: Callable[[jax.Array], tuple[Params]]
     batch_stats: Params
+
+
+class Solution(NamedTuple):
+    """What training needs of K solved blocks; see ``assign.Assignment``.
+
+    Attributes:
+        col4row: int32[K, b].
+        gap: float32[K].
+        rounds: int32[K].
+        status: int32[K].
+    """
+
+    col4row: jax.Array
+    gap: jax.Array
+    rounds: jax.Array
+    status: jax.Array
 
 
 def create_state(
@@ -99,13 +122,30 @@ def create_state(
     return TrainState(params, batch_stats, opt_state, jnp.int32(0), step_key, assignment)
 
 
-def forward(model: Model, state: TrainState, images: jax.Array) -> Forward:
+@functools.cache
+def state_shardings(step: Step) -> TrainState:
+    """Return where every leaf of the state lives, as a ``TrainState`` of shardings."""
+    shapes = jax.eval_shape(
+        lambda: create_state(step.model, step.optimizer, jnp.zeros(1, jnp.int32), jax.random.key(0))
+    )
+    assignment = sharding.over_data if step.storage == "sharded" else sharding.replicated
+    return dataclasses.replace(
+        sharding.of_weights(step.mesh, shapes), assignment=assignment(step.mesh)
+    )
+
+
+def forward(
+    model: Model, state: TrainState, images: jax.Array, *, keep_little: bool = False
+) -> Forward:
     """Run the network in training mode and keep what its gradient needs.
 
     Args:
         model: the network.
         state: the current state.
         images: uint8[B, H, W, 3], or [B, V, H, W, 3], V views of each.
+        keep_little: keep only what convolutions and matrix products return, and let the pullback
+            compute the rest again. For a pullback that is called in another program: within one the
+            compiler itself keeps no more than it needs.
     """
     key = jax.random.fold_in(state.key, state.step)
     each = images.reshape(-1, *images.shape[-3:])  # batch norm sees all views together
@@ -114,6 +154,9 @@ def forward(model: Model, state: TrainState, images: jax.Array) -> Forward:
         outputs, batch_stats = model.apply(params, state.batch_stats, each, train=True, key=key)
         return outputs["z"].reshape(*images.shape[:-3], -1), batch_stats
 
+    if keep_little:
+        saved = jax.checkpoint_policies.dots_saveable
+        features = jax.checkpoint(features, policy=saved, prevent_cse=False)
     z, pullback, batch_stats = jax.vjp(features, state.params, has_aux=True)
     return Forward(z, pullback, batch_stats)
 
@@ -138,22 +181,80 @@ def match(
     Returns:
         The new rows int32[B], a permutation of ``rows`` within each block, and the metrics.
     """
-    block = step.block or rows.shape[0]
-    solve = functools.partial(_match_blocks, step.solver, step.solver_options)
-    # Each device solves its own blocks, or all solve the same ones: under shard_map no collective
-    # can end up inside the solver's loop.
-    spec = P("data") if rows.shape[0] // block % step.mesh.shape["data"] == 0 else P()
-    blocks = jax.tree.map(
-        lambda x: x.reshape(-1, block, *x.shape[1:]),
-        (_one_direction(features), batch_targets, rows, weight),
-    )
-    new_rows, per_block = jax.shard_map(
-        solve, mesh=step.mesh, in_specs=spec, out_specs=spec, check_vma=False
-    )(*blocks)
-    new_rows = new_rows.reshape(rows.shape)
+    cost = pose(step, features, batch_targets, weight)
+    solution = _on_blocks(step, functools.partial(solve, step), len(cost))(cost)
+    return deal(step, features, rows, cost, solution)
+
+
+def pose(step: Step, features: jax.Array, batch_targets: jax.Array, weight: jax.Array) -> jax.Array:
+    """Return what the solver minimises, float32[K, b, b]; see ``match``.
+
+    Entry (k, i, j) is minus the cosine between image i of block k and the target of image j.
+    """
+
+    def costs(z: jax.Array, batch_targets: jax.Array, weight: jax.Array) -> jax.Array:
+        highest = jax.lax.Precision.HIGHEST
+        similarity = jnp.einsum("kid,kjd->kij", z, batch_targets, precision=highest)
+        good = weight > 0
+        own = jnp.eye(weight.shape[1], dtype=bool)
+        allowed = own | (good[:, :, None] & good[:, None, :])  # a bad record keeps its row
+        return jnp.where(allowed, -similarity, jnp.inf)
+
+    z, batch_targets, weight = _blocks(step, (_one_direction(features), batch_targets, weight))
+    return _on_blocks(step, costs, len(z))(z, batch_targets, weight)
+
+
+def solve(step: Step, cost: jax.Array) -> Solution:
+    """Solve the problems of ``pose``, or some of them, where they are."""
+    solved = assign.solve(cost, solver=step.solver, **dict(step.solver_options))
+    return Solution(solved.col4row, solved.gap, solved.rounds, solved.status)
+
+
+def deal(
+    step: Step,
+    features: jax.Array,
+    rows: jax.Array,
+    cost: jax.Array,
+    solution: Solution,
+) -> tuple[jax.Array, Metrics]:
+    """Give the batch's rows to the images that the solution has for them; see ``match``."""
+
+    def of_each_block(
+        z: jax.Array, rows: jax.Array, cost: jax.Array, solution: Solution
+    ) -> tuple[jax.Array, Metrics]:
+        new_rows = jnp.take_along_axis(rows, solution.col4row, axis=1)
+        before = -jnp.diagonal(cost, axis1=1, axis2=2)
+        after = -jnp.take_along_axis(cost, solution.col4row[:, :, None], axis=2)[:, :, 0]
+        metrics = {
+            "assign/cosine_before": jnp.mean(before, axis=1),
+            "assign/cosine_after": jnp.mean(after, axis=1),
+            "assign/moved": jnp.mean((new_rows != rows).astype(jnp.float32), axis=1),
+            "assign/gap": solution.gap / rows.shape[1],
+            "assign/rounds": solution.rounds.astype(jnp.float32),
+            "assign/worst_status": solution.status.astype(jnp.float32),
+            **_spread(z),
+        }
+        return new_rows, metrics
+
+    z, row_blocks = _blocks(step, (_one_direction(features), rows))
+    new_rows, per_block = _on_blocks(step, of_each_block, len(z))(z, row_blocks, cost, solution)
     metrics = {name: jnp.mean(value) for name, value in per_block.items()}
     metrics["assign/worst_status"] = jnp.max(per_block["assign/worst_status"])
-    return new_rows, metrics
+    return new_rows.reshape(rows.shape), metrics
+
+
+def _blocks(step: Step, batch: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Cut arrays [B, ...] into consecutive blocks [K, b, ...]."""
+    return tuple(x.reshape(-1, step.block or len(x), *x.shape[1:]) for x in batch)
+
+
+def _on_blocks(step: Step, function: Callable[..., Any], count: int) -> Callable[..., Any]:
+    """Let each device work on its own blocks, or all on the same ones where they do not divide.
+
+    Under shard_map no collective can end up inside a solver's loop.
+    """
+    spec = P("data") if count % step.mesh.shape["data"] == 0 else P()
+    return jax.shard_map(function, mesh=step.mesh, in_specs=spec, out_specs=spec, check_vma=False)
 
 
 def _one_direction(features: jax.Array) -> jax.Array:
@@ -163,36 +264,6 @@ def _one_direction(features: jax.Array) -> jax.Array:
         return z
     mean = jnp.mean(z, axis=1)
     return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
-
-
-def _match_blocks(
-    solver: str,
-    options: tuple[tuple[str, Any], ...],
-    z: jax.Array,
-    batch_targets: jax.Array,
-    rows: jax.Array,
-    weight: jax.Array,
-) -> tuple[jax.Array, Metrics]:
-    """Solve blocks [K, b, ...]; the metrics are one value a block, float32[K]."""
-    similarity = jnp.einsum("kid,kjd->kij", z, batch_targets, precision=jax.lax.Precision.HIGHEST)
-    good = weight > 0
-    own = jnp.eye(rows.shape[1], dtype=bool)
-    allowed = own | (good[:, :, None] & good[:, None, :])  # a bad record keeps its row
-    cost = jnp.where(allowed, -similarity, jnp.inf)
-    solution = assign.solve(cost, solver=solver, **dict(options))
-    new_rows = jnp.take_along_axis(rows, solution.col4row, axis=1)
-    before = jnp.diagonal(similarity, axis1=1, axis2=2)
-    after = jnp.take_along_axis(similarity, solution.col4row[:, :, None], axis=2)[:, :, 0]
-    metrics = {
-        "assign/cosine_before": jnp.mean(before, axis=1),
-        "assign/cosine_after": jnp.mean(after, axis=1),
-        "assign/moved": jnp.mean((new_rows != rows).astype(jnp.float32), axis=1),
-        "assign/gap": solution.gap / rows.shape[1],
-        "assign/rounds": solution.rounds.astype(jnp.float32),
-        "assign/worst_status": solution.status.astype(jnp.float32),
-        **_spread(z),
-    }
-    return new_rows, metrics
 
 
 def _spread(z: jax.Array) -> Metrics:
@@ -271,23 +342,18 @@ def train_step(
     """
     result = forward(step.model, state, batch["image"])
     rows = state.assignment[batch["index"]]
-    batch_targets = targets.gather(rows)
     metrics: Metrics = {}
     if reassign:
-        rows, metrics = match(step, result.features, batch_targets, rows, batch["weight"])
-        assignment = state.assignment.at[batch["index"]].set(rows, unique_indices=True)
-        state = dataclasses.replace(state, assignment=assignment)
         batch_targets = targets.gather(rows)
-    state, update_metrics = update(step.optimizer, state, result, batch_targets, batch["weight"])
+        rows, metrics = match(step, result.features, batch_targets, rows, batch["weight"])
+        state = write_down(state, batch["index"], rows)
+    state, update_metrics = update(
+        step.optimizer, state, result, targets.gather(rows), batch["weight"]
+    )
     return state, {**update_metrics, **metrics}
 
 
-@functools.cache
-def compile_step(step: Step, *, reassign: bool) -> Callable[..., tuple[TrainState, Metrics]]:
-    """Return ``train_step`` jitted with a donated, replicated state: (state, targets, batch)."""
-    everywhere: NamedSharding = sharding.replicated(step.mesh)
-    return jax.jit(
-        functools.partial(train_step, step, reassign=reassign),
-        donate_argnums=0,
-        out_shardings=everywhere,
-    )
+def write_down(state: TrainState, index: jax.Array, rows: jax.Array) -> TrainState:
+    """Return the state in which the images ``index`` int32[B] own ``rows`` int32[B]."""
+    assignment = state.assignment.at[index].set(rows, unique_indices=True)
+    return dataclasses.replace(state, assignment=assignment)

@@ -15,9 +15,10 @@ logger = logging.getLogger(__name__)
 
 # Groups that may differ when a workdir is used again: they change what is shown or kept, not what
 # is trained.
-FREE_GROUPS = ("checkpoint", "convert", "eval", "log", "task")
-# Keys that may differ too: where the same data lies, how it is read, and what ends a run.
+FREE_GROUPS = ("checkpoint", "convert", "eval", "log", "mesh", "task")
+# Keys that may differ too: where the same data lies, how it is read, what ends a run, who solves.
 FREE_KEYS = (
+    "assign.placement",
     "data.source",
     "data.threads",
     "data.workers",

@@ -12,11 +12,21 @@ from project import ROOT, project_files
 
 # From the bottom up; a module imports from layers below its own and from its own package.
 LAYERS = (
-    {"bad_records", "decode", "host_random", "sharding", "work_log"},
-    {"assign", "losses", "models", "optim", "preprocess", "records", "targets"},
+    {
+        "agreement",
+        "bad_records",
+        "c_signals",
+        "decode",
+        "host_random",
+        "permutation",
+        "sharding",
+        "user_cache",
+        "work_log",
+    },
+    {"assign", "distributed", "losses", "models", "optim", "preprocess", "records", "targets"},
     {"config", "image_reader", "preemption", "prefetch"},
     {"checkpoint", "device_images", "export", "input_pipeline", "metrics", "train_step", "workdir"},
-    {"evaluate", "report"},
+    {"evaluate", "placement", "report"},
     {"run"},
     {"train"},
     {"main"},

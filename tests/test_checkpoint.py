@@ -15,7 +15,7 @@ import numpy as np
 import optax
 import pytest
 
-from nat_jax import checkpoint
+from nat_jax import checkpoint, permutation
 from nat_jax.checkpoint import CheckpointError, Checkpoints
 
 # Orbax keeps arrays of up to 1 KiB inside its checked index; these are larger.
@@ -154,10 +154,18 @@ def test_saving_again_is_harmless_and_going_back_is_an_error(folder: Path) -> No
     assert same(restore(folder)[0], make_state(2))
 
 
-@pytest.mark.parametrize("rows", [[0, 1, 1], [1, 2, 3], [-1, 0, 1], [[0, 1, 2]]])
-def test_only_a_permutation_is_saved(tmp_path: Path, rows: list) -> None:
+@pytest.mark.parametrize(
+    ("rows", "named"),
+    [
+        ([0, 1, 1], "row 1 belongs to images 1 and 2"),
+        ([1, 2, 3], "image 2 has row 3"),
+        ([-1, 0, 1], "image 0 has row -1"),
+        ([[0, 1, 2]], "one dimension"),
+    ],
+)
+def test_only_a_permutation_is_saved(tmp_path: Path, rows: list, named: str) -> None:
     saved = Checkpoints(tmp_path)
-    with pytest.raises(ValueError, match="not a permutation"):
+    with pytest.raises(ValueError, match=f"not a permutation: .*{named}"):
         saved.save(1, {"assignment": jnp.array(rows)}, {})
     with pytest.raises(ValueError, match="expected a top-level leaf 'assignment'.*'w'"):
         saved.save(1, {"w": jnp.zeros(3)}, {})
@@ -171,12 +179,37 @@ def test_a_saved_non_permutation_is_not_restored(
     saved = Checkpoints(tmp_path)
     rows = {"assignment": jnp.zeros(3, jnp.int32)}
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_is_permutation", lambda rows: True)
+        patch.setattr(permutation, "flaw", lambda rows: None)
         saved.save(1, rows, {})
         saved.wait()
-    with pytest.raises(CheckpointError, match=r"step 1 .*'assignment' is not a permutation"):
+    with pytest.raises(CheckpointError, match=r"step 1 .*not a permutation: row 0 .* 0 and 1 and"):
         saved.restore(abstract(rows), expect={})
     saved.close()
+
+
+def test_the_assignment_is_never_fetched_as_a_whole(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = []
+    real = checkpoint._to_host
+    monkeypatch.setattr(checkpoint, "_to_host", lambda x: fetched.append(x.shape) or real(x))
+    opened = Checkpoints(folder)
+    state, _ = opened.restore(abstract(make_state(0)), expect={})
+    opened.save(3, state, {})
+    opened.close()
+    assert (3, 3, 2, 4) in fetched and (N,) not in fetched
+
+
+def test_a_checkpoint_in_another_format_is_left_alone(folder: Path) -> None:
+    for step in ("1", "2"):
+        path = folder / step / "record" / "metadata"
+        content = json.loads(path.read_text())
+        content["record"]["format"] = 1
+        content["sha256"] = checkpoint._json_digest(content["record"])
+        path.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"another version of nat_jax \(format 1; .* reads 2"):
+        restore(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
 
 
 def test_another_run_is_one_message_with_both_values(folder: Path) -> None:
@@ -271,15 +304,15 @@ def test_without_the_digests_flipped_bits_would_pass(
 ) -> None:
     real = checkpoint._digest
     recorded = json.loads((folder / "2" / "record" / "metadata").read_text())["record"]["leaves"]
-    assert recorded["step"]["sha256"] == real(jnp.int32(2))["sha256"]
+    assert recorded["step"]["digest"] == real("step", jnp.int32(2))
     for step in ("1", "2"):
         path = folder / step / "record" / "metadata"
         content = json.loads(path.read_text())
         for leaf in content["record"]["leaves"].values():
-            leaf["sha256"] = "not looked at"
+            leaf["digest"] = "not looked at"
         content["sha256"] = checkpoint._json_digest(content["record"])
         path.write_text(json.dumps(content))
-    monkeypatch.setattr(checkpoint, "_digest", lambda leaf: {"sha256": "not looked at"})
+    monkeypatch.setattr(checkpoint, "_digest", lambda name, leaf: "not looked at")
     assert "wrong" in _damage_each_file(folder, tmp_path / "work")
 
 

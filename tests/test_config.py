@@ -114,7 +114,7 @@ def test_durations():
 @pytest.mark.parametrize(
     ("devices", "processes", "message"),
     [
-        (3, 1, "multiple of the 3 devices along mesh.data; got 256. Set --config.batch_size=255"),
+        (3, 1, "multiple of the 3 devices; got 256. Set --config.batch_size=255"),
         (8, 7, "multiple of the 7 processes; got 256"),
         (512, 1, "Set --config.batch_size=512"),
     ],

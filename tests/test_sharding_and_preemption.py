@@ -1,12 +1,17 @@
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from project import ROOT
 
-from nat_jax import sharding
+from nat_jax import preemption, sharding
+from nat_jax.checkpoint import Checkpoints
 from nat_jax.preemption import Preempted, StopOnSignal
 
 
@@ -16,7 +21,7 @@ def test_a_mesh_takes_all_devices():
 
 
 def test_a_mesh_that_does_not_fit_is_refused():
-    with pytest.raises(ValueError, match="mesh.data: expected 1, the number of devices; got 3"):
+    with pytest.raises(ValueError, match="to be the number of devices, 1; got mesh.data = 3"):
         sharding.make_mesh(3, devices=jax.devices()[:1])
 
 
@@ -25,16 +30,16 @@ def test_a_batch_keeps_its_values_and_its_order():
     local = {"index": np.arange(8, dtype=np.int32), "image": np.zeros((8, 2, 2, 3), np.uint8)}
     batch = sharding.global_batch(local, mesh)
     np.testing.assert_array_equal(batch["index"], local["index"])
-    assert batch["image"].sharding.spec[0] == "data"
+    assert batch["index"].sharding == sharding.over_data(mesh)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_asks_for_a_stop(number):
     before = signal.getsignal(number)
     with StopOnSignal() as stop:
-        assert stop.received is None
+        assert stop.asked() is None
         os.kill(os.getpid(), number)
-        assert stop.received == number
+        assert stop.asked() == number
     assert signal.getsignal(number) is before
     assert Preempted(number, 5).code == 128 + number
 
@@ -57,3 +62,98 @@ def test_outside_the_main_thread_nothing_changes():
     thread.start()
     thread.join()
     assert found == [(before, None)]
+
+
+class Runtime:
+    """Stands for JAX's runtime in one of several processes."""
+
+    def __init__(self, monkeypatch):
+        self.questions, self.stop, self.signals = [], False, []
+        monkeypatch.setattr(preemption.jax.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(
+            preemption.multihost_utils, "reached_preemption_sync_point", self._reached
+        )
+        monkeypatch.setattr(preemption.os, "kill", lambda _, number: self.signals.append(number))
+
+    def _reached(self, number):
+        self.questions.append(number)
+        return self.stop
+
+
+def test_several_processes_stop_where_the_runtime_says(monkeypatch):
+    runtime = Runtime(monkeypatch)
+    before = signal.getsignal(signal.SIGTERM)
+    with StopOnSignal() as stop:
+        assert signal.getsignal(signal.SIGTERM) is before  # it is the runtime's
+        assert stop.asked() is None
+        runtime.stop = True
+        assert stop.asked() == signal.SIGTERM
+    with StopOnSignal() as stop:  # the next seed, whose steps begin anew
+        stop.asked()
+    first = runtime.questions[0]
+    assert runtime.questions == [first, first + 1, first + 2]
+
+
+def test_ctrl_c_is_passed_on_to_the_other_processes(monkeypatch):
+    runtime = Runtime(monkeypatch)
+    with StopOnSignal() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert runtime.signals == [signal.SIGTERM]
+        assert stop.asked() is None  # not before all are asked
+        runtime.stop = True
+        assert stop.asked() == signal.SIGINT
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+PROGRAM = """
+import os, signal, sys
+import jax
+import jax.numpy as jnp
+from nat_jax import c_signals, preemption
+
+def taken(number):
+    print("taken", flush=True)
+
+jax.distributed.is_initialized = lambda: sys.argv[1] == "several"
+with c_signals.handled(signal.SIGTERM, taken):  # as JAX's runtime does
+    os.kill(os.getpid(), signal.SIGTERM)
+    with preemption.nothing_to_save():
+        print("nothing to save", flush=True)
+        if sys.argv[2] == "during":
+            os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+@pytest.mark.parametrize(
+    ("processes", "when", "said", "code"),
+    [
+        ("several", "during", ["taken", "nothing to save"], -signal.SIGTERM),
+        ("several", "after", ["taken", "nothing to save", "taken"], 0),
+        ("one", "during", ["taken", "nothing to save", "taken", "taken"], 0),
+    ],
+)
+def test_with_nothing_to_save_sigterm_ends_a_process_at_once(processes, when, said, code):
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, processes, when],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.split("\n")[:-1] == said and done.returncode == code, done.stderr
+
+
+def test_saving_leaves_the_question_to_the_loop(tmp_path, monkeypatch):
+    """A second one who asks, with older numbers, would make the runtime miss the notice."""
+    asked = []
+    monkeypatch.setattr(
+        preemption.multihost_utils,
+        "reached_preemption_sync_point",
+        lambda number: asked.append(number) or False,
+    )
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(1, {"assignment": jnp.arange(8)}, {})
+    checkpoints.close()
+    assert asked == []

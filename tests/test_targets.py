@@ -48,6 +48,8 @@ def test_first_assignment_is_a_permutation():
         rows = np.asarray(targets.initial_assignment(kind, 50, KEY))
         np.testing.assert_array_equal(np.sort(rows), np.arange(50))
         assert np.array_equal(rows, np.arange(50)) == identity
+        longer = np.asarray(targets.initial_assignment(kind, 50, KEY, length=64))
+        np.testing.assert_array_equal(longer, [*rows, *range(50, 64)])
 
 
 @pytest.mark.parametrize(
@@ -61,3 +63,49 @@ def test_unknown_kinds_are_named(change, message):
     arguments = dict(kind="sphere", storage="auto") | change
     with pytest.raises(ValueError, match=message):
         targets.make_targets(arguments["kind"], 4, 4, KEY, storage=arguments["storage"])
+
+
+def test_auto_is_a_table_up_to_one_gibibyte(monkeypatch):
+    monkeypatch.setattr(targets, "_build_table", lambda *arguments: jnp.zeros((1, 1024)))
+    assert targets.make_targets("sphere", 2**18, 1024, KEY)[1] == "table"
+    assert targets.make_targets("sphere", 2**18 + 1, 1024, KEY)[1] == "virtual"
+    for storage in ("table", "virtual"):
+        assert targets.make_targets("sphere", 8, 8, KEY, storage=storage)[1] == storage
+    assert targets.make_targets("basis", 8, 8, KEY, storage="auto")[1] == "virtual"
+
+
+@pytest.mark.parametrize("storage", ["table", "virtual", "auto"])
+def test_more_records_than_int32_can_number_are_refused(storage):
+    message = "at most 2,147,483,647 records, .* int32; got 2,147,483,648. Train on a part"
+    for kind in targets.KINDS:
+        with pytest.raises(ValueError, match=message):
+            targets.make_targets(kind, 2**31, 8, KEY, storage=storage)
+        with pytest.raises(ValueError, match=message):
+            targets.initial_assignment(kind, 2**31, KEY)
+    targets.check_num_records(2**31 - 1)
+
+
+def test_a_table_is_the_same_however_it_is_cut_up(monkeypatch):
+    whole, _ = targets.make_targets("sphere", 103, 8, KEY, storage="table")
+    monkeypatch.setattr(targets, "_BUILD_CHUNK", 8 * 10)
+    pieces, _ = targets.make_targets("sphere", 103, 8, KEY, storage="table")
+    np.testing.assert_array_max_ulp(np.asarray(whole.rows), np.asarray(pieces.rows), maxulp=2)
+
+
+@pytest.mark.parametrize("dim", [2, 3, 24, 2048])
+def test_rows_are_equal_to_two_ulp_in_every_program(dim):
+    rows = jnp.arange(192)
+
+    def some(count):
+        each = jax.jit(lambda rows: targets.sphere_rows(KEY, rows, dim))
+        return jnp.concatenate([each(rows[at : at + count]) for at in range(0, 192, count)])
+
+    whole = np.asarray(some(192))
+    np.testing.assert_allclose(np.linalg.norm(whole.astype(np.float64), axis=1), 1, atol=5e-7)
+    one_by_one = jax.jit(
+        lambda rows: jax.lax.map(lambda row: targets.sphere_rows(KEY, row, dim), rows)
+    )
+    eager = targets.sphere_rows(KEY, rows, dim)
+    scaled = jax.jit(lambda rows: 2 * targets.sphere_rows(KEY, rows, dim))(rows) / 2
+    for other in (some(1), some(6), one_by_one(rows), eager, scaled):
+        np.testing.assert_array_max_ulp(whole, np.asarray(other), maxulp=2)

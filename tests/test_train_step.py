@@ -8,7 +8,8 @@ import pytest
 from scipy.optimize import linear_sum_assignment
 
 from nat_jax import models, optim, sharding, targets
-from nat_jax.train_step import Step, compile_step, create_state, forward, match, train_step, update
+from nat_jax.placement import compile_step
+from nat_jax.train_step import Step, create_state, forward, match, train_step, update
 
 N, B, D = 48, 16, 6
 

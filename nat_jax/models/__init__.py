@@ -36,6 +36,7 @@ class Model:
         frontend: a key of ``FRONTENDS``.
         dtype: compute dtype; parameters and batch statistics are float32 throughout.
         platform: "cpu", "gpu" or "tpu"; picks the form of max-pooling.
+        bn_groups: equal parts of a training batch that batch norm takes its statistics over.
     """
 
     spec: Spec
@@ -44,6 +45,7 @@ class Model:
     frontend: str
     dtype: str
     platform: str
+    bn_groups: int = 1
 
     def init(self, key: jax.Array) -> tuple[Params, Params]:
         """Return fresh parameters and batch statistics, compiled as one program."""
@@ -64,7 +66,8 @@ class Model:
             params: as returned by ``init``.
             batch_stats: running means and variances.
             images: uint8[B, H, W, 3].
-            train: use the batch's own statistics (over the global batch) and dropout.
+            train: use the batch's own statistics (over the global batch, or each of its
+                ``bn_groups`` parts) and dropout.
             key: PRNG key of the dropout masks.
         """
         graphdef, *states = nnx.split(_abstract_network(self), nnx.Param, nnx.BatchStat, ...)
@@ -97,6 +100,7 @@ def make_model(
     frontend: str,
     dtype: str = "float32",
     platform: str | None = None,
+    bn_groups: int = 1,
     **options: Any,
 ) -> Model:
     """Look a network up by name and check its settings.
@@ -108,6 +112,7 @@ def make_model(
         frontend: a key of ``FRONTENDS``.
         dtype: "float32" or "bfloat16".
         platform: where it will run; the default backend if None.
+        bn_groups: parts of a training batch, each with batch-norm statistics of its own.
         **options: arguments of the network's function, for instance ``widths`` of "convnet".
 
     Raises:
@@ -121,6 +126,8 @@ def make_model(
         )
     if dtype not in DTYPES:
         raise ValueError(f"model.dtype: expected one of {', '.join(DTYPES)}; got {dtype!r}")
+    if bn_groups < 1:
+        raise ValueError(f"model.bn_groups: expected at least 1; got {bn_groups}")
     if dim < 2:
         raise ValueError(f"model.dim: expected D >= 2; got {dim}")
     known = inspect.signature(MODELS[name]).parameters
@@ -130,7 +137,8 @@ def make_model(
             f"model: {name} has no option {', '.join(unknown)}. Known: {', '.join(known)}"
         )
     spec = MODELS[name](**options)
-    model = Model(spec, dim, image_size, frontend, dtype, platform or jax.default_backend())
+    platform = platform or jax.default_backend()
+    model = Model(spec, dim, image_size, frontend, dtype, platform, bn_groups)
     _abstract_network(model)  # raises if the image is too small for the layers
     return model
 
@@ -143,6 +151,7 @@ def _network(model: Model, rngs: nnx.Rngs) -> Network:
         frontend=model.frontend,
         dtype=jnp.dtype(model.dtype),
         platform=model.platform,
+        bn_groups=model.bn_groups,
         rngs=rngs,
     )
 

@@ -98,20 +98,69 @@ def _initialisers(fan_in: int, torch_init: bool) -> tuple[Init, Init, Init]:
     return symmetric, symmetric, init.uniform(1.0)
 
 
+def norm_in_parts(norm: nnx.BatchNorm, x: jax.Array, parts: int) -> jax.Array:
+    """Apply batch norm in training mode with statistics over each of some parts of the batch.
+
+    Only the means over each image's pixels are regrouped, so that devices exchange [B, C] values at
+    the most, however the parts lie on them.
+
+    Args:
+        norm: whose running statistics follow the mean over the parts.
+        x: [B, ..., C].
+        parts: how many consecutive parts B is divided into.
+
+    Raises:
+        ValueError: B cannot be divided.
+    """
+    batch, pixels = x.shape[0], tuple(range(1, x.ndim - 1))
+    if batch % parts:
+        raise ValueError(
+            f"model.bn_groups: expected a divisor of the batch of {batch}; got {parts}"
+        )
+
+    def mean_of_part(x: jax.Array) -> jax.Array:
+        each_image = jnp.mean(x, axis=pixels)
+        return jnp.mean(each_image.reshape(parts, -1, x.shape[-1]), axis=1)
+
+    def to_each_image(of_part: jax.Array) -> jax.Array:
+        return jnp.expand_dims(jnp.repeat(of_part, batch // parts, axis=0), pixels)
+
+    dtype, x = x.dtype, x.astype(jnp.float32)
+    mean = mean_of_part(x)
+    variance = jnp.maximum(mean_of_part(jnp.square(x)) - jnp.square(mean), 0.0)
+    for running, new in ((norm.mean, mean), (norm.var, variance)):
+        running[...] = norm.momentum * running[...] + (1 - norm.momentum) * jnp.mean(new, axis=0)
+    scale = jax.lax.rsqrt(variance + norm.epsilon) * norm.scale[...]  # type: ignore[index]
+    y = (x - to_each_image(mean)) * to_each_image(scale) + norm.bias[...]  # type: ignore[index]
+    return y.astype(dtype)
+
+
 class Block(nnx.Module):
     """A linear map (convolution or matrix), batch norm and ReLU.
 
     The map keeps its bias, as in the authors' code, although batch norm cancels it.
     """
 
-    def __init__(self, map_: nnx.Conv | nnx.Linear, features: int, scale_init: Init, dtype, rngs):
-        self.map = map_
+    def __init__(
+        self,
+        map_: nnx.Conv | nnx.Linear,
+        features: int,
+        scale_init: Init,
+        *,
+        bn_groups: int,
+        dtype,
+        rngs,
+    ):
+        self.map, self.bn_groups = map_, bn_groups
         self.norm = nnx.BatchNorm(
             features, momentum=0.9, epsilon=1e-5, scale_init=scale_init, dtype=dtype, rngs=rngs
         )
 
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        return nnx.relu(self.norm(self.map(x), use_running_average=not train))
+        x = self.map(x)
+        if train and self.bn_groups > 1:
+            return nnx.relu(norm_in_parts(self.norm, x, self.bn_groups))
+        return nnx.relu(self.norm(x, use_running_average=not train))
 
 
 class Network(nnx.Module):
@@ -126,9 +175,11 @@ class Network(nnx.Module):
         frontend: str,
         dtype: jnp.dtype,
         platform: str,
+        bn_groups: int,
         rngs: nnx.Rngs,
     ):
         self.spec, self.frontend, self.dtype, self.platform = spec, frontend, dtype, platform
+        block = functools.partial(Block, bn_groups=bn_groups, dtype=dtype, rngs=rngs)
         channels, side = FRONTENDS[frontend][1], image_size
         for name, conv in self._named_convs():
             kernel, bias, scale = _initialisers(channels * conv.kernel**2, spec.torch_init)
@@ -143,7 +194,7 @@ class Network(nnx.Module):
                 dtype=dtype,
                 rngs=rngs,
             )
-            setattr(self, name, Block(layer, conv.features, scale, dtype, rngs))
+            setattr(self, name, block(layer, conv.features, scale))
             channels, side = conv.features, conv.output_side(side)
             if side < 1:
                 raise ValueError(
@@ -156,7 +207,7 @@ class Network(nnx.Module):
             linear = nnx.Linear(
                 width, dense.features, kernel_init=kernel, bias_init=bias, dtype=dtype, rngs=rngs
             )
-            setattr(self, name, Block(linear, dense.features, scale, dtype, rngs))
+            setattr(self, name, block(linear, dense.features, scale))
             width = dense.features
         kernel, bias, _ = _initialisers(width, spec.torch_init)
         self.head = nnx.Linear(

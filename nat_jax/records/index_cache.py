@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from nat_jax import user_cache
 from nat_jax.records.file_index import FileIndex, Files, SplitIndex, build_index
 from nat_jax.records.file_listing import IMAGE_SUFFIXES, Listing, Stamp, list_folder
 from nat_jax.records.source import SPLITS
@@ -138,14 +139,9 @@ def _checksum(path: Path) -> int:
 
 def _place(real: str) -> Path | None:
     """Give the folder for all indexes of one path, or None where there is no place for any."""
-    base = os.environ.get("NAT_JAX_CACHE") or ""
-    if not base:
-        base = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "nat_jax")
-    base = os.path.expanduser(base)
-    if base.startswith("~"):  # there is no home
-        return None
     digest = hashlib.sha256(real.encode("utf-8", "surrogateescape")).hexdigest()
-    return Path(base).absolute() / "file_index" / digest[:32]
+    folder = user_cache.place("file_index")
+    return folder and folder / digest[:32]
 
 
 def _name(stamp: Stamp) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_meshes_agree import COLLECTIVES, collectives_in_loops
+from programs import COLLECTIVES, collectives_in_loops
 
 from nat_jax import assign
 from nat_jax.assign import Assignment, _auction

@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Train on all workers of a Cloud TPU pod.
+#
+#     export TPU=my-v5e-64 ZONE=us-west4-a
+#     launch/tpu_pod.sh install                                  # this checkout, on every worker
+#     launch/tpu_pod.sh run --config=configs/alexnet.py --workdir=/shared/runs/alexnet
+#     launch/tpu_pod.sh log                                      # of worker 0, as it grows
+#     launch/tpu_pod.sh stop                                     # save and end; `run` goes on
+#
+# TPU          name of the TPU VM; a single-host one works as well
+# ZONE         its zone
+# PROJECT      its project; gcloud's default if unset
+# DRY_RUN=1    print what would run, and run nothing
+#
+# The workdir lies on a file system that all workers have mounted (Filestore, or a bucket through
+# gcsfuse). JAX finds the workers by itself. The program goes on when this connection ends.
+set -euo pipefail
+
+usage() {
+  sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0" >&2
+  exit 2
+}
+
+[[ $# -gt 0 ]] || usage
+verb=$1
+shift
+: "${TPU:?the name of the TPU VM}" "${ZONE:?the zone of the TPU VM}"
+where=("--zone=$ZONE" ${PROJECT:+"--project=$PROJECT"})
+
+do_it() {
+  if [[ ${DRY_RUN:-0} == 1 ]]; then
+    printf '%q ' "$@"
+    printf '\n'
+  else
+    "$@"
+  fi
+}
+
+on() { # WORKER COMMAND
+  do_it gcloud compute tpus tpu-vm ssh "$TPU" "${where[@]}" --worker="$1" --command="$2"
+}
+
+case $verb in
+  install)
+    here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+    archive=${TMPDIR:-/tmp}/nat_jax.tar.gz
+    do_it git -C "$here" archive --format=tar.gz --prefix=nat_jax/ --output="$archive" HEAD
+    do_it gcloud compute tpus tpu-vm scp "$archive" "$TPU:nat_jax.tar.gz" "${where[@]}" --worker=all
+    on all 'tar xzf nat_jax.tar.gz && python3 -m venv nat_jax_env && nat_jax_env/bin/pip install -q ./nat_jax[tpu]'
+    ;;
+  run)
+    arguments=$(printf '%q ' "$@")
+    on all "nohup nat_jax_env/bin/python -m nat_jax.main $arguments> nat_jax.log 2>&1 < /dev/null & echo \$! > nat_jax.pid"
+    ;;
+  log)
+    on 0 'tail -n 100 -f nat_jax.log'
+    ;;
+  stop)
+    # One worker is enough: JAX tells the others, and all stop after the same step.
+    on 0 "kill -TERM \$(cat nat_jax.pid)"
+    ;;
+  *)
+    usage
+    ;;
+esac

