@@ -13,7 +13,7 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from nat_jax import assign, optim, preprocess, sharding, targets
+from nat_jax import assign, losses, optim, preprocess, sharding, targets
 
 LABELS_ALL = 0
 
@@ -54,7 +54,8 @@ def default() -> ConfigDict:
     c.model.options = ConfigDict()  # arguments of the network's function
 
     c.targets = ConfigDict()
-    c.targets.kind = "sphere"  # sphere | basis (the paper's discrete targets; k = model.dim)
+    c.targets.kind = "sphere"  # sphere | basis (the paper's discrete targets; k = model.dim) |
+    # labels (supervised: one-hot rows of the classes, never re-matched; model.dim is their number)
     c.targets.storage = "auto"  # table | virtual | auto (a table up to 1 GiB)
 
     c.assign = ConfigDict()
@@ -66,6 +67,7 @@ def default() -> ConfigDict:
     c.assign.options = ConfigDict()  # arguments of the solver, for instance eps
 
     c.optim = ConfigDict()
+    c.optim.loss = "square"  # on unit features | softmax, on logits (with targets.kind = labels)
     c.optim.learning_rate = 5.12  # on 1/(2n) sum |z-c|^2: the authors' 0.01 on a summed loss
     c.optim.schedule = "constant"  # constant | inverse (the paper's) | cosine
     c.optim.decay_start = 0  # t0 in steps, for inverse
@@ -199,6 +201,12 @@ def validate(config: ConfigDict, probes: Mapping[str, Any]) -> None:
     _one_of("targets.kind", config.targets.kind, targets.KINDS)
     _one_of("targets.storage", config.targets.storage, targets.STORAGES)
     _one_of("optim.schedule", config.optim.schedule, optim.SCHEDULES)
+    _one_of("optim.loss", config.optim.loss, losses.LOSSES)
+    if config.optim.loss == "softmax" and config.targets.kind != "labels":
+        raise ValueError(
+            "optim.loss: 'softmax' is for supervised training; expected targets.kind = 'labels', "
+            f"got {config.targets.kind!r}"
+        )
     _one_of("data.on_bad_record", config.data.on_bad_record, ("grey", "error"))
     _one_of("data.crop", config.data.crop, preprocess.CROPS)
     _one_of("data.augment_on", config.data.augment_on, ("auto", "host", "device"))

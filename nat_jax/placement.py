@@ -28,6 +28,7 @@ from nat_jax.train_step import (
     Solution,
     Step,
     TrainState,
+    batch_shardings,
     deal,
     forward,
     pose,
@@ -76,7 +77,7 @@ def compile_step(step: Step, *, reassign: bool) -> Callable[..., tuple[TrainStat
     return jax.jit(
         functools.partial(train_step, step, reassign=reassign),
         donate_argnums=0,
-        in_shardings=(at, None, sharding.of_batch(step.mesh)),
+        in_shardings=(at, None, batch_shardings(step)),
         out_shardings=(at, sharding.replicated(step.mesh)),
     )
 

@@ -54,7 +54,12 @@ class Run:
     total_steps: int
 
     def reassigns(self, step: int) -> bool:
-        """Say whether a step re-matches its batch: those of epochs 0, 3, 6, ... do."""
+        """Say whether a step re-matches its batch: those of epochs 0, 3, 6, ... do.
+
+        Labels stay with their images.
+        """
+        if self.step.supervised:
+            return False
         return step // self.steps_per_epoch % self.config.assign.reassign_every_epochs == 0
 
     def identity(self) -> dict[str, Any]:
@@ -97,6 +102,7 @@ def set_up(
     steps_per_epoch = input_pipeline.steps_per_epoch(len(sources.train), config.batch_size)
     total_steps = configs.steps_from(config, "", steps_per_epoch)
     settings = config.optim
+    _check_classes(config, sources.train)
     optimizer = optim.Optimizer(
         learning_rate=settings.learning_rate,
         schedule=settings.schedule,
@@ -116,6 +122,8 @@ def set_up(
         model=model,
         optimizer=optimizer,
         mesh=mesh,
+        loss=config.optim.loss,
+        supervised=config.targets.kind == "labels",
         solver=config.assign.solver,
         solver_options=tuple(sorted(config.assign.options.items())),
         block=config.assign.block,
@@ -143,6 +151,21 @@ def set_up(
     return Run(
         config, seed, workdir, sources, cache, panel, step, noise, steps_per_epoch, total_steps
     )
+
+
+def _check_classes(config: ConfigDict, train: records.Source) -> None:
+    if config.targets.kind != "labels":
+        return
+    if train.num_classes is None:
+        raise ValueError(
+            f"targets.kind: 'labels' needs a class for every record; {train.name} has none. Train "
+            "without labels: --config.targets.kind=sphere"
+        )
+    if config.model.dim != train.num_classes:
+        raise ValueError(
+            f"model.dim: expected the number of classes of {train.name}, {train.num_classes}, with "
+            f"targets.kind='labels'; got {config.model.dim}"
+        )
 
 
 def make_model(config: ConfigDict, platform: str) -> models.Model:

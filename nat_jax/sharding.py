@@ -90,9 +90,10 @@ def over_all(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(mesh.axis_names))
 
 
-def of_batch(mesh: Mesh) -> dict[str, NamedSharding]:
-    """Return the shardings of what a train step needs of a batch."""
-    return {"image": over_all(mesh), "index": over_data(mesh), "weight": over_data(mesh)}
+def of_batch(mesh: Mesh, *, labels: bool = False) -> dict[str, NamedSharding]:
+    """Return the shardings of what a train step needs of a batch, with ``labels`` if supervised."""
+    along = ("index", "weight", "label") if labels else ("index", "weight")
+    return {"image": over_all(mesh), **dict.fromkeys(along, over_data(mesh))}
 
 
 def of_weights(mesh: Mesh, shapes: Any) -> Any:

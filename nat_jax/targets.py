@@ -11,7 +11,7 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
-KINDS = ("sphere", "basis")
+KINDS = ("sphere", "basis", "labels")
 STORAGES = ("auto", "table", "virtual")
 
 # Images and rows are numbered in int32.
@@ -100,7 +100,7 @@ class Basis:
     """Canonical-basis rows: row j is the one-hot vector e_(j mod k), with k = D.
 
     These are the paper's discrete targets (section 4.1), each of k clusters owning an equal share
-    of the images.
+    of the images. In supervised training, which numbers rows by class, they are one-hot labels.
     """
 
     dim: int = dataclasses.field(metadata={"static": True})
@@ -134,12 +134,13 @@ def make_targets(
     """Build the target rows.
 
     Args:
-        kind: "sphere" or "basis".
+        kind: "sphere", "basis" or "labels".
         num_records: N, the number of rows.
-        dim: D, the feature dimension (for "basis" also the number of clusters k).
+        dim: D, the feature dimension (for "basis" also the number of clusters k, for "labels" of
+            classes).
         key: typed PRNG key that fixes the sphere rows.
         storage: "table" holds the sphere rows, "virtual" recomputes those that are gathered,
-            "auto" is a table up to 1 GiB in total. Basis rows are always virtual.
+            "auto" is a table up to 1 GiB in total. Other rows are always virtual.
         sharding: where a table's rows live; N is padded to a multiple of the shards.
 
     Returns:
@@ -153,7 +154,7 @@ def make_targets(
         raise ValueError(f"targets.kind: expected one of {', '.join(KINDS)}; got {kind!r}")
     if storage not in STORAGES:
         raise ValueError(f"targets.storage: expected one of {', '.join(STORAGES)}; got {storage!r}")
-    if kind == "basis":
+    if kind != "sphere":
         return Basis(dim), "virtual"
     if storage == "auto":
         storage = "table" if num_records * dim * 4 <= TABLE_LIMIT_BYTES else "virtual"
@@ -199,10 +200,10 @@ def initial_assignment(
     """Return the first permutation int32[N]: image i owns row ``assignment[i]``.
 
     Sphere rows are independent noise already, so the identity is as random as any permutation;
-    basis rows repeat with period k and are dealt at random.
+    basis rows repeat with period k and are dealt at random. Labels are dealt to nobody.
 
     Args:
-        kind: "sphere" or "basis".
+        kind: "sphere", "basis" or "labels".
         num_records: N.
         key: typed PRNG key of the deal.
         length: how long the permutation shall be, at least N; entries from N on own themselves.

@@ -41,7 +41,7 @@ from nat_jax.run import (
     restore_or_create,
     set_up,
 )
-from nat_jax.train_step import Metrics, TrainState
+from nat_jax.train_step import Metrics, TrainState, batch_shardings
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ def _judge_run(run: Run, step: int, trained: judge.Network) -> list[judge.Row]:
     if panel.has_labels:
         rows += panel.pixels()
         rows += panel.network(judge.UNTRAINED, _untrained(run))
-        rows += panel.network(judge.TRAINED, trained)
+        rows += panel.network(panel.trained, trained)
     else:
         logger.info("no labels: probes are skipped, neighbours are still drawn")
     _draw(run, panel, trained)
@@ -295,14 +295,14 @@ class _Loop:
         )
 
     def _to_devices(self, batch: input_pipeline.Batch) -> dict[str, jax.Array]:
-        local = {name: value for name, value in batch.items() if name != "label"}
+        local = {k: v for k, v in batch.items() if k != "label" or self._run.step.supervised}
         return sharding.global_batch(local, self._run.step.mesh)
 
     def _dispatch(self, step: int, state: TrainState, batch: dict[str, jax.Array]) -> TrainState:
         compiled = compile_step(self._run.step, reassign=self._run.reassigns(step))
         if self._images is not None:
             batch["image"] = self._images(batch)
-        used = {name: batch[name] for name in ("image", "index", "weight")}
+        used = {name: batch[name] for name in batch_shardings(self._run.step)}
         state, step_metrics = compiled(state, self._run.targets, used)
         self._in_flight.append((step, step_metrics))
         return state
@@ -384,6 +384,6 @@ class _Loop:
         network = _network(self._run, state)
         if jax.process_index() != 0 or self._is_judged(done):
             return  # the next step waits for the first process
-        rows = self._run.panel.network(judge.TRAINED, network)
+        rows = self._run.panel.network(self._run.panel.trained, network)
         scores = {f"eval/{r['features']}/{r['probe']}/{r['labels']}": r["value"] for r in rows}
         self._write(done, scores)

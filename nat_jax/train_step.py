@@ -58,6 +58,8 @@ class Step:
         model: the network.
         optimizer: the settings of SGD.
         mesh: devices along ("data", "model").
+        loss: a key of ``losses.LOSSES``.
+        supervised: images are pulled to the row of their class, in place of one of their own.
         solver: a key of ``assign.SOLVERS``.
         solver_options: keyword arguments of the solver, as sorted (name, value) pairs.
         block: images matched together; None for the whole global batch.
@@ -68,6 +70,8 @@ class Step:
     model: Model
     optimizer: optim.Optimizer
     mesh: Mesh
+    loss: str = "square"
+    supervised: bool = False
     solver: str = "auction"
     solver_options: tuple[tuple[str, Any], ...] = ()
     block: int | None = None
@@ -79,7 +83,8 @@ class Forward(NamedTuple):
     """The training-mode pass over a batch.
 
     Attributes:
-        features: float32[B, D], unit norm; [B, V, D] of V views of each image.
+        features: float32[B, D], unit norm; [B, V, D] of V views of each image. Logits where the
+            loss takes these.
         pullback: maps a cotangent of the features to one of the parameters.
         batch_stats: running statistics after this pass.
     """
@@ -134,8 +139,18 @@ def state_shardings(step: Step) -> TrainState:
     )
 
 
+def batch_shardings(step: Step) -> dict[str, jax.sharding.NamedSharding]:
+    """Return where what a step reads of a batch lives, by name."""
+    return sharding.of_batch(step.mesh, labels=step.supervised)
+
+
 def forward(
-    model: Model, state: TrainState, images: jax.Array, *, keep_little: bool = False
+    model: Model,
+    state: TrainState,
+    images: jax.Array,
+    *,
+    output: str = "z",
+    keep_little: bool = False,
 ) -> Forward:
     """Run the network in training mode and keep what its gradient needs.
 
@@ -143,6 +158,7 @@ def forward(
         model: the network.
         state: the current state.
         images: uint8[B, H, W, 3], or [B, V, H, W, 3], V views of each.
+        output: which of the network's outputs the loss takes, "z" or "logits".
         keep_little: keep only what convolutions and matrix products return, and let the pullback
             compute the rest again. For a pullback that is called in another program: within one the
             compiler itself keeps no more than it needs.
@@ -152,7 +168,7 @@ def forward(
 
     def features(params: Params) -> tuple[jax.Array, Params]:
         outputs, batch_stats = model.apply(params, state.batch_stats, each, train=True, key=key)
-        return outputs["z"].reshape(*images.shape[:-3], -1), batch_stats
+        return outputs[output].reshape(*images.shape[:-3], -1), batch_stats
 
     if keep_little:
         saved = jax.checkpoint_policies.dots_saveable
@@ -290,8 +306,10 @@ def update(
     result: Forward,
     targets: jax.Array,
     weight: jax.Array,
+    *,
+    loss: str = "square",
 ) -> tuple[TrainState, Metrics]:
-    """Take one step of SGD on the squared loss against the gathered targets.
+    """Take one step of SGD on the loss against the gathered targets.
 
     Args:
         settings: the optimiser.
@@ -299,11 +317,13 @@ def update(
         result: the forward pass.
         targets: float32[B, D], the rows that the images own now.
         weight: float32[B]; 0 for a record that shall not count.
+        loss: a key of ``losses.LOSSES``.
 
     Returns:
         The state after the step, and the loss, the gradient's norm and the learning rate.
     """
-    loss, cotangent = jax.value_and_grad(losses.squared_loss)(result.features, targets, weight)
+    function = losses.LOSSES[loss].function
+    value, cotangent = jax.value_and_grad(function)(result.features, targets, weight)
     (gradient,) = result.pullback(cotangent)
     optimizer = optim.make_optimizer(settings)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
@@ -315,7 +335,7 @@ def update(
         step=state.step + 1,
     )
     metrics = {
-        "train/loss": loss,
+        "train/loss": value,
         "train/gradient_norm": optax.tree.norm(gradient),
         "train/learning_rate": jnp.asarray(optim.make_schedule(settings)(state.step), jnp.float32),
     }
@@ -337,18 +357,21 @@ def train_step(
         state: the state before the step.
         targets: the target rows.
         batch: image uint8[B, H, W, 3] or [B, V, H, W, 3], index int32[B] (distinct), weight
-            float32[B].
+            float32[B]; label int32[B] if supervised, -1 for a record that shall not count.
         reassign: whether this step re-deals the batch's rows; static.
     """
-    result = forward(step.model, state, batch["image"])
-    rows = state.assignment[batch["index"]]
+    output = losses.LOSSES[step.loss].output
+    result = forward(step.model, state, batch["image"], output=output)
+    rows, weight = state.assignment[batch["index"]], batch["weight"]
+    if step.supervised:
+        rows, weight = batch["label"], weight * (batch["label"] >= 0)
     metrics: Metrics = {}
     if reassign:
         batch_targets = targets.gather(rows)
-        rows, metrics = match(step, result.features, batch_targets, rows, batch["weight"])
+        rows, metrics = match(step, result.features, batch_targets, rows, weight)
         state = write_down(state, batch["index"], rows)
     state, update_metrics = update(
-        step.optimizer, state, result, targets.gather(rows), batch["weight"]
+        step.optimizer, state, result, targets.gather(rows), weight, loss=step.loss
     )
     return state, {**update_metrics, **metrics}
 

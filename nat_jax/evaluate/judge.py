@@ -26,7 +26,13 @@ from nat_jax.image_reader import ImageCache
 from nat_jax.models import Model, Params
 from nat_jax.records import Record, Source
 
-PIXELS, UNTRAINED, TRAINED = "raw pixels", "untrained", "nat"
+PIXELS, UNTRAINED = "raw pixels", "untrained"
+
+# How rows name trained networks: by what they were trained with.
+NAT, SUPERVISED = "nat", {"square": "supervised_square", "softmax": "supervised_softmax"}
+
+# The name in rows of a supervised network's own decision, the largest of its outputs.
+OWN = "own"
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +95,8 @@ class Judge:
             ValueError: unknown layer, or sources that do not share their classes.
         """
         self._eval, self._data, self._seed, self._cache = config.eval, config.data, seed, cache
+        self._supervised = config.targets.kind == "labels"
+        self.trained = SUPERVISED[config.optim.loss] if self._supervised else NAT
         self._train = _thinned(train, config.eval.max_train, seed)
         self._test = test
         # One count over all passes, so that a bad record is reported once.
@@ -192,6 +200,9 @@ class Judge:
         train = features.extract(apply, self._batches(self._train))
         test = features.extract(apply, self._batches(self._test))
         rows = []
+        if self._supervised and "z" in test:
+            right = np.argmax(test["z"].features, axis=1) == test["z"].labels
+            rows.append(_row("z", name, OWN, configs.LABELS_ALL, float(np.mean(right))))
         for layer in train:
             for per_class in self._eval.labels_per_class:
                 few = _few(train[layer], per_class, self._seed)
@@ -203,15 +214,7 @@ class Judge:
                         seed=self._seed,
                         **_options(probe, self._eval),
                     )
-                    rows.append(
-                        {
-                            "features": layer,
-                            "network": name,
-                            "probe": probe,
-                            "labels": labels_name(per_class),
-                            "value": value,
-                        }
-                    )
+                    rows.append(_row(layer, name, probe, per_class, value))
         return rows
 
     def _batches(self, source: Source, *, keep: bool = True) -> Iterable[Batch]:
@@ -226,6 +229,17 @@ class Judge:
             prefetch=self._data.prefetch,
             timeout=self._data.timeout,
         )
+
+
+def _row(layer: str, network: str, probe: str, per_class: int, value: float) -> Row:
+    labels = labels_name(per_class)
+    return {
+        "features": layer,
+        "network": network,
+        "probe": probe,
+        "labels": labels,
+        "value": value,
+    }
 
 
 def labels_name(per_class: int) -> str:
@@ -287,14 +301,14 @@ def aggregate(judged: Mapping[int, Sequence[Row]]) -> list[Row]:
     ]
 
 
-def headline(table: Sequence[Row], layer: str = "z", probe: str = "knn") -> tuple[float, float]:
-    """Return (trained, untrained) mean accuracy of one probe on one layer with all labels.
+def headline(table: Sequence[Row]) -> tuple[float, float]:
+    """Return (trained, untrained) mean accuracy with all labels.
 
-    Falls back on the first trained row when that probe or layer was not asked for.
+    That of a supervised network's own decisions, else of kNN on z, else of the first trained row.
     """
-    trained = [row for row in table if row["network"] == TRAINED]
-    wanted = {"features": layer, "probe": probe, "labels": "all"}
-    row = next((row for row in trained if wanted.items() <= row.items()), trained[0])
+    trained = [row for row in table if row["network"] not in (PIXELS, UNTRAINED)]
+    all_of_z = {r["probe"]: r for r in trained if (r["features"], r["labels"]) == ("z", "all")}
+    row = all_of_z.get(OWN) or all_of_z.get("knn") or trained[0]
     same = [
         other["mean"]
         for other in table

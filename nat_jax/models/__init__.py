@@ -60,7 +60,7 @@ class Model:
         train: bool = False,
         key: jax.Array | None = None,
     ) -> tuple[dict[str, jax.Array], Params]:
-        """Return every layer's output by name, and the batch statistics after this pass.
+        """Return every layer's output, and the head's, by name, and the new batch statistics.
 
         Args:
             params: as returned by ``init``.
@@ -81,7 +81,7 @@ class Model:
 
     @property
     def layer_names(self) -> tuple[str, ...]:
-        """Return the names of the layers that ``apply`` returns, first to last."""
+        """Return the names of the layers that are features, first to last."""
         convs, denses = len(self.spec.convs), len(self.spec.denses)
         names = [f"conv{i + 1}" for i in range(convs)]
         return (*names, *(f"fc{convs + i + 1}" for i in range(denses)), "z")

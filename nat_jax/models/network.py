@@ -233,7 +233,7 @@ class Network(nnx.Module):
 
         Returns:
             conv<i>: [B, h, w, C] after ReLU and the block's pooling; fc<i>: [B, F] after ReLU;
-            z: float32[B, D] of unit norm.
+            logits: float32[B, D], what the head returns; z: the same of unit norm.
         """
         outputs = {}
         x = FRONTENDS[self.frontend][0](images).astype(self.dtype)
@@ -252,5 +252,6 @@ class Network(nnx.Module):
                 keep = 1.0 - dense.dropout
                 mask = jax.random.bernoulli(jax.random.fold_in(key, i), keep, x.shape)
                 x = jnp.where(mask, x / keep, 0.0).astype(x.dtype)
-        outputs["z"] = unit_norm(self.head(x))
+        outputs["logits"] = self.head(x).astype(jnp.float32)
+        outputs["z"] = unit_norm(outputs["logits"])
         return outputs

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nat_jax.report.tables import TRAINED
+
 MetricsRow = dict[str, float]
 
 
@@ -129,11 +131,12 @@ def _with_ends(
     judged = {name for row in rows for name in row if name.startswith("eval/")}
     ends: dict[str, MetricsRow] = {
         "untrained": {"step": 0, "epoch": 0.0},
-        "nat": {"step": rows[-1]["step"], "epoch": rows[-1]["epoch"]},
+        "trained": {"step": rows[-1]["step"], "epoch": rows[-1]["epoch"]},
     }
     for row in table:
         name = f"eval/{row['features']}/{row['probe']}/{row['labels']}"
-        if row["network"] not in ends or name not in judged:
+        end = "trained" if row["network"] in TRAINED else row["network"]
+        if end not in ends or name not in judged:
             continue
         by_seed = {
             f"seed {seed}": value
@@ -141,5 +144,5 @@ def _with_ends(
         }
         value = by_seed.get(label) if label else row["mean"]
         if value is not None:
-            ends[row["network"]][name] = value
-    return [ends["untrained"], *rows, ends["nat"]] if judged else rows
+            ends[end][name] = value
+    return [ends["untrained"], *rows, ends["trained"]] if judged else rows

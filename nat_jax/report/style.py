@@ -62,8 +62,8 @@ table.results { width: 100%; font-size: 15px; }
 .results tr.group + tr td { border-top-color: transparent; }
 .results td.num, .results th.num { width: 23%; }
 .results td:first-child { color: var(--faint); }
-.results tr.nat td:nth-child(n + 2) { background: var(--tint); }
-.results tr.nat td:nth-child(2) { box-shadow: -8px 0 0 var(--tint); font-weight: 600; }
+.results tr.trained td:nth-child(n + 2) { background: var(--tint); }
+.results tr.trained td:nth-child(2) { box-shadow: -8px 0 0 var(--tint); font-weight: 600; }
 .results .best .mean { font-weight: 700; color: var(--accent); }
 .results .best .mean::after { content: " ★"; font-size: 10px; vertical-align: 2px; }
 .std, .gain { font-size: 12.5px; color: var(--faint); margin-left: 7px; }

@@ -5,8 +5,16 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-NETWORK_NAMES = {"raw pixels": "raw pixels", "untrained": "untrained", "nat": "NAT"}
-PROBE_NAMES = {"knn": "kNN", "linear_probe": "linear", "mlp_probe": "MLP"}
+NETWORK_NAMES = {
+    "raw pixels": "raw pixels",
+    "untrained": "untrained",
+    "nat": "NAT",
+    "supervised_square": "supervised, square loss",
+    "supervised_softmax": "supervised, softmax",
+}
+PROBE_NAMES = {"own": "own", "knn": "kNN", "linear_probe": "linear", "mlp_probe": "MLP"}
+
+TRAINED = ("nat", "supervised_square", "supervised_softmax")
 
 Row = Mapping[str, Any]
 
@@ -110,7 +118,7 @@ def _column(rows: Mapping[tuple[str, str], Row | None]) -> dict[tuple[str, str],
         if row is None:
             cells[line] = None
             continue
-        base = rows.get((line[0], "untrained")) if line[1] == "nat" else None
+        base = rows.get((line[0], "untrained")) if line[1] in TRAINED else None
         std = row.get("std")
         # Without a network most probes do not depend on the seed: "± 0.0" would say nothing.
         settled = line[1] == "raw pixels" and std is not None and std < 1e-12
@@ -179,7 +187,7 @@ def html_table(rows: Sequence[Row]) -> str:
                 layer,
             )  # once, on its first line
             body.append(
-                f'<tr class="{"nat" if line.network == "nat" else "base"}"><td>{shown}</td>'
+                f'<tr class="{"trained" if line.network in TRAINED else "base"}"><td>{shown}</td>'
                 f"<td>{_escape(network_name(line.network))}</td>"
                 + "".join(_html_cell(cell) for cell in line.cells)
                 + "</tr>"
@@ -221,14 +229,15 @@ def _note(table: Table) -> str:
 def outcome(rows: Sequence[Row]) -> str:
     """Say in one or two sentences what came of training, better or not.
 
-    The first sentence is about kNN on z with all labels, or the first trained row where there is
-    none; the second counts all comparisons with the untrained network.
+    The first sentence is about a supervised network's own decisions, else kNN on z with all labels,
+    or the first trained row where there is neither; the second counts all comparisons with the
+    untrained network.
     """
-    trained = [row for row in rows if row["network"] == "nat"]
+    trained = [row for row in rows if row["network"] in TRAINED]
     if not trained:
         return "No trained network was judged."
-    wanted = [r for r in trained if (r["features"], r["probe"], r["labels"]) == ("z", "knn", "all")]
-    row = (wanted or trained)[0]
+    all_of_z = {r["probe"]: r for r in trained if (r["features"], r["labels"]) == ("z", "all")}
+    row = all_of_z.get("own") or all_of_z.get("knn") or trained[0]
 
     def same(features: str, network: str) -> str | None:
         for other in rows:
@@ -242,20 +251,21 @@ def outcome(rows: Sequence[Row]) -> str:
     said = f"{probe_name(row['probe'])} on {row['features']}"
     said += "" if row["labels"] == "all" else f" with {labels_title(row['labels'])}"
     said += f": {untrained} % untrained → " if untrained else ": "
-    said += f"{100 * row['mean']:.1f} % NAT" + (f" (raw pixels {pixels} %)" if pixels else "") + "."
-    return " ".join([said, *_counted(rows)])
+    name = network_name(row["network"])
+    said += f"{100 * row['mean']:.1f} % {name}" + (f" (raw pixels {pixels} %)" if pixels else "")
+    return " ".join([said + ".", *_counted(rows, name)])
 
 
-def _counted(rows: Sequence[Row]) -> list[str]:
+def _counted(rows: Sequence[Row], name: str) -> list[str]:
     gains = [cell.gain for cell in arrange(rows).cells if cell.gain is not None]
     if len(gains) < 2:
         return []
     better = sum(gain > 0 for gain in gains)
     if better == len(gains):
-        return [f"NAT is above the untrained network in all {better} comparisons."]
+        return [f"{name} is above the untrained network in all {better} comparisons."]
     if not better:
-        return [f"NAT is not above the untrained network in any of {len(gains)}."]
-    return [f"NAT is above the untrained network in {better} of {len(gains)} comparisons."]
+        return [f"{name} is not above the untrained network in any of {len(gains)}."]
+    return [f"{name} is above the untrained network in {better} of {len(gains)} comparisons."]
 
 
 def probe_name(probe: str) -> str:
