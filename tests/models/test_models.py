@@ -79,7 +79,8 @@ def test_unit_norm_of_zero_has_a_finite_gradient():
 def test_features_have_unit_norm_and_layers_their_names(images):
     model = small(fc_width=12)
     outputs, _ = model.apply(*model.init(jax.random.key(0)), images)
-    assert tuple(outputs) == model.layer_names == ("conv1", "conv2", "fc3", "z")
+    assert model.layer_names == ("conv1", "conv2", "fc3", "z")
+    assert tuple(outputs) == ("conv1", "conv2", "fc3", "logits", "z")
     assert outputs["conv2"].shape == (6, 4, 4, 8)
     assert outputs["z"].dtype == jnp.float32
     np.testing.assert_allclose(np.linalg.norm(outputs["z"], axis=1), 1, atol=1e-6)
