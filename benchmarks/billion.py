@@ -5,18 +5,22 @@
 The images are noise and the network is tiny. What is real is all that grows with the data set: a
 permutation of a billion int32 entries, sharded over the devices and donated from step to step, and
 targets of which no row is stored. Each batch holds distinct images, drawn at random. Prints the
-time of a step, plain and matching; the most memory that the process needed; and what the check of
-a checkpoint's permutation takes. The exit status is 1 if
+time of a step, plain and matching; the most memory that the process needed; what the check of a
+checkpoint's permutation takes; and how long the state takes to a disk and back. The exit status is
+1 if
 
 * an array in a compiled step is larger than a device's share of the permutation,
 * the images that were touched do not own the same rows among them as before,
 * the whole is no longer a permutation,
+* a checkpoint brings back another one,
 * or the process needed 14 GB or more.
 
-With smaller --records it does the same in seconds; several are run one after the other.
+With smaller --records it does the same in seconds; several are run one after the other. The
+checkpoint, 4 bytes an image, is written to --scratch and removed.
 """
 
 import argparse
+import dataclasses
 import datetime
 import importlib.metadata
 import json
@@ -26,6 +30,7 @@ import re
 import resource
 import statistics
 import sys
+import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -43,6 +48,7 @@ import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
 from nat_jax import models, optim, permutation, sharding, targets  # noqa: E402
+from nat_jax.checkpoint import Checkpoints  # noqa: E402
 from nat_jax.placement import compile_step  # noqa: E402
 from nat_jax.train_step import Step, TrainState, create_state, state_shardings  # noqa: E402
 
@@ -131,7 +137,39 @@ def timed(function: Callable[..., Any], *arguments: Any) -> tuple[Any, float, in
     return result, seconds, most
 
 
-def measure(records: int, steps: int) -> dict:
+def to_disk_and_back(step: Step, state: TrainState, scratch: Path | None) -> dict:
+    """Save a state and restore it; deletes its permutation in between.
+
+    Returns:
+        The seconds that training stands still for a save, those until it is on disk, those of
+        restoring; the bytes on disk; and whether another permutation came back.
+    """
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        checkpoints, path = Checkpoints(Path(folder)), Path(folder)
+        expected = permutation.checksum(state.assignment)
+        begin = time.perf_counter()
+        checkpoints.save(1, state, {})
+        standing = time.perf_counter() - begin
+        checkpoints.wait()
+        saving = time.perf_counter() - begin
+        size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+        state.assignment.delete()
+        begin = time.perf_counter()
+        restored, _ = checkpoints.restore(
+            sharding.abstract(state, state_shardings(step)), expect={}
+        )
+        restoring = time.perf_counter() - begin
+        checkpoints.close()
+    return {
+        "seconds_standing_still": round(standing, 2),
+        "seconds_to_save": round(saving, 2),
+        "seconds_to_restore": round(restoring, 2),
+        "bytes": size,
+        "another_came_back": permutation.checksum(restored.assignment) != expected,
+    }
+
+
+def measure(records: int, steps: int, scratch: Path | None) -> dict:
     """Run steps, every second one matching, and check what they leave."""
     step, length = make_step(records)
     noise, _ = targets.make_targets("sphere", records, DIM, jax.random.key(2), storage="virtual")
@@ -172,12 +210,16 @@ def measure(records: int, steps: int) -> dict:
         faults.append("no image moved")
     if flaw := permutation.flaw(state.assignment):
         faults.append(f"not a permutation: {flaw}")
-    del state
+    state.assignment.delete()
     rows = scattered(length, step)
     flaw, checking, checking_bytes = timed(permutation.flaw, rows)
     if flaw:
         faults.append(f"a permutation is taken for none: {flaw}")
     _, summing, summing_bytes = timed(permutation.checksum, rows)
+    checked = peak()
+    kept = to_disk_and_back(step, dataclasses.replace(state, assignment=rows), scratch)
+    if kept.pop("another_came_back"):
+        faults.append("a checkpoint brought back another permutation")
     if (most := peak()) >= MOST_BYTES:
         faults.append(f"{most / 1e9:.1f} GB")
     return {
@@ -196,9 +238,10 @@ def measure(records: int, steps: int) -> dict:
             for name, each in seconds.items()
         },
         "program_bytes_a_device": memory,
-        "peak_bytes": {"created": created, "ran": ran, "checked": most},
+        "peak_bytes": {"created": created, "ran": ran, "checked": checked, "restored": most},
         "check": {"seconds": round(checking, 2), "bytes": checking_bytes},
         "checksum": {"seconds": round(summing, 2), "bytes": summing_bytes},
+        "checkpoint": kept,
         "faults": faults,
     }
 
@@ -211,10 +254,15 @@ def show(row: dict) -> None:
         f"matching {match:.1f} ms; {row['images_moved']:,} of {row['images_touched']:,} touched "
         f"images moved\n"
         f"  memory at most {row['peak_bytes']['ran'] / 1e9:.2f} GB, "
-        f"{row['peak_bytes']['checked'] / 1e9:.2f} GB with the check\n"
+        f"{row['peak_bytes']['checked'] / 1e9:.2f} GB with the check, "
+        f"{row['peak_bytes']['restored'] / 1e9:.2f} GB with a checkpoint\n"
         f"  a permutation: {row['check']['seconds']:.1f} s and "
         f"{row['check']['bytes'] / 1e6:.0f} MB to prove; its checksum: "
-        f"{row['checksum']['seconds']:.1f} s and {row['checksum']['bytes'] / 1e6:.0f} MB",
+        f"{row['checksum']['seconds']:.1f} s and {row['checksum']['bytes'] / 1e6:.0f} MB\n"
+        f"  a checkpoint of {row['checkpoint']['bytes'] / 1e9:.2f} GB: "
+        f"{row['checkpoint']['seconds_standing_still']:.1f} s of standing still, saved after "
+        f"{row['checkpoint']['seconds_to_save']:.1f} s, restored in "
+        f"{row['checkpoint']['seconds_to_restore']:.1f} s",
         flush=True,
     )
     for fault in row["faults"]:
@@ -226,11 +274,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--records", type=int, nargs="+", default=[10**7, 10**8, 10**9])
     parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--scratch", type=Path, help="where checkpoints go, 4 bytes an image")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     rows = []
     for records in sorted(arguments.records):  # the peak is that of the process
-        rows.append(measure(records, arguments.steps))
+        rows.append(measure(records, arguments.steps, arguments.scratch))
         show(rows[-1])
     if arguments.output:
         result = {

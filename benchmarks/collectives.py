@@ -187,7 +187,7 @@ def measure(given: Problem, *, reassign: bool, apart: dict[str, str] | None = No
 
     Of each program: the collectives as they are joined, the bytes that a device needs and those
     that its operations touch, and the floating-point operations of all devices, where JAX knows
-    them (on CPUs and TPUs).
+    them (on CPUs).
 
     Args:
         given: the step.

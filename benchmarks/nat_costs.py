@@ -37,8 +37,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from nat_jax import assign, input_pipeline, preprocess, sharding
-from nat_jax import config as configs
+from nat_jax import assign, config_files, input_pipeline, preprocess, sharding
 from nat_jax.image_reader import ImageCache
 from nat_jax.placement import compile_step
 from nat_jax.run import Run, initial_state, open_sources, set_up
@@ -163,7 +162,7 @@ def write(
 
 def make_config(arguments: argparse.Namespace) -> ConfigDict:
     """Return the data set's config, as long as was asked for."""
-    config = runpy.run_path(str(configs.packaged() / f"{arguments.data}.py"))["get_config"]()
+    config = runpy.run_path(str(config_files.packaged() / f"{arguments.data}.py"))["get_config"]()
     config.data.source = arguments.source
     config.epochs = arguments.epochs or config.epochs
     return config

@@ -30,8 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nat_jax import assign
-from nat_jax import config as configs
+from nat_jax import assign, config_files
 from nat_jax.evaluate import judge
 from nat_jax.metrics import read_rows
 from nat_jax.records import open_source
@@ -72,7 +71,7 @@ def command(arm: str, source: str, folder: Path, arguments: argparse.Namespace) 
     """Return an arm's command line, its config file written."""
     solver, options = ARMS[arm]
     file = folder / f"{name_of(arm)}.py"
-    path = str(configs.packaged() / "fashion_mnist.py")
+    path = str(config_files.packaged() / "fashion_mnist.py")
     file.write_text(_CONFIG.format(path=path, options=options))
     return [
         sys.executable,

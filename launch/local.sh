@@ -19,6 +19,10 @@ processes=${PROCESSES:-2}
 port=${PORT:-8476}
 python=${PYTHON:-python}
 
+if ! [[ $processes =~ ^[1-9][0-9]*$ ]]; then
+  echo "local.sh: PROCESSES: expected a number from 1 on; got '$processes'" >&2
+  exit 2
+fi
 pids=()
 interrupted=0
 # shellcheck disable=SC2329 # the trap calls it

@@ -2,7 +2,7 @@
 # Train on all workers of a Cloud TPU pod.
 #
 #     export TPU=my-v5e-64 ZONE=us-west4-a
-#     launch/tpu_pod.sh install                                  # this checkout, on every worker
+#     launch/tpu_pod.sh install                                  # this commit, on every worker
 #     launch/tpu_pod.sh run --config=configs/alexnet.py --workdir=/shared/runs/alexnet
 #     launch/tpu_pod.sh log                                      # of worker 0, as it grows
 #     launch/tpu_pod.sh stop                                     # save and end; `run` goes on
@@ -40,17 +40,26 @@ on() { # WORKER COMMAND
   do_it gcloud compute tpus tpu-vm ssh "$TPU" "${where[@]}" --worker="$1" --command="$2"
 }
 
+# On a worker, where these are expanded: there is no program yet; it has not ended at once, as after
+# a mistake.
+# shellcheck disable=SC2016
+free='{ ! kill -0 "$(cat nat_jax.pid 2> /dev/null)" 2> /dev/null || { echo "it is running; stop it first"; exit 1; }; }'
+# shellcheck disable=SC2016
+alive='for _ in {1..20}; do sleep 1; kill -0 $! 2> /dev/null || { wait $!; code=$?; tail nat_jax.log; exit $code; }; done'
+
 case $verb in
   install)
     here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
     archive=${TMPDIR:-/tmp}/nat_jax.tar.gz
+    git -C "$here" diff --quiet HEAD || echo "tpu_pod.sh: what is not committed is left out" >&2
     do_it git -C "$here" archive --format=tar.gz --prefix=nat_jax/ --output="$archive" HEAD
     do_it gcloud compute tpus tpu-vm scp "$archive" "$TPU:nat_jax.tar.gz" "${where[@]}" --worker=all
     on all 'tar xzf nat_jax.tar.gz && python3 -m venv nat_jax_env && nat_jax_env/bin/pip install -q ./nat_jax[tpu]'
     ;;
   run)
+    [[ $# -gt 0 ]] || usage
     arguments=$(printf '%q ' "$@")
-    on all "nohup nat_jax_env/bin/python -m nat_jax.main $arguments> nat_jax.log 2>&1 < /dev/null & echo \$! > nat_jax.pid"
+    on all "$free && { nohup nat_jax_env/bin/python -m nat_jax.main $arguments> nat_jax.log 2>&1 < /dev/null & echo \$! > nat_jax.pid; } && $alive"
     ;;
   log)
     on 0 'tail -n 100 -f nat_jax.log'

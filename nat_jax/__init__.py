@@ -8,7 +8,7 @@ jax and numpy only.
 """
 
 import importlib
-from types import ModuleType
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -18,10 +18,12 @@ _SUBMODULES = frozenset(
         "checkpoint",
         "config",
         "evaluate",
+        "export",
         "input_pipeline",
         "losses",
         "metrics",
         "models",
+        "network",
         "optim",
         "preemption",
         "preprocess",
@@ -35,12 +37,14 @@ _SUBMODULES = frozenset(
     }
 )
 
-__all__ = ["__version__", *sorted(_SUBMODULES)]
+__all__ = ["__version__", "load", *sorted(_SUBMODULES)]
 
 
-def __getattr__(name: str) -> ModuleType:
+def __getattr__(name: str) -> Any:
     if name in _SUBMODULES:
         return importlib.import_module(f"nat_jax.{name}")
+    if name == "load":
+        return importlib.import_module("nat_jax.export").load
     raise AttributeError(f"module 'nat_jax' has no attribute {name!r}")
 
 

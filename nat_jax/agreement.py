@@ -43,7 +43,8 @@ def check_same(values: Mapping[str, Any], hint: str) -> None:
     """Check that all processes have equal values.
 
     Args:
-        values: what JSON can hold, by the name that the message gives it.
+        values: what JSON can hold, by the name that the message gives it. Of a mapping with
+            strings as keys the message names the first key whose values differ.
         hint: what to do about a difference.
 
     Raises:
@@ -51,17 +52,42 @@ def check_same(values: Mapping[str, Any], hint: str) -> None:
     """
     if jax.process_count() == 1:
         return
+    name, others = _first_that_differs(values)
+    if name is None:
+        return
+    value = values[name]
+    if isinstance(value, Mapping):
+        keys = {key: value.get(key) for key in _of_process_0(sorted(value))}
+        # the keys themselves come last: where no value differs, some process has more of them
+        name, others = _first_that_differs({**keys, f"keys of {name}": sorted(value)})
+        assert name is not None
+        value = keys.get(name, sorted(value))
+    count = jax.process_count()
+    raise Disagreement(
+        f"{name}: process{'es' if len(others) > 1 else ''} {_listed(others)} of {count} "
+        f"differ{'' if len(others) > 1 else 's'} from process 0; here it is "
+        f"{_short(json.dumps(value, sort_keys=True))}. {hint}"
+    )
+
+
+def _first_that_differs(values: Mapping[str, Any]) -> tuple[str | None, list[int]]:
+    """Return the first name whose value is not the same everywhere, and where it is another."""
     texts = [json.dumps(value, sort_keys=True) for value in values.values()]
     mine = [np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint32) for text in texts]
     every = np.asarray(multihost_utils.process_allgather(np.stack(mine)))
     for number, name in enumerate(values):
-        other = [p for p in range(len(every)) if (every[p, number] != every[0, number]).any()]
-        if other:
-            raise Disagreement(
-                f"{name}: process{'es' if len(other) > 1 else ''} {_listed(other)} of "
-                f"{len(every)} differ{'' if len(other) > 1 else 's'} from process 0; here it is "
-                f"{_short(texts[number])}. {hint}"
-            )
+        others = [p for p in range(len(every)) if (every[p, number] != every[0, number]).any()]
+        if others:
+            return name, others
+    return None, []
+
+
+def _of_process_0(names: list[str]) -> list[str]:
+    """Return process 0's strings to all."""
+    mine = np.frombuffer(json.dumps(names).encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(mine.size)))
+    text = multihost_utils.broadcast_one_to_all(np.resize(mine, length))
+    return json.loads(np.asarray(text).tobytes())
 
 
 def check_shared(folder: Path) -> None:

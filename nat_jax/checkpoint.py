@@ -61,13 +61,14 @@ class Checkpoints:
     Every process of a run makes the same calls in the same order.
     """
 
-    def __init__(self, directory: Path, *, keep: int = 2) -> None:
+    def __init__(self, directory: Path, *, keep: int = 2, read_only: bool = False) -> None:
         """Open a folder of checkpoints; create it, and remove what killed saves left in it.
 
         Args:
             directory: where the checkpoints live; made absolute here.
             keep: how many of the newest to keep; an older one goes only when a newer one is
                 complete. From 2 on, a damaged newest checkpoint is not the end of the run.
+            read_only: touch nothing: another process may be training here.
 
         Raises:
             ValueError: if ``keep`` is less than 1.
@@ -76,10 +77,13 @@ class Checkpoints:
         if keep < 1:
             raise ValueError(f"checkpoint.keep: expected at least 1; got {keep}")
         self._directory = Path(directory).absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else keep, create=not read_only
+        )
         try:
-            self._directory.mkdir(parents=True, exist_ok=True)
-            if jax.process_index() == 0:
+            if not read_only:
+                self._directory.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0 and not read_only:
                 for leftover in self._directory.glob(_LEFTOVERS):
                     shutil.rmtree(leftover)
             self._manager = _Manager(self._directory, options=options)
@@ -184,6 +188,35 @@ class Checkpoints:
             "disk; restore the files from a copy, or start again with another workdir"
         )
 
+    def restore_parts(self, abstract: Mapping[str, PyTree]) -> tuple[Any, int, dict[str, Any]]:
+        """Restore some parts of the newest good state, and change nothing on disk.
+
+        Args:
+            abstract: by their names at the state's top level, pytrees with a
+                ``jax.ShapeDtypeStruct`` at every leaf, whose sharding says where it shall live.
+
+        Returns:
+            The parts by name, the step they were saved at, and the ``meta`` saved with them.
+
+        Raises:
+            CheckpointError: there is no checkpoint, none is good, or the newest readable one has
+                other shapes.
+        """
+        reasons = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                record = self._read_record(step)
+                parts = tuple(f"{name}/" for name in abstract)
+                saved = {n: leaf for n, leaf in record["leaves"].items() if n.startswith(parts)}
+                self._check_leaves(step, saved, _named_leaves(abstract))
+                state = self._read_state(step, {**record, "leaves": saved}, abstract, partial=True)
+            except _Damaged as error:
+                logger.warning("%s; trying an older one", error)
+                reasons.append(str(error))
+                continue
+            return state, step, record["meta"]
+        raise CheckpointError("; ".join(reasons) or f"no checkpoint in {self._directory}")
+
     def digests(self) -> dict[str, str]:
         """Return a digest of every leaf of the newest checkpoint, by the leaf's name.
 
@@ -233,12 +266,16 @@ class Checkpoints:
             )
         return item["record"]
 
-    def _read_state(self, step: int, record: dict[str, Any], abstract_state: PyTree) -> PyTree:
+    def _read_state(
+        self, step: int, record: dict[str, Any], abstract_state: PyTree, *, partial: bool = False
+    ) -> PyTree:
         state = reason = None
+        how: ocp.args.CheckpointArgs = ocp.args.StandardRestore(abstract_state)
+        if partial:
+            places = ocp.checkpoint_utils.construct_restore_args(abstract_state)
+            how = ocp.args.PyTreeRestore(abstract_state, restore_args=places, partial_restore=True)
         try:
-            state = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract_state))
-            ).state
+            state = self._manager.restore(step, args=ocp.args.Composite(state=how)).state
         except Exception as error:
             reason = f"its arrays are unreadable ({_first_line(error)})"
         self._raise_damaged(step, reason)  # the processes look at what they read together, or not
@@ -246,7 +283,7 @@ class Checkpoints:
         for name, saved in record["leaves"].items():
             if _digest(name, leaves[name]) != saved["digest"]:
                 reason = f"{name!r} does not match its checksum"
-        if flaw := permutation.flaw(leaves["assignment"]):
+        if not partial and (flaw := permutation.flaw(leaves["assignment"])):
             reason = f"'assignment' is not a permutation: {flaw}"
         self._raise_damaged(step, reason)
         return state

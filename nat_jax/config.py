@@ -8,12 +8,13 @@ import importlib.util
 import inspect
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
 from nat_jax import assign, losses, optim, preprocess, sharding, targets
+from nat_jax.records import SPLITS
+from nat_jax.setting_checks import at_least, check_eval, one_of
 
 LABELS_ALL = 0
 
@@ -24,6 +25,7 @@ def default() -> ConfigDict:
     """Return the defaults: the paper's method on the digits that ship with scikit-learn."""
     c = ConfigDict()
     c.task = "pretrain"
+    c.network = ""  # for other tasks: "" the workdir's | untrained | folder of a bundle or a run
     c.seeds = (0,)  # one independent run each; several share one table (mean and deviation)
     c.epochs = 0.0  # length of the run; exactly one of epochs and steps, the other 0
     c.steps = 0
@@ -62,7 +64,7 @@ def default() -> ConfigDict:
     c.assign.solver = "auction"
     c.assign.reassign_every_epochs = 3  # epochs 0, 3, 6, ... re-match every batch
     c.assign.block = config_dict.placeholder(int)  # images matched together; None: the whole batch
-    c.assign.placement = "auto"  # who solves: device | host | auto (the host beside TPUs)
+    c.assign.placement = "auto"  # who solves: device | host | auto (the host beside GPUs, TPUs)
     c.assign.storage = "auto"  # the permutation: replicated | sharded | auto (sharded from 2**24)
     c.assign.options = ConfigDict()  # arguments of the solver, for instance eps
 
@@ -86,14 +88,26 @@ def default() -> ConfigDict:
     c.eval.train_source = ""  # probes learn on this source's train split; "": eval.source
     c.eval.every_epochs = 0  # also judge during training; 0: at the end only
     c.eval.probes = ("knn", "linear_probe", "mlp_probe")
-    c.eval.layers = ("z", "last_conv")  # layer names; last_conv: the last convolution
+    c.eval.layers = ("z", "last_conv")  # names; last_conv: the last convolution; all: every layer
     c.eval.labels_per_class = (LABELS_ALL, 10)  # 0: all labels
     c.eval.max_train = 0  # records that probes learn on, drawn by seed; 0: all
-    c.eval.max_features = 9216  # wider conv maps are average-pooled to at most this many values
+    c.eval.max_features = 9600  # wider conv maps are average-pooled to at most this many values
     c.eval.batch_size = 256
     c.eval.knn_k = 20
+    c.eval.knn_ks = (1, 5, 10, 20, 50, 100, 200)  # that the task knn compares
+    c.eval.linear_fit = "auto"  # lbfgs | sgd | ridge | auto (lbfgs up to 2 GiB of features, or sgd)
     c.eval.mlp_width = 4096
     c.eval.mlp_epochs = 100
+    c.eval.mlp_init = "torch"  # the authors' code | gaussian (the paper's words)
+    c.eval.fresh_crops = True  # tasks mlp_probe, linear_probe by sgd: augment anew in each epoch
+    c.eval.ten_crops = "auto"  # test them on ten crops: on | off | auto (on with data.resize)
+    c.eval.few_labels = (0.01, 0.1, 10)  # task low_shot: shares below 1, else labels per class
+    c.eval.few_splits = (0, 1, 2)  # and the seeds of its subsets
+    c.eval.baselines = ("pixels",)  # raw pixels | patches (k-means), beside the untrained network
+    c.eval.patch_centroids = 1600
+    c.eval.beside = ()  # for tasks: folders of other runs or bundles to judge in the same way
+    c.eval.queries = 8  # test images of the task retrieval
+    c.eval.neighbours = 10  # and training images for each
 
     c.checkpoint = ConfigDict()
     c.checkpoint.every_epochs = 1.0  # exactly one of the two, the other 0
@@ -107,6 +121,15 @@ def default() -> ConfigDict:
     c.convert = ConfigDict()  # read by the task `convert` alone
     c.convert.to = ""  # the folder to write
     c.convert.shard_mb = 1024  # MiB in a shard, about
+
+    c.export = ConfigDict()  # read by the task `export` alone
+    c.export.to = ""  # the folder to write; "": bundle, in the workdir
+    c.export.program = True  # also a StableHLO program of eval.layers, which needs no nat_jax
+
+    c.features = ConfigDict()  # read by the task `features` alone
+    c.features.to = ""  # the folder to write; "": features, in the workdir
+    c.features.source = ""  # images to use; "": data.source
+    c.features.splits = ("train", "test")  # of that source
     c.lock()  # a misspelt key fails where it is set
     c.model.options.unlock()
     c.assign.options.unlock()
@@ -162,28 +185,6 @@ def to_dict(config: ConfigDict) -> dict[str, Any]:
     }
 
 
-def packaged() -> Path:
-    """Return the folder of the configs that come with the library.
-
-    Beside the package in a checkout, inside it where it was installed from a wheel.
-    """
-    inside = Path(__file__).parent / "configs"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
-
-
-def resolve_path(path: str) -> str:
-    """Return the config file to load: ``path`` if it exists, else the one that came with us.
-
-    ``configs/digits.py`` names the same file in a checkout and beside an installed wheel. A
-    ``:argument`` behind the file name is kept.
-    """
-    file, colon, argument = path.partition(":")
-    ours = packaged() / Path(file).name
-    if not Path(file).exists() and Path(file).parent == Path("configs") and ours.exists():
-        file = str(ours)
-    return f"{file}{colon}{argument}"
-
-
 def validate(config: ConfigDict, probes: Mapping[str, Any]) -> None:
     """Check everything that needs neither devices nor records.
 
@@ -195,38 +196,40 @@ def validate(config: ConfigDict, probes: Mapping[str, Any]) -> None:
         ValueError: one message for the first mistake: the key, what is expected, what it is.
     """
     _check_keys(config)
-    _one_of("assign.solver", config.assign.solver, assign.SOLVERS)
-    _one_of("assign.placement", config.assign.placement, ("auto", "device", "host"))
-    _one_of("assign.storage", config.assign.storage, sharding.STORAGES)
-    _one_of("targets.kind", config.targets.kind, targets.KINDS)
-    _one_of("targets.storage", config.targets.storage, targets.STORAGES)
-    _one_of("optim.schedule", config.optim.schedule, optim.SCHEDULES)
-    _one_of("optim.loss", config.optim.loss, losses.LOSSES)
+    if config.network and config.task == "pretrain":
+        raise ValueError(
+            f"network: expected nothing when training, which begins anew; got {config.network!r}"
+        )
+    if not config.features.splits:
+        raise ValueError("features.splits: expected at least one; got none")
+    for split in config.features.splits:
+        one_of("features.splits", split, SPLITS)
+    one_of("assign.solver", config.assign.solver, assign.SOLVERS)
+    one_of("assign.placement", config.assign.placement, ("auto", "device", "host"))
+    one_of("assign.storage", config.assign.storage, sharding.STORAGES)
+    one_of("targets.kind", config.targets.kind, targets.KINDS)
+    one_of("targets.storage", config.targets.storage, targets.STORAGES)
+    one_of("optim.schedule", config.optim.schedule, optim.SCHEDULES)
+    one_of("optim.loss", config.optim.loss, losses.LOSSES)
     if config.optim.loss == "softmax" and config.targets.kind != "labels":
         raise ValueError(
             "optim.loss: 'softmax' is for supervised training; expected targets.kind = 'labels', "
             f"got {config.targets.kind!r}"
         )
-    _one_of("data.on_bad_record", config.data.on_bad_record, ("grey", "error"))
-    _one_of("data.crop", config.data.crop, preprocess.CROPS)
-    _one_of("data.augment_on", config.data.augment_on, ("auto", "host", "device"))
-    for probe in config.eval.probes:
-        if "," in probe:
-            raise ValueError(
-                f"eval.probes: got {probe!r}; write several as "
-                "--config.eval.probes=\"('knn', 'linear_probe')\""
-            )
-        _one_of("eval.probes", probe, probes)
-    _at_least(config, 1, "batch_size", "data.image_size", "data.threads", "data.prefetch")
-    _at_least(config, 1, "data.views")
-    _at_least(config, 0, "data.workers")
+    one_of("data.on_bad_record", config.data.on_bad_record, ("grey", "error"))
+    one_of("data.crop", config.data.crop, preprocess.CROPS)
+    one_of("data.augment_on", config.data.augment_on, ("auto", "host", "device"))
+    flat = flatten(config)
+    check_eval(flat, probes)
+    at_least(flat, 1, "batch_size", "data.image_size", "data.threads", "data.prefetch")
+    at_least(flat, 1, "data.views")
+    at_least(flat, 0, "data.workers")
     if not config.data.timeout > 0:
         raise ValueError(f"data.timeout: expected seconds above 0; got {config.data.timeout}")
-    _at_least(config, 1, "assign.reassign_every_epochs", "checkpoint.keep", "log.every_steps")
-    _at_least(config, 1, "eval.batch_size", "eval.knn_k", "eval.mlp_width", "eval.mlp_epochs")
-    _at_least(config, 0, "data.resize", "data.pad", "eval.every_epochs", "eval.max_train")
-    _at_least(config, 0, "optim.momentum", "optim.weight_decay", "optim.gamma")
-    _at_least(config, 0, "optim.decay_start")
+    at_least(flat, 1, "assign.reassign_every_epochs", "checkpoint.keep", "log.every_steps")
+    at_least(flat, 0, "data.resize", "data.pad")
+    at_least(flat, 0, "optim.momentum", "optim.weight_decay", "optim.gamma")
+    at_least(flat, 0, "optim.decay_start")
     if not config.optim.learning_rate > 0 or not math.isfinite(config.optim.learning_rate):
         raise ValueError(
             f"optim.learning_rate: expected a positive number; got {config.optim.learning_rate}"
@@ -240,14 +243,6 @@ def validate(config: ConfigDict, probes: Mapping[str, Any]) -> None:
         or not all(0 <= seed < 2**32 for seed in config.seeds)
     ):
         raise ValueError(f"seeds: expected distinct integers in [0, 2**32); got {config.seeds}")
-    for key in ("layers", "probes", "labels_per_class"):
-        if not config.eval[key]:
-            raise ValueError(f"eval.{key}: expected at least one; got none")
-    if min(config.eval.labels_per_class) < 0:
-        raise ValueError(
-            f"eval.labels_per_class: expected 0 (all labels) or more; "
-            f"got {config.eval.labels_per_class}"
-        )
     if 0 < config.data.resize < config.data.image_size:
         raise ValueError(
             f"data.resize: expected 0 or at least data.image_size = {config.data.image_size}; "
@@ -262,6 +257,20 @@ def validate(config: ConfigDict, probes: Mapping[str, Any]) -> None:
             "log.tensorboard: needs tensorboardX, which is not installed: "
             "pip install 'nat_jax[tensorboard]', or set --config.log.tensorboard=False"
         )
+
+
+def model_arguments(config: ConfigDict) -> dict[str, Any]:
+    """Return what ``models.make_model`` takes, but for the platform, as JSON has it."""
+    settings = config.model
+    return {
+        "name": settings.name,
+        "dim": settings.dim,
+        "image_size": config.data.image_size,
+        "frontend": settings.frontend,
+        "dtype": settings.dtype,
+        "bn_groups": settings.bn_groups,
+        **to_dict(settings.options),
+    }
 
 
 def train_transform(config: ConfigDict) -> preprocess.Transform:
@@ -363,15 +372,3 @@ def _check_keys(config: ConfigDict) -> None:
             group = key.rpartition(".")[0]
             siblings = [k for k in known if k.rpartition(".")[0] == group]
             raise ValueError(f"config: unknown key {key!r}. Known there: {', '.join(siblings)}")
-
-
-def _one_of(key: str, value: Any, known: Any) -> None:
-    if value not in known:
-        raise ValueError(f"{key}: unknown {value!r}. Known: {', '.join(known)}")
-
-
-def _at_least(config: ConfigDict, least: int, *keys: str) -> None:
-    flat = flatten(config)
-    for key in keys:
-        if flat[key] < least:
-            raise ValueError(f"{key}: expected at least {least}; got {flat[key]}")

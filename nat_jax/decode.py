@@ -63,11 +63,11 @@ class Picture(Protocol):
         ...
 
 
-def open_picture(image: bytes | np.ndarray) -> Picture:
+def open_picture(image: bytes | np.ndarray | Image.Image) -> Picture:
     """Read the header of an image.
 
     Args:
-        image: an encoded file, or uint8 [H, W] or [H, W, 1|3|4] with values 0..255.
+        image: an encoded file; uint8 [H, W] or [H, W, 1|3|4] with values 0..255; or Pillow's.
 
     Raises:
         BadImage: it is not an image, has no pixels, or more than a file in good faith has
@@ -75,6 +75,9 @@ def open_picture(image: bytes | np.ndarray) -> Picture:
     """
     if isinstance(image, np.ndarray):
         return _Decoded(_from_array(image))
+    if isinstance(image, Image.Image):
+        with _refusing(b"of Pillow"):
+            return _Decoded(_to_rgb(image.copy(), _orientation(image.info.get("exif", b""))))
     if image[:2] == b"\xff\xd8":
         return _open_jpeg(image)
     with _refusing(image):

@@ -121,8 +121,8 @@ def _cluster(*, insist: bool) -> Any:
     # Not public in JAX, but the only way to learn the number of processes before connecting.
     from jax._src.clusters import ClusterEnv, K8sCluster
 
-    if not insist and _is_one_tpu_host():
-        return None
+    if not insist and (_is_one_tpu_host() or os.environ.get("SLURM_STEP_NUM_TASKS") == "1"):
+        return None  # SLURM_NTASKS, which JAX reads, is the job's also in a step of one task
     in_job = "JOB_COMPLETION_INDEX" in os.environ
     for cluster in ClusterEnv._cluster_types:
         if cluster is K8sCluster and not (in_job or insist):

@@ -14,7 +14,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from nat_jax import config as configs
-from nat_jax import distributed
+from nat_jax import config_files, distributed
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "What to run, e.g. configs/digits.py; change a key with --config.key=value."
@@ -62,10 +62,37 @@ def _convert(config: ConfigDict, workdir: Path) -> None:
     convert(config.data.source, config.convert.to, shard_mb=config.convert.shard_mb)
 
 
+def _export(config: ConfigDict, workdir: Path) -> None:
+    from nat_jax.export.task import export
+
+    print(f"bundle: {export(config, workdir)}")
+
+
+def _features(config: ConfigDict, workdir: Path) -> None:
+    from nat_jax import user_cache
+    from nat_jax.evaluate.write_features import write_features
+
+    user_cache.keep_programs()
+    print(f"features: {write_features(config, workdir)}")
+
+
+def _judge(config: ConfigDict, workdir: Path) -> None:
+    from nat_jax import user_cache
+    from nat_jax.evaluate.tasks import judge_task
+
+    user_cache.keep_programs()
+    print(f"result: {judge_task(config, workdir)}")
+
+
+_JUDGING = ("knn", "linear_probe", "mlp_probe", "low_shot", "retrieval", "filters")
+
 TASKS: dict[str, Callable[[ConfigDict, Path], None]] = {
     "pretrain": _pretrain,
     "report": _report,
     "convert": _convert,
+    "export": _export,
+    "features": _features,
+    **dict.fromkeys(_JUDGING, _judge),
 }
 
 
@@ -137,7 +164,7 @@ def _parse(argv: Sequence[str]) -> Sequence[str]:
     for at, argument in enumerate(arguments):
         if not argument.startswith(("--config=", "-config=")):
             continue
-        path = configs.resolve_path(argument.partition("=")[2])
+        path = config_files.resolve_path(argument.partition("=")[2])
         if not Path(path.partition(":")[0]).is_file():
             raise ValueError(f"--config: there is no file {path}. {_known_configs()}")
         arguments[at] = f"--config={path}"
@@ -170,7 +197,7 @@ def _unknown_key(arguments: Sequence[str], error: Exception) -> str:
 
 
 def _known_configs() -> str:
-    names = sorted(path.name for path in configs.packaged().glob("[!_]*.py"))
+    names = sorted(path.name for path in config_files.packaged().glob("[!_]*.py"))
     return f"Known: {', '.join(f'configs/{name}' for name in names)}, or a file of your own"
 
 

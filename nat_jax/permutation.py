@@ -191,11 +191,14 @@ def _gather(values: np.ndarray) -> np.ndarray:
 
 def _sum(values: np.ndarray) -> np.ndarray:
     """Add up each process's values, modulo the type's range."""
-    devices = [
-        next(device for device in jax.devices() if device.process_index == process)
-        for process in range(jax.process_count())
-    ]
-    mesh = Mesh(np.array(devices), ("process",), axis_types=(AxisType.Auto,))
+    # All devices take part, those of a process with the same values: some TPUs refuse a program on
+    # one device of each host.
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    mesh = Mesh(
+        np.array(devices).reshape(jax.process_count(), -1),
+        ("process", "local"),
+        axis_types=(AxisType.Auto, AxisType.Auto),
+    )
     stacked = jax.make_array_from_process_local_data(
         NamedSharding(mesh, P("process")), values[None]
     )

@@ -5,11 +5,13 @@ On the device a step is one program. On the host the solvers are the same ones o
 with the problems, ``behind`` begins with their solution. No callback is involved, and the network
 is run once. Each process solves a share of the blocks; a sum over all devices, of about 4 bytes an
 image, puts the shares together, so that every device gets the same rows even where the processors
-of two hosts round differently.
+of two hosts round differently. Were all costs exchanged and all blocks solved by every process, it
+would take longer from two blocks on (measured in docs/training.md).
 """
 
 import dataclasses
 import functools
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -39,6 +41,8 @@ from nat_jax.train_step import (
     write_down,
 )
 
+logger = logging.getLogger(__name__)
+
 # Metric of steps whose matching the host solved: the seconds of it.
 SOLVER_SECONDS = "time/solver_seconds"
 
@@ -48,21 +52,28 @@ Batch = Mapping[str, jax.Array]
 def resolve(placement: str, platform: str) -> str:
     """Return "device" or "host" for ``assign.placement`` on the devices of a platform.
 
+    "auto" is the host beside accelerators. There a round of an auction is a handful of small
+    operations that wait for each other, and there are a thousand of them in a problem of 256: tens
+    of milliseconds as launches on a GPU, by the arithmetic of docs/assignment.md, where a CPU takes
+    a few. Nobody has timed it on one. Without a CPU backend, which ``JAX_PLATFORMS`` can leave out,
+    it is the device.
+
     Raises:
         ValueError: the host shall solve, and JAX has no CPU backend.
     """
-    if placement == "auto":
-        # A search is no work for a TPU, and nobody has timed this one there.
-        placement = "host" if platform == "tpu" else "device"
-    if placement == "host":
-        try:
-            jax.local_devices(backend="cpu")
-        except RuntimeError as error:
-            raise ValueError(
-                f"assign.placement: the host cannot solve, as JAX has no CPU backend ({error}). "
-                f"Set JAX_PLATFORMS={platform},cpu or --config.assign.placement=device"
-            ) from error
-    return placement
+    if placement == "device" or (placement == "auto" and platform == "cpu"):
+        return "device"
+    try:
+        jax.local_devices(backend="cpu")
+    except RuntimeError as error:
+        if placement == "auto":
+            logger.info("the devices solve, as JAX has no CPU backend here (JAX_PLATFORMS)")
+            return "device"
+        raise ValueError(
+            f"assign.placement: the host cannot solve, as JAX has no CPU backend ({error}). "
+            f"Set JAX_PLATFORMS={platform},cpu or --config.assign.placement=device"
+        ) from error
+    return "host"
 
 
 @functools.cache

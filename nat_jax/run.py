@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -170,20 +169,7 @@ def _check_classes(config: ConfigDict, train: records.Source) -> None:
 
 def make_model(config: ConfigDict, platform: str) -> models.Model:
     """Return the config's network."""
-    options = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in config.model.options.items()
-    }
-    return models.make_model(
-        config.model.name,
-        dim=config.model.dim,
-        image_size=config.data.image_size,
-        frontend=config.model.frontend,
-        dtype=config.model.dtype,
-        platform=platform,
-        bn_groups=config.model.bn_groups,
-        **options,
-    )
+    return models.make_model(**configs.model_arguments(config), platform=platform)
 
 
 def place_images(run: Run) -> DeviceImages | None:
@@ -218,14 +204,10 @@ def initial_state(run: Run) -> TrainState:
 
     def create() -> TrainState:
         assignment = targets.initial_assignment(
-            run.config.targets.kind, number, jax.random.fold_in(key, 2)
+            run.config.targets.kind, number, jax.random.fold_in(key, 2), length=length
         )
-        padding = jnp.arange(number, length, dtype=jnp.int32)
         return create_state(
-            run.step.model,
-            run.step.optimizer,
-            jnp.concatenate([assignment, padding]),
-            jax.random.fold_in(key, 0),
+            run.step.model, run.step.optimizer, assignment, jax.random.fold_in(key, 0)
         )
 
     return jax.jit(create, out_shardings=state_shardings(run.step))()

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -62,17 +62,30 @@ def make_mesh(
             f"mesh: expected mesh.data * mesh.model to be the number of devices, {count}; got "
             f"{asked}. Set --config.mesh.data=-1 and a divisor of {count} as mesh.model"
         )
-    names, types = ("data", "model"), (AxisType.Auto, AxisType.Auto)
-    rows = jax.make_mesh((data, model), names, axis_types=types, devices=devices).devices
+    rows = np.array(_in_order(devices)).reshape(data, model)
     if any(len({device.process_index for device in row}) > 1 for row in rows):
         raise ValueError(
             "mesh.model: expected the devices along it to belong to one process, as each process "
-            f"has images of its own; got {asked}. Set mesh.model to a smaller number that divides "
-            "the devices of each process"
+            f"has images of its own; got {asked}. Set mesh.model to a divisor of the number of "
+            "devices of each process"
         )
-    # JAX follows the wiring. The batch shall be in one order, whichever process has which part.
-    order = np.argsort([row[0].process_index for row in rows], kind="stable")
-    return Mesh(rows[order], names, axis_types=types)
+    return Mesh(rows, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def _in_order(devices: Sequence[jax.Device]) -> list[jax.Device]:
+    """Order devices by their wiring, as JAX knows it for each TPU slice, and by process above all.
+
+    The batch is then in one order, whichever process has which part of it.
+    """
+    slices: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        slices.setdefault(getattr(device, "slice_index", None) or 0, []).append(device)
+    wired = [
+        d
+        for n in sorted(slices)
+        for d in mesh_utils.create_device_mesh((len(slices[n]),), slices[n])
+    ]
+    return sorted(wired, key=lambda device: device.process_index)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -198,17 +211,28 @@ def whole(tree: Any) -> Any:
 
 
 def _local_mesh() -> Mesh:
-    return Mesh(np.array(jax.local_devices()), ("data",), axis_types=(AxisType.Auto,))
+    """Return the devices that this process can use while the others do something else."""
+    devices = alone(jax.local_devices(), jax.process_count())
+    return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+
+
+def alone(devices: Sequence[jax.Device], processes: int) -> Sequence[jax.Device]:
+    """Return those of a process's devices that a program of its own can run on.
+
+    On part of a TPU pod it may have one chip only: the compiler refuses several, as their wiring is
+    shared with the rest.
+    """
+    return devices[:1] if processes > 1 and devices[0].platform == "tpu" else devices
 
 
 def on_local_devices(tree: Any) -> Any:
-    """Copy whole arrays onto every device of this process, for work it does alone."""
+    """Copy whole arrays onto the devices of this process, for work it does alone."""
     everywhere = NamedSharding(_local_mesh(), P())
     return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf), everywhere), tree)
 
 
 def local_batch(images: np.ndarray) -> jax.Array:
-    """Split a batch over this process's devices, or copy it to all where it does not divide."""
+    """Split a batch over this process's devices, or copy it to each where it does not divide."""
     mesh = _local_mesh()
     spec = P("data") if len(images) % mesh.size == 0 else P()
     return jax.device_put(images, NamedSharding(mesh, spec))

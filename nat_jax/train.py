@@ -4,7 +4,6 @@
 """
 
 import collections
-import dataclasses
 import logging
 import math
 import os
@@ -18,6 +17,7 @@ from ml_collections import ConfigDict
 from nat_jax import (
     agreement,
     checkpoint,
+    distributed,
     evaluate,
     input_pipeline,
     metrics,
@@ -29,12 +29,13 @@ from nat_jax import config as configs
 from nat_jax import workdir as workdirs
 from nat_jax.bad_records import BadRecords
 from nat_jax.evaluate import judge
+from nat_jax.export.loading import untrained_network
 from nat_jax.image_reader import ImageCache
+from nat_jax.network import Network
 from nat_jax.placement import SOLVER_SECONDS, compile_step
 from nat_jax.preemption import Preempted, StopOnSignal
 from nat_jax.run import (
     Run,
-    initial_state,
     make_model,
     open_sources,
     place_images,
@@ -118,6 +119,7 @@ def _train(run: Run, folder: Path, began: float) -> TrainState:
     checkpoints = checkpoint.Checkpoints(
         run.workdir / "checkpoints", keep=run.config.checkpoint.keep
     )
+    alone = False
     try:
         agreement.check_same(
             {"newest checkpoint": checkpoints.latest_step()},
@@ -134,20 +136,17 @@ def _train(run: Run, folder: Path, began: float) -> TrainState:
         if int(state.step) < run.total_steps:
             state = _Loop(run, checkpoints, began).run(state)
         return state
+    except Exception as error:
+        alone = distributed.lost_peer(error) is not None
+        raise
     finally:
-        checkpoints.close()
+        if not alone:  # a save that is under way would wait for the lost process
+            checkpoints.close()
 
 
-def _network(run: Run, state: TrainState) -> judge.Network:
+def _network(run: Run, state: TrainState) -> Network:
     """Return the network with its weights on the host; all processes must call this."""
-    return judge.Network(run.step.model, *sharding.whole((state.params, state.batch_stats)))
-
-
-def _untrained(run: Run) -> judge.Network:
-    """Make the network before its first step, on this process's devices alone."""
-    here = sharding.make_mesh(devices=jax.local_devices())
-    alone = dataclasses.replace(run, step=dataclasses.replace(run.step, mesh=here))
-    return _network(run, initial_state(alone))
+    return Network(run.step.model, *sharding.whole((state.params, state.batch_stats)))
 
 
 def _say_health(run: Run) -> None:
@@ -168,7 +167,7 @@ def _say_health(run: Run) -> None:
         logger.info("seed %d: %s", run.seed, sentence)
 
 
-def _judge_run(run: Run, step: int, trained: judge.Network) -> list[judge.Row]:
+def _judge_run(run: Run, step: int, trained: Network) -> list[judge.Row]:
     """Score raw pixels, the untrained and the trained network, and draw the pictures.
 
     What an earlier call found for the same weights under the same protocol is read back. Nothing
@@ -185,8 +184,8 @@ def _judge_run(run: Run, step: int, trained: judge.Network) -> list[judge.Row]:
         return saved["rows"]
     rows: list[judge.Row] = []
     if panel.has_labels:
-        rows += panel.pixels()
-        rows += panel.network(judge.UNTRAINED, _untrained(run))
+        rows += panel.baselines()
+        rows += panel.network(judge.UNTRAINED, untrained_network(run.config, run.seed))
         rows += panel.network(panel.trained, trained)
     else:
         logger.info("no labels: probes are skipped, neighbours are still drawn")
@@ -195,7 +194,7 @@ def _judge_run(run: Run, step: int, trained: judge.Network) -> list[judge.Row]:
     return rows
 
 
-def _draw(run: Run, panel: judge.Judge, network: judge.Network) -> None:
+def _draw(run: Run, panel: judge.Judge, network: Network) -> None:
     """Draw the first layer's filters and some test images' nearest neighbours."""
     folder = run.workdir / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
@@ -263,6 +262,8 @@ class _Loop:
                     state = self._dispatch(step, state, batch)
                     self._read(keep=_IN_FLIGHT)
                     state = self._after(step + 1, state, stop)
+                if asked := stop.asked():  # while the last step was saved
+                    raise Preempted(asked, run.total_steps)
         finally:
             batches.close()
             self._writer.close()
@@ -364,7 +365,7 @@ class _Loop:
             agreement.check_copies(state, f"step {done}")
             meta = {**run.identity(), "config": configs.to_dict(run.config)}
             self._checkpoints.save(done, state, meta)
-        if asked and not last:
+        if asked:
             self._checkpoints.wait()
             raise Preempted(asked, done)
         return state

@@ -324,7 +324,7 @@ def update(
     """
     function = losses.LOSSES[loss].function
     value, cotangent = jax.value_and_grad(function)(result.features, targets, weight)
-    (gradient,) = result.pullback(cotangent)
+    gradient, norm = optim.measured(*result.pullback(cotangent))
     optimizer = optim.make_optimizer(settings)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     new_state = dataclasses.replace(
@@ -336,7 +336,7 @@ def update(
     )
     metrics = {
         "train/loss": value,
-        "train/gradient_norm": optax.tree.norm(gradient),
+        "train/gradient_norm": norm,
         "train/learning_rate": jnp.asarray(optim.make_schedule(settings)(state.step), jnp.float32),
     }
     return new_state, metrics

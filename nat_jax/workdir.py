@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,17 @@ logger = logging.getLogger(__name__)
 
 # Groups that may differ when a workdir is used again: they change what is shown or kept, not what
 # is trained.
-FREE_GROUPS = ("checkpoint", "convert", "eval", "log", "mesh", "task")
+FREE_GROUPS = (
+    "checkpoint",
+    "convert",
+    "eval",
+    "export",
+    "features",
+    "log",
+    "mesh",
+    "network",
+    "task",
+)
 # Keys that may differ too: where the same data lies, how it is read, what ends a run, who solves.
 FREE_KEYS = (
     "assign.placement",
@@ -27,6 +38,9 @@ FREE_KEYS = (
     "data.augment_on",
     "data.on_bad_record",
 )
+# What a task that uses a finished run takes from its own command line; the rest is the run's.
+_ASKED = ("data.prefetch", "data.threads", "data.timeout", "data.workers", "network", "task")
+_ASKED_GROUPS = ("eval", "export", "features", "log")
 # Lengths may grow: "more epochs" extends a finished run.
 LENGTHS = ("epochs", "steps")
 
@@ -39,6 +53,40 @@ def training(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
         for key, value in flat.items()
         if key.split(".")[0] not in FREE_GROUPS and key not in FREE_KEYS
     }
+
+
+def of_run(saved: Mapping[str, Any], asked: ConfigDict) -> ConfigDict:
+    """Return the config of a task that uses a run.
+
+    Args:
+        saved: the run's config, as JSON has it: the model, the targets and the data.
+        asked: the command line's: the task, ``eval``, and how data is read.
+
+    Raises:
+        ValueError: the run has a key that this version does not know.
+    """
+    config = configs.default()
+    for key, value in configs.flatten(saved).items():
+        if key not in _ASKED and key.split(".")[0] not in _ASKED_GROUPS:
+            _put(config, key, value)
+    for key, value in configs.flatten(asked).items():
+        if key in _ASKED or key.split(".")[0] in _ASKED_GROUPS:
+            _put(config, key, value)
+    return config
+
+
+def _put(config: ConfigDict, key: str, value: Any) -> None:
+    """Set a flat key; a list becomes a tuple, as configs have them."""
+    group, _, last = key.rpartition(".")
+    node = config
+    for name in group.split(".") if group else ():
+        node = node[name]
+    if last not in node and node.is_locked:
+        raise ValueError(
+            f"config.json: unknown key {key!r}; the run was made by another version of nat_jax. "
+            "Use that one"
+        )
+    node[last] = tuple(value) if isinstance(value, list) else value
 
 
 def seed_folder(config: ConfigDict, workdir: Path, seed: int) -> Path:
@@ -54,6 +102,11 @@ def check(workdir: Path, config: ConfigDict) -> None:
     Raises:
         ValueError: see ``check_same_run``; or the folder cannot be used.
     """
+    if address := re.match(r"[a-z][a-z0-9+.-]+:/", str(workdir)):
+        raise ValueError(
+            f"--workdir: expected a folder; got {address[0]}/... To keep a run in a bucket, mount "
+            "it (Cloud Storage FUSE, for instance) and give the path of the mount"
+        )
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if not os.access(workdir, os.W_OK):

@@ -54,6 +54,28 @@ def test_the_first_difference_is_named(monkeypatch):
     )
 
 
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        (1, "b: process 1 of 3 differs from process 0; here it is 2."),
+        (2, "keys of config: process"),
+    ],
+)
+def test_of_a_mapping_the_key_is_named(monkeypatch, where, said):
+    calls = []
+
+    def change(every):
+        calls.append(every)
+        every[1, 0 if len(calls) == 1 else where] ^= 1
+        return every
+
+    Others(monkeypatch, change)
+    with pytest.raises(Disagreement) as caught:
+        agreement.check_same({"config": {"a": 1, "b": 2}, "data": "f00"}, "")
+    assert str(caught.value).startswith(said)
+    assert [len(every[0]) for every in calls] == [2, 3]
+
+
 def test_the_order_of_keys_does_not_matter(monkeypatch):
     seen = []
     Others(monkeypatch, lambda every: seen.append(every) or every)

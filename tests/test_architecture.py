@@ -16,22 +16,39 @@ LAYERS = (
         "agreement",
         "bad_records",
         "c_signals",
+        "config_files",
         "decode",
         "host_random",
         "permutation",
+        "setting_checks",
         "sharding",
         "user_cache",
         "work_log",
     },
     {"assign", "distributed", "losses", "models", "optim", "preprocess", "records", "targets"},
-    {"config", "image_reader", "preemption", "prefetch"},
-    {"checkpoint", "device_images", "export", "input_pipeline", "metrics", "train_step", "workdir"},
-    {"evaluate", "placement", "report"},
+    {"config", "image_reader", "network", "preemption", "prefetch"},
+    {"checkpoint", "device_images", "input_pipeline", "metrics", "train_step", "workdir"},
+    {"export", "report"},
+    {"evaluate", "placement"},
     {"run"},
     {"train"},
     {"main"},
 )
-SEES_CONFIG = {"config", "workdir", "evaluate.judge", "run", "train", "main"}
+SEES_CONFIG = {
+    "config",
+    "workdir",
+    "export.loading",
+    "export.task",
+    "evaluate.contenders",
+    "evaluate.judge",
+    "evaluate.retrieval",
+    "evaluate.scoring",
+    "evaluate.tasks",
+    "evaluate.write_features",
+    "run",
+    "train",
+    "main",
+}
 MAX_LINES = 400
 
 

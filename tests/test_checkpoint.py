@@ -299,6 +299,7 @@ def test_no_damaged_file_is_ever_restored_silently(folder: Path, tmp_path: Path)
     assert outcomes.count("1") >= 20  # fell back
 
 
+@pytest.mark.slow
 def test_without_the_digests_flipped_bits_would_pass(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 Google Cloud, a real SLURM and Kubernetes are not here: their programs are stood in for.
 """
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -10,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -93,8 +95,8 @@ def test_tpu_pod_runs_the_same_line_on_all_workers_and_stops_one():
     ssh = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", "pod", "--zone=z"]
     (run,) = dry_run("tpu_pod.sh", "run", *TRICKY, **place)
     assert run[:-1] == [*ssh, "--worker=all"]
-    remote = shlex.split(run[-1].removeprefix("--command=").partition(">")[0])
-    assert remote == ["nohup", "nat_jax_env/bin/python", "-m", "nat_jax.main", *TRICKY]
+    remote = shlex.split(run[-1].partition("nohup ")[2].partition(">")[0])
+    assert remote == ["nat_jax_env/bin/python", "-m", "nat_jax.main", *TRICKY]
     (stop,) = dry_run("tpu_pod.sh", "stop", **place, PROJECT="p")
     assert stop == [*ssh, "--project=p", "--worker=0", "--command=kill -TERM $(cat nat_jax.pid)"]
     archive, copy, install = dry_run("tpu_pod.sh", "install", **place)
@@ -102,6 +104,49 @@ def test_tpu_pod_runs_the_same_line_on_all_workers_and_stops_one():
     assert copy[4] == "scp" and copy[5] == archive[-2].removeprefix("--output=")
     assert install[:-1] == [*ssh, "--worker=all"]
     assert install[-1].endswith("pip install -q ./nat_jax[tpu]")
+
+
+def test_tpu_pod_tells_of_a_mistake_and_of_a_program_that_runs(tmp_path):
+    """Under a gcloud that runs here what it shall run on the workers."""
+    program = 'case "$3" in *good*) exec /bin/sleep 60;; *) echo "nat_jax: no"; exit 2;; esac'
+    scripts = {
+        "bin/gcloud": 'for a; do case $a in --command=*) exec bash -c "${a#*=}";; esac; done',
+        "bin/sleep": "exec /bin/sleep 0.05",
+        "nat_jax_env/bin/python": program,
+    }
+    for name, text in scripts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+
+    def on_pod(*arguments: str) -> tuple[int, str]:
+        place = {"TPU": "pod", "ZONE": "z", "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+        done = subprocess.run(
+            [LAUNCH / "tpu_pod.sh", *arguments],
+            env=environment(**place),
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        return done.returncode, done.stdout
+
+    assert on_pod("run", "--config=bad.py") == (2, "nat_jax: no\n")
+    assert on_pod("run", "--config=good.py")[0] == 0
+    pid = int((tmp_path / "nat_jax.pid").read_text())
+    try:
+        assert on_pod("run", "--config=good.py") == (1, "it is running; stop it first\n")
+        assert int((tmp_path / "nat_jax.pid").read_text()) == pid
+    finally:
+        assert on_pod("stop")[0] == 0
+    assert on_pod("run")[0] == 2  # without arguments it shows how it is used
+
+
+def test_local_wants_a_process_at_least():
+    done = subprocess.run(
+        [LAUNCH / "local.sh"], env=environment(PROCESSES="0"), capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "PROCESSES: expected a number from 1 on" in done.stderr
 
 
 def test_tpu_pod_without_a_name_says_what_is_missing():
@@ -275,11 +320,36 @@ with open(os.environ["STAND_IN"] + "/scontrol", "a") as file:
 }
 
 
+@pytest.fixture
+def launch():
+    """Return a function that starts a script; what is left of it in the end is killed."""
+    started = []
+
+    def start(command, variables, folder, output):
+        with output.open("w") as file:
+            process = subprocess.Popen(
+                command,
+                env=variables,
+                cwd=folder,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
 class Slurm:
     """Stands for SLURM on this host: two tasks a job, and a queue of one."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, launch: Callable[..., subprocess.Popen]):
+        self.folder, self._launch = folder, launch
         programs = folder / "bin"
         programs.mkdir(parents=True)
         for name, text in STAND_INS.items():
@@ -298,15 +368,8 @@ class Slurm:
 
     def start(self, *arguments: str) -> subprocess.Popen:
         (self.folder / "tasks").unlink(missing_ok=True)
-        self.output.write_text("")
-        with self.output.open("a") as file:
-            return subprocess.Popen(
-                [LAUNCH / "slurm.sbatch", *arguments],
-                env=self._environment,
-                cwd=self.folder,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-            )
+        command = [LAUNCH / "slurm.sbatch", *arguments]
+        return self._launch(command, self._environment, self.folder, self.output)
 
     def warn(self) -> None:
         """Send SIGTERM to the tasks, as --signal=TERM@300 does."""
@@ -319,23 +382,26 @@ class Slurm:
 
 
 def wait_for(output: Path, text: str, process: subprocess.Popen) -> None:
-    end = time.monotonic() + 180
+    end = time.monotonic() + 400
     while text not in output.read_text():
         assert process.poll() is None and time.monotonic() < end, output.read_text()
         time.sleep(0.05)
 
 
+STEPS = 600  # more than two processes do in the second that a signal may take to be seen
+
+
 def long_run(folder: Path) -> list[str]:
     images = write_images(folder / "images.npz")
     source = f"--config.data.source=arrays:{images}"
-    return [CONFIG, source, f"--workdir={folder / 'run'}", "--config.steps=300"]
+    return [CONFIG, source, f"--workdir={folder / 'run'}", f"--config.steps={STEPS}"]
 
 
 @pytest.mark.slow
-def test_a_slurm_job_that_runs_out_of_time_is_queued_again_and_finishes(tmp_path):
-    slurm, line = Slurm(tmp_path), long_run(tmp_path)
+def test_a_slurm_job_that_runs_out_of_time_is_queued_again_and_finishes(tmp_path, launch):
+    slurm, line = Slurm(tmp_path, launch), long_run(tmp_path)
     first = slurm.start(*line)
-    wait_for(slurm.output, "step 2/300", first)
+    wait_for(slurm.output, f"step 2/{STEPS}", first)
     slurm.warn()
     first.send_signal(signal.SIGTERM)  # the batch script may get one too
     assert first.wait(120) == 143, slurm.output.read_text()
@@ -343,15 +409,15 @@ def test_a_slurm_job_that_runs_out_of_time_is_queued_again_and_finishes(tmp_path
     second = slurm.start(*line)
     assert second.wait(300) == 0, slurm.output.read_text()
     assert "resumed" in slurm.output.read_text() and "report: " in slurm.output.read_text()
-    assert slurm.output.read_text().count("step 300/300") == 1
+    assert slurm.output.read_text().count(f"step {STEPS}/{STEPS}") == 1
     assert slurm.asked() == f"requeue {slurm.job}\n"
 
 
 @pytest.mark.slow
-def test_a_slurm_job_that_was_cancelled_or_is_wrong_is_not_queued_again(tmp_path):
-    slurm, line = Slurm(tmp_path), long_run(tmp_path)
+def test_a_slurm_job_that_was_cancelled_or_is_wrong_is_not_queued_again(tmp_path, launch):
+    slurm, line = Slurm(tmp_path, launch), long_run(tmp_path)
     job = slurm.start(*line)
-    wait_for(slurm.output, "step 2/300", job)
+    wait_for(slurm.output, f"step 2/{STEPS}", job)
     (slurm.folder / "state").write_text("COMPLETING")
     slurm.warn()
     assert job.wait(120) == 143, slurm.output.read_text()
@@ -361,7 +427,7 @@ def test_a_slurm_job_that_was_cancelled_or_is_wrong_is_not_queued_again(tmp_path
 
 
 @pytest.mark.slow
-def test_local_saves_on_sigterm_and_goes_on(tmp_path):
+def test_local_saves_on_sigterm_and_goes_on(tmp_path, launch):
     command = [LAUNCH / "local.sh", *long_run(tmp_path)]
     variables = environment() | {
         "PROCESSES": "2",
@@ -371,12 +437,9 @@ def test_local_saves_on_sigterm_and_goes_on(tmp_path):
     }
     output = tmp_path / "out"
     for signals, code in ((1, 143), (0, 0)):
-        with output.open("w") as file:
-            run = subprocess.Popen(
-                command, env=variables, cwd=tmp_path, stdout=file, stderr=subprocess.STDOUT
-            )
+        run = launch(command, variables, tmp_path, output)
         if signals:
-            wait_for(output, "step 2/300", run)
+            wait_for(output, f"step 2/{STEPS}", run)
             run.send_signal(signal.SIGTERM)
         assert run.wait(300) == code, output.read_text()
     assert "resumed" in output.read_text()

@@ -67,6 +67,18 @@ def test_momentum_and_weight_decay_follow_their_definition():
     np.testing.assert_allclose(params["bias"], bias, rtol=1e-6)
 
 
+def test_a_gradient_is_measured_without_a_change():
+    small, large = jax.random.normal(jax.random.key(0), (3,)), jnp.full((1024, 1024), 0.125)
+    gradient, norm = jax.jit(optim.measured)({"small": small, "large": large})
+    np.testing.assert_array_equal(gradient["small"], small)
+    np.testing.assert_array_equal(gradient["large"], large)
+    np.testing.assert_allclose(norm, optax.tree.norm([small, large]), rtol=1e-6)
+    broken = large.at[5, 7].set(jnp.nan)
+    gradient, norm = jax.jit(optim.measured)({"small": small, "large": broken})
+    assert np.isnan(norm) and np.isnan(gradient["large"]).all()
+    np.testing.assert_array_equal(gradient["small"], small)
+
+
 def test_equal_settings_share_one_optimizer():
     assert optim.make_optimizer(optim.Optimizer(0.3)) is optim.make_optimizer(optim.Optimizer(0.3))
     assert optim.make_optimizer(optim.Optimizer(0.3)) is not optim.make_optimizer(

@@ -32,7 +32,7 @@ DISTRIBUTIONS = {
 }
 
 # Needed by a dependency that does not declare it.
-ON_BEHALF = {"importlib-resources"}
+ON_BEHALF = {"flatbuffers", "importlib-resources"}
 
 EXTRAS = {"cuda12", "cuda13", "tpu", "fast", "tensorboard", "docs", "test"}
 

@@ -55,7 +55,7 @@ def test_first_assignment_is_a_permutation():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(kind="cube"), "targets.kind: expected one of sphere, basis; got 'cube'"),
+        (dict(kind="cube"), "targets.kind: expected one of sphere, basis, labels; got 'cube'"),
         (dict(storage="disk"), "targets.storage: expected one of auto, table, virtual"),
     ],
 )

@@ -340,6 +340,27 @@ def test_a_signal_saves_and_the_same_call_goes_on(finished, tmp_path, monkeypatc
     assert_same(state, train.train_and_evaluate(tiny(), tmp_path))
 
 
+@pytest.mark.parametrize("where", ["_dispatch", "_after"])
+def test_a_signal_at_the_last_step_is_not_lost(tmp_path, monkeypatch, where):
+    """The next seed, and judging, are for the next call."""
+    real = getattr(train._Loop, where)
+
+    def told(self, at, state, other):
+        result = real(self, at, state, other)
+        if at == (14 if where == "_dispatch" else 15):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Loop, where, told)
+        with pytest.raises(Preempted) as caught:
+            train.train_and_evaluate(tiny(seeds=(0, 1)), tmp_path)
+    assert caught.value.code == 143 and caught.value.step == 15
+    assert (tmp_path / "seed-0" / "checkpoints" / "15").is_dir()
+    assert not (tmp_path / "seed-0" / "judged.json").exists()
+    assert not (tmp_path / "seed-1").exists()
+
+
 def command(workdir, *changes):
     file = ROOT / "configs" / "smoke.py"
     return [

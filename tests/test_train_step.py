@@ -4,6 +4,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from scipy.optimize import linear_sum_assignment
 
@@ -197,6 +198,33 @@ def test_spread_measures_collapse(step, noise, state, batch):
     rows = jnp.arange(len(spread), dtype=jnp.int32)
     _, uniform = match(step, spread, noise.gather(rows), rows, jnp.ones(len(spread)))
     np.testing.assert_allclose(uniform["features/effective_rank"], D, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_largest_gradient_is_kept_once(noise, monkeypatch):
+    """The norm is taken before the update overwrites it; nothing says so where both just read."""
+    network = models.make_model(
+        "convnet", dim=D, image_size=16, frontend="rgb", widths=(4, 16), pools=1, fc_width=2048
+    )
+    step = Step(network, optim.Optimizer(0.1), sharding.make_mesh())
+    create = functools.partial(create_state, network, step.optimizer)
+    state = jax.eval_shape(lambda: create(jnp.arange(N, dtype=jnp.int32), jax.random.key(0)))
+    shapes = {"image": (B, 16, 16, 3), "index": (B,), "weight": (B,)}
+    types = {"image": np.uint8, "index": np.int32, "weight": np.float32}
+    batch = {k: jax.ShapeDtypeStruct(shapes[k], types[k]) for k in shapes}
+
+    def temporary(name: str) -> float:
+        def plain(*arguments):
+            return train_step(step, *arguments, reassign=False)
+
+        plain.__name__ = name  # or what is compiled for one would serve the other
+        compiled = jax.jit(plain, donate_argnums=0).lower(state, noise, batch).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    (largest,) = [leaf.size for leaf in jax.tree.leaves(state.params) if leaf.size >= 2**20]
+    assert temporary("measured") < 1.5 * 4 * largest
+    monkeypatch.setattr(optim, "measured", lambda gradient: (gradient, optax.tree.norm(gradient)))
+    assert temporary("only_read") > 2 * 4 * largest
 
 
 def test_equal_settings_compile_once(step):

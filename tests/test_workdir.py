@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 
 from nat_jax import config, workdir
@@ -13,6 +15,14 @@ def claimed(tmp_path, saved):
     workdir.write_json(tmp_path / "config.json", config.to_dict(saved))
     (tmp_path / "checkpoints" / "10").mkdir(parents=True)
     return tmp_path
+
+
+@pytest.mark.parametrize("address", ["gs://bucket/run", "s3:/bucket/run"])
+def test_an_address_is_no_folder(tmp_path, monkeypatch, address):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="--workdir: expected a folder; got .*mount it"):
+        workdir.check(Path(address), valid())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("change", ["eval.knn_k", "log.every_steps", "checkpoint.keep"])

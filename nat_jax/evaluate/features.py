@@ -1,13 +1,18 @@
 """Feature sets: what the probes read, and how they are cut out of a network's layers."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nat_jax.models.pooling import pool
+
 Apply = Callable[[np.ndarray], Mapping[str, jax.Array]]
+
+_CHECK_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +20,7 @@ class FeatureSet:
     """Features of some records and their labels.
 
     Attributes:
-        features: float32[N, F].
+        features: float32[N, F]; may be mapped from a file.
         labels: int32[N]; -1 for a record without a label.
     """
 
@@ -36,18 +41,37 @@ class FeatureSet:
     def __len__(self) -> int:
         return len(self.features)
 
+    def of(self, rows: np.ndarray) -> "FeatureSet":
+        """Return some of the records: rows int[n]."""
+        return FeatureSet(self.features[rows], self.labels[rows])
+
 
 def check_finite(features: np.ndarray, name: str) -> None:
     """Raise ValueError, naming how many, when float[N, F] holds NaN or infinite values."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        if np.isfinite(features.sum(axis=1)).all():  # one number per row decides the usual case
-            return
-    bad = ~np.isfinite(features)
-    if bad.any():
+    values = rows = 0
+    for part in row_chunks(features, _CHECK_BYTES):
+        with np.errstate(over="ignore", invalid="ignore"):
+            if np.isfinite(part.sum(axis=1)).all():  # one number per row decides the usual case
+                continue
+        bad = ~np.isfinite(part)
+        values, rows = values + int(bad.sum()), rows + int(bad.any(axis=1).sum())
+    if values:
         raise ValueError(
-            f"{name} features: expected finite values, got {bad.sum()} that are NaN or infinite, "
-            f"in {bad.any(axis=1).sum()} of {len(features)} rows; has training diverged?"
+            f"{name} features: expected finite values, got {values} that are NaN or infinite, "
+            f"in {rows} of {len(features)} rows; has training diverged?"
         )
+
+
+def row_chunks(array: np.ndarray, most_bytes: int) -> Iterator[np.ndarray]:
+    """Yield views of consecutive rows [n, F] of an array, mapped ones included, in order.
+
+    Args:
+        array: [N, F].
+        most_bytes: size of a chunk as float32, unless one row is larger.
+    """
+    step = max(1, most_bytes // (4 * max(1, array.shape[1])))
+    for start in range(0, len(array), step):
+        yield array[start : start + step]
 
 
 def check_sets(train: FeatureSet, test: FeatureSet, num_classes: int) -> None:
@@ -68,17 +92,33 @@ def check_sets(train: FeatureSet, test: FeatureSet, num_classes: int) -> None:
     if num_classes < 2:
         raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
     for name, data in (("train", train), ("test", test)):
-        outside = int(np.sum((data.labels < 0) | (data.labels >= num_classes)))
-        if outside:
-            raise ValueError(
-                f"{name} labels: expected 0..{num_classes - 1}, got {outside} of {len(data)} "
-                f"outside ({data.labels.min()}..{data.labels.max()}; -1 means unlabelled)"
-            )
+        check_labels(data.labels, num_classes, name)
         check_finite(data.features, name)
     if len(np.unique(train.labels)) < 2:
         raise ValueError(
             f"train labels: expected at least 2 classes, got only class {train.labels[0]}"
         )
+
+
+def check_labels(labels: np.ndarray, num_classes: int, name: str) -> None:
+    """Raise ValueError when int[n] holds anything but 0 .. num_classes - 1; -1 means no label."""
+    if unlabelled := int(np.sum(labels == -1)):
+        raise ValueError(
+            f"{name} labels: expected one for every record, {unlabelled} of {len(labels)} have "
+            "none (-1); leave these out, or give a source with labels"
+        )
+    if outside := int(np.sum((labels < 0) | (labels >= num_classes))):
+        raise ValueError(
+            f"{name} labels: expected 0..{num_classes - 1} for {num_classes} classes, got "
+            f"{outside} of {len(labels)} outside ({labels.min()}..{labels.max()})"
+        )
+
+
+def inverse_deviation(mean: jax.Array | np.ndarray, variance: jax.Array | np.ndarray) -> jax.Array:
+    """Return one over each feature's standard deviation, float32[F]; 0 for a constant feature."""
+    # What rounding alone leaves of a constant feature is no variance.
+    varies = variance > 1e-10 * jnp.square(mean)
+    return jnp.where(varies, 1.0 / jnp.sqrt(jnp.where(varies, variance, 1.0)), 0.0)
 
 
 def extract(apply: Apply, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, FeatureSet]:
@@ -95,24 +135,23 @@ def extract(apply: Apply, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[s
     Raises:
         ValueError: no record is left.
     """
+    return joined(extracted_rows(apply, batches))
+
+
+def joined(
+    parts: Iterable[tuple[Mapping[str, np.ndarray], np.ndarray]],
+) -> dict[str, FeatureSet]:
+    """Collect what `extracted_rows` yields.
+
+    Raises:
+        ValueError: no record is left.
+    """
     rows: dict[str, list[np.ndarray]] = {}
     labels: list[np.ndarray] = []
-
-    def collect(output: Mapping[str, jax.Array], batch: Mapping[str, np.ndarray]) -> None:
-        keep = np.asarray(batch["weight"]) > 0
-        labels.append(np.asarray(batch["label"], np.int32)[keep])
+    for output, kept in parts:
+        labels.append(kept)
         for layer, values in output.items():
-            flat = np.asarray(values, np.float32).reshape(len(keep), -1)
-            rows.setdefault(layer, []).append(flat[keep])
-
-    pending = None  # one batch computes on the device while the previous one is copied
-    for batch in batches:
-        output = apply(batch["image"])
-        if pending is not None:
-            collect(*pending)
-        pending = output, batch
-    if pending is not None:
-        collect(*pending)
+            rows.setdefault(layer, []).append(values)
     if not sum(map(len, labels)):
         raise ValueError("no features to extract: the batches hold no record of weight 1")
     all_labels = np.concatenate(labels)
@@ -120,44 +159,33 @@ def extract(apply: Apply, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[s
     return {layer: FeatureSet(np.concatenate(rows.pop(layer)), all_labels) for layer in list(rows)}
 
 
-def pool(x: jax.Array, max_features: int) -> jax.Array:
-    """Average-pool feature maps until a record has at most `max_features` values.
+def extracted_rows(
+    apply: Apply, batches: Iterable[Mapping[str, np.ndarray]]
+) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+    """Run a network over batches and give what each adds to the features, as `extract` does.
 
-    The map shrinks to the largest grid of about its own aspect ratio that fits; each cell is the
-    mean over the pixels that it touches (adaptive pooling). Zhang et al. (ECCV 2016) probe maps of
-    about 9,000 values, resized, e.g. 5 x 5 x 384 = 9600. Maps that fit stay as they are; a map of
-    more than `max_features` channels becomes 1 x 1.
-
-    Args:
-        x: float[B, h, w, c].
-        max_features: largest h' * w' * c of the result.
-
-    Returns:
-        float[B, h', w', c].
+    Yields:
+        {layer: float32[n, F]} and labels int32[n] of the batch's n records of weight 1.
     """
-    if x.ndim != 4:
-        raise ValueError(f"pool: expected feature maps [B, h, w, c], got shape {x.shape}")
-    if max_features < 1:
-        raise ValueError(f"pool: expected max_features of at least 1, got {max_features}")
-    height, width, channels = x.shape[1:]
-    longer = max(height, width)
-    for side in range(longer, 0, -1):
-        rows, cols = (max(1, round(side * size / longer)) for size in (height, width))
-        if rows * cols * channels <= max_features:
-            break
-    if (rows, cols) == (height, width):
-        return x
-    exact = jax.lax.Precision.HIGHEST
-    x = jnp.einsum("bhwc,rh->brwc", x, _windows(rows, height), precision=exact)
-    return jnp.einsum("brwc,sw->brsc", x, _windows(cols, width), precision=exact)
 
+    def kept(
+        output: Mapping[str, jax.Array], batch: Mapping[str, np.ndarray]
+    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        keep = np.asarray(batch["weight"]) > 0
+        flat = {
+            layer: np.asarray(values, np.float32).reshape(len(keep), -1)[keep]
+            for layer, values in output.items()
+        }
+        return flat, np.asarray(batch["label"], np.int32)[keep]
 
-def _windows(cells: int, size: int) -> np.ndarray:
-    """Return float32[cells, size]: row i averages pixels floor(i s/c) .. ceil((i+1) s/c)."""
-    first = np.arange(cells)[:, None] * size // cells
-    last = -(-(np.arange(cells)[:, None] + 1) * size // cells)
-    inside = (np.arange(size) >= first) & (np.arange(size) < last)
-    return (inside / inside.sum(axis=1, keepdims=True)).astype(np.float32)
+    pending = None  # one batch computes on the device while the previous one is copied
+    for batch in batches:
+        output = apply(batch["image"])
+        if pending is not None:
+            yield kept(*pending)
+        pending = output, batch
+    if pending is not None:
+        yield kept(*pending)
 
 
 def raw_pixels(images: np.ndarray | jax.Array, max_features: int) -> jax.Array:
@@ -172,28 +200,85 @@ def raw_pixels(images: np.ndarray | jax.Array, max_features: int) -> jax.Array:
 def subset_per_class(data: FeatureSet, per_class: int, seed: int) -> FeatureSet:
     """Draw `per_class` records of every class, the same ones for equal labels and seed.
 
+    See `few_labels` for splits that do not depend on the records' order.
+
     Raises:
         ValueError: a class that occurs has fewer records, or records are unlabelled.
     """
     if per_class < 1:
         raise ValueError(f"per_class: expected at least 1, got {per_class}")
-    classes, counts = np.unique(data.labels, return_counts=True)
-    if len(classes) and classes[0] < 0:
-        raise ValueError(
-            f"a subset per class needs labels; {counts[0]} of {len(data)} records have none"
-        )
-    if len(counts) and counts.min() < per_class:
-        raise ValueError(
-            f"expected at least {per_class} records of every class, got {counts.min()} of class "
-            f"{classes[counts.argmin()]}; ask for fewer labels per class"
-        )
+    classes, _ = _counted_classes(data.labels, per_class)
     rng = np.random.default_rng(seed)
     chosen = [
         rng.choice(np.flatnonzero(data.labels == label), per_class, replace=False)
         for label in classes
     ]
-    rows = np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, np.int64)
-    return FeatureSet(data.features[rows], data.labels[rows])
+    return data.of(np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, np.int64))
+
+
+def few_labels(
+    labels: np.ndarray, amount: int | float, *, seed: int, names: Sequence[str] | None = None
+) -> np.ndarray:
+    """Choose the records of a split with few labels, class by class: a fixed split for its seed.
+
+    Each class keeps the records whose names, hashed with the seed, come first. So a split follows
+    from the names alone, in whatever order the records stand, and smaller splits lie inside larger
+    ones.
+
+    Args:
+        labels: int[N].
+        amount: an integer for that many records of every class; a fraction in (0, 1) for that share
+            of each, rounded, and one at least: 0.01 and 0.1 are the usual splits of ImageNet.
+        seed: of the split.
+        names: of the records, each once; their row numbers when left out.
+
+    Returns:
+        int64[n], rows in rising order.
+
+    Raises:
+        ValueError: the amount is neither; a class that occurs has fewer records; records are
+            unlabelled; names are not one per record.
+    """
+    share = 0 < amount < 1
+    if not share and (amount < 1 or amount != int(amount)):
+        raise ValueError(
+            f"labels: expected a number per class or a fraction in (0, 1), got {amount}"
+        )
+    if names is None:
+        names = [str(row) for row in range(len(labels))]
+    if len(names) != len(labels) or len(set(names)) != len(names):
+        raise ValueError(
+            f"names: expected {len(labels)} different ones, got {len(names)}, "
+            f"{len(set(names))} of them different"
+        )
+    classes, counts = _counted_classes(labels, 1 if share else int(amount))
+    rank = np.array([_digest(seed, name) for name in names], "S16")
+    chosen = [np.zeros(0, np.int64)]
+    for label, count in zip(classes, counts, strict=True):
+        rows = np.flatnonzero(labels == label)
+        kept = max(1, round(amount * int(count))) if share else int(amount)
+        chosen.append(rows[np.argsort(rank[rows], kind="stable")[:kept]])
+    return np.sort(np.concatenate(chosen))
+
+
+def _digest(seed: int, name: str) -> bytes:
+    # Hexadecimal, as NumPy takes zeros off the end of bytes.
+    return hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).hexdigest().encode()
+
+
+def _counted_classes(labels: np.ndarray, least: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the classes that occur and how often each does, at least `least` times."""
+    classes, counts = np.unique(labels, return_counts=True)
+    if len(classes) and classes[0] < 0:
+        raise ValueError(
+            f"a subset per class needs labels; {counts[0]} of {len(labels)} records have none"
+        )
+    if len(counts) and counts.min() < least:
+        raise ValueError(
+            f"expected at least {least} records of every class, got {counts.min()} of class "
+            f"{classes[counts.argmin()]}; ask for fewer labels per class"
+        )
+    return classes, counts
 
 
 def padded_length(rows: int) -> int:

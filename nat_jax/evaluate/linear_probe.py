@@ -1,17 +1,28 @@
-"""Multinomial logistic regression on frozen features."""
+"""Linear classifiers of frozen features: which fit, for what.
 
-import functools
-import logging
-from typing import NamedTuple
+The fits differ in what they cost and how comparable they are. "lbfgs" has one answer, whatever the
+seed and the batches, and needs no learning rate: the default, for features that fit on a device
+twice. "sgd" is how Zhang et al. and their successors trained their probes, takes features of any
+number, in memory or from a stream of fresh crops (`linear_probe_stream`), and is what to compare
+with published figures. "ridge" takes one pass and no iterations.
+"""
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
+import inspect
+from collections.abc import Callable, Iterable
+from typing import Any
 
-from nat_jax.evaluate.features import FeatureSet, check_sets, padded_length, padded_rows
+from nat_jax.evaluate import sgd
+from nat_jax.evaluate.features import FeatureSet
+from nat_jax.evaluate.lbfgs import lbfgs_probe
+from nat_jax.evaluate.linear_sgd import fit_layers, sgd_probe
+from nat_jax.evaluate.ridge import ridge_probe
+from nat_jax.evaluate.stream import FeatureBatch, TrainEpoch
 
-logger = logging.getLogger(__name__)
+FITS: dict[str, Callable[..., float]] = {
+    "lbfgs": lbfgs_probe,
+    "sgd": sgd_probe,
+    "ridge": ridge_probe,
+}
 
 
 def linear_probe(
@@ -20,143 +31,75 @@ def linear_probe(
     *,
     num_classes: int,
     seed: int = 0,
-    l2: float = 3e-3,
-    max_iterations: int = 200,
-    tolerance: float = 3e-4,
+    fit: str = "lbfgs",
+    **options: Any,
 ) -> float:
-    """Fit a linear classifier on standardised features and return top-1 accuracy.
-
-    Minimises ``mean cross-entropy + l2 / 2 |W|^2`` (the bias is free; scikit-learn's
-    LogisticRegression with C = 1 / (N l2)) by full-batch L-BFGS from zero, in float32. Features are
-    standardised by the training set's mean and standard deviation; constant ones are dropped. A
-    tie goes to the smaller label.
+    """Fit a linear classifier and return top-1 accuracy.
 
     Args:
         train: features float32[N, F] to fit.
         test: features to classify.
         num_classes: labels are 0 .. num_classes - 1.
-        seed: unused, nothing here is random; probes share one signature.
-        l2: penalty, 0 or more.
-        max_iterations: of L-BFGS; stopping here is logged.
-        tolerance: stop when no partial derivative is larger.
+        seed: of the order of "sgd"; nothing else is random.
+        fit: a key of FITS.
+        **options: of that fit: see `lbfgs_probe`, `sgd_probe`, `ridge_probe`.
 
     Returns:
         Accuracy in [0, 1].
 
     Raises:
-        ValueError: an option out of range, or sets that do not fit (see `check_sets`).
+        ValueError: unknown fit or option, an option out of range, or sets that do not fit (see
+            `features.check_sets`).
     """
-    del seed
-    check_sets(train, test, num_classes)
-    if l2 < 0 or max_iterations < 1 or tolerance < 0:
+    unknown = sorted(set(options) - set(fit_options(fit)))
+    if unknown:
         raise ValueError(
-            "linear_probe: expected l2 >= 0, max_iterations >= 1, tolerance >= 0; "
-            f"got {l2}, {max_iterations}, {tolerance}"
+            f"linear_probe: {fit} has no option {', '.join(unknown)}; "
+            f"known: {', '.join(fit_options(fit))}"
         )
-    length = padded_length(len(train))
-    fit = _fit(
-        padded_rows(train.features, length),
-        padded_rows(train.labels, length),
-        np.float32(len(train)),
-        np.float32(l2),
-        np.int32(max_iterations),
-        np.float32(tolerance),
-        num_classes=num_classes,
-    )
-    if fit.slope > tolerance:
-        logger.info(
-            "linear_probe: stopped after %d of %d iterations with a largest derivative of %.1e "
-            "(tolerance %.1e)",
-            fit.iterations,
-            max_iterations,
-            fit.slope,
-            tolerance,
-        )
-    predicted = _predict(fit, padded_rows(test.features, padded_length(len(test))))
-    return float(np.mean(np.asarray(predicted)[: len(test)] == test.labels))
+    return FITS[fit](train, test, num_classes=num_classes, seed=seed, **options)
 
 
-class _Fit(NamedTuple):
-    params: dict[str, jax.Array]  # kernel [F, classes], bias [classes]
-    mean: jax.Array  # [F]
-    scale: jax.Array  # [F]
-    iterations: jax.Array
-    slope: jax.Array  # largest absolute derivative at the end
+def fit_options(fit: str) -> dict[str, Any]:
+    """Return the options of a fit and their defaults.
+
+    Raises:
+        ValueError: unknown fit; the known ones are listed.
+    """
+    if fit not in FITS:
+        raise ValueError(f"linear_probe: unknown fit {fit!r}; known: {', '.join(FITS)}")
+    parameters = inspect.signature(FITS[fit]).parameters
+    common = ("train", "test", "num_classes", "seed")
+    return {name: p.default for name, p in parameters.items() if name not in common}
 
 
-class _Carry(NamedTuple):
-    params: dict[str, jax.Array]
-    state: optax.OptState
-    iteration: jax.Array
-    slope: jax.Array
-    falling: jax.Array  # the last step lowered the loss
-
-
-@functools.partial(jax.jit, static_argnames="num_classes")
-def _fit(
-    features: jax.Array,
-    labels: jax.Array,
-    count: jax.Array,
-    l2: jax.Array,
-    max_iterations: jax.Array,
-    tolerance: jax.Array,
+def linear_probe_stream(
+    train_epoch: TrainEpoch,
+    test: Iterable[FeatureBatch],
     *,
     num_classes: int,
-) -> _Fit:
-    """Fit the first `count` rows of features [P, F]; the others are padding."""
-    weight = (jnp.arange(len(labels)) < count) / count  # [P], sums to one
-    mean, scale = _moments(features, weight)
-    x = (features - mean) * scale
+    seed: int = 0,
+    **options: Any,
+) -> dict[str, float]:
+    """Train a linear classifier on every layer of a stream at once, by SGD as `sgd_probe` does.
 
-    def loss(params: dict[str, jax.Array]) -> jax.Array:
-        nll = optax.losses.softmax_cross_entropy_with_integer_labels(_logits(params, x), labels)
-        return jnp.sum(weight * nll) + 0.5 * l2 * jnp.sum(jnp.square(params["kernel"]))
+    With fresh crops and flips in each epoch and maps pooled to the published sizes
+    (`features.pool`), this is the protocol of Zhang et al. (ECCV 2016).
 
-    solver = optax.lbfgs()
-    value_and_grad = optax.value_and_grad_from_state(loss)  # reuses the line search's last one
-    params = {
-        "kernel": jnp.zeros((features.shape[1], num_classes), jnp.float32),
-        "bias": jnp.zeros((num_classes,), jnp.float32),
-    }
+    Args:
+        train_epoch: gives the batches of an epoch, features {layer: float[B, F]}.
+        test: batches with features float[B, V, F] for V views of each record, whose logits are
+            summed, or [B, F] for one.
+        num_classes: labels are 0 .. num_classes - 1.
+        seed: unused, as the classifiers begin at zero; streams share one signature.
+        **options: of `sgd_probe`, except for batch_size, which is the stream's.
 
-    def step(carry: _Carry) -> _Carry:
-        value, grad = value_and_grad(carry.params, state=carry.state)
-        updates, state = solver.update(
-            grad, carry.state, carry.params, value=value, grad=grad, value_fn=loss
-        )
-        params = optax.apply_updates(carry.params, updates)
-        slope = _largest(optax.tree.get(state, "grad"))
-        falling = optax.tree.get(state, "value") < value
-        return _Carry(params, state, carry.iteration + 1, slope, falling)
+    Returns:
+        {layer: accuracy in [0, 1]}.
 
-    def unfinished(carry: _Carry) -> jax.Array:
-        # A step that gains nothing has reached the resolution of float32.
-        return (carry.iteration < max_iterations) & (carry.slope > tolerance) & carry.falling
-
-    start = _Carry(params, solver.init(params), jnp.int32(0), jnp.float32(jnp.inf), jnp.bool_(True))
-    end = jax.lax.while_loop(unfinished, step, start)
-    return _Fit(end.params, mean, scale, end.iteration, end.slope)
-
-
-def _moments(features: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the mean and one over the standard deviation (0 for a constant feature), [F] each."""
-    exact = jax.lax.Precision.HIGHEST
-    mean = jnp.dot(weight, features, precision=exact)
-    variance = jnp.dot(weight, jnp.square(features - mean), precision=exact)
-    # What rounding alone leaves of a constant feature is no variance.
-    varies = variance > 1e-10 * jnp.square(mean)
-    return mean, jnp.where(varies, 1.0 / jnp.sqrt(jnp.where(varies, variance, 1.0)), 0.0)
-
-
-def _logits(params: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-    product = jnp.dot(x, params["kernel"], precision=jax.lax.Precision.HIGHEST)
-    return product + params["bias"]
-
-
-def _largest(tree: dict[str, jax.Array]) -> jax.Array:
-    return jnp.max(jnp.stack([jnp.max(jnp.abs(leaf)) for leaf in jax.tree.leaves(tree)]))
-
-
-@jax.jit
-def _predict(fit: _Fit, features: jax.Array) -> jax.Array:
-    return jnp.argmax(_logits(fit.params, (features - fit.mean) * fit.scale), axis=1)
+    Raises:
+        ValueError: an option out of range, an empty stream, labels out of range, or weights that
+            diverge.
+    """
+    trained = fit_layers(train_epoch, num_classes=num_classes, seed=seed, **options)
+    return sgd.accuracy_stream(trained, test, num_classes=num_classes)

@@ -17,7 +17,7 @@ from flax import nnx
 from nat_jax.models.alexnet import alexnet
 from nat_jax.models.convnet import convnet
 from nat_jax.models.frontend import FRONTENDS
-from nat_jax.models.network import Network, Spec
+from nat_jax.models.network import Network, Spec, Watch
 
 MODELS: dict[str, Callable[..., Spec]] = {"alexnet": alexnet, "convnet": convnet}
 DTYPES = ("float32", "bfloat16")
@@ -59,6 +59,7 @@ class Model:
         *,
         train: bool = False,
         key: jax.Array | None = None,
+        watch: Watch | None = None,
     ) -> tuple[dict[str, jax.Array], Params]:
         """Return every layer's output, and the head's, by name, and the new batch statistics.
 
@@ -69,6 +70,7 @@ class Model:
             train: use the batch's own statistics (over the global batch, or each of its
                 ``bn_groups`` parts) and dropout.
             key: PRNG key of the dropout masks.
+            watch: see ``network.Network.layers``.
         """
         graphdef, *states = nnx.split(_abstract_network(self), nnx.Param, nnx.BatchStat, ...)
         params_state, stats_state, rest = states
@@ -76,7 +78,8 @@ class Model:
         nnx.replace_by_pure_dict(stats_state, batch_stats)
         # copy=True: variables of an outer trace cannot be updated inside a gradient's trace.
         network = nnx.merge(graphdef, params_state, stats_state, rest, copy=True)
-        outputs = network.layers(images, train=train, key=key)
+        watching = {} if watch is None else {"watch": watch}
+        outputs = network.layers(images, train=train, key=key, **watching)
         return outputs, nnx.to_pure_dict(nnx.state(network, nnx.BatchStat))
 
     @property
@@ -113,7 +116,8 @@ def make_model(
         dtype: "float32" or "bfloat16".
         platform: where it will run; the default backend if None.
         bn_groups: parts of a training batch, each with batch-norm statistics of its own.
-        **options: arguments of the network's function, for instance ``widths`` of "convnet".
+        **options: arguments of the network's function, for instance ``widths`` of "convnet"; lists,
+            as JSON has them, become tuples.
 
     Raises:
         ValueError: unknown name, front end, dtype or option; an image too small for the layers.
@@ -136,7 +140,7 @@ def make_model(
         raise ValueError(
             f"model: {name} has no option {', '.join(unknown)}. Known: {', '.join(known)}"
         )
-    spec = MODELS[name](**options)
+    spec = MODELS[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
     platform = platform or jax.default_backend()
     model = Model(spec, dim, image_size, frontend, dtype, platform, bn_groups)
     _abstract_network(model)  # raises if the image is too small for the layers

@@ -83,3 +83,9 @@ FRONTENDS: dict[str, tuple[Callable[[jax.Array], jax.Array], int]] = {
     "highpass": (highpass, 1),
     "sobel": (sobel, 2),
 }
+
+
+def kernel_of(frontend: str) -> np.ndarray | None:
+    """Return a front end's fixed kernel float32[h, w, 3, C]; None for "rgb", which has none."""
+    kernels = {"highpass": highpass_kernel, "sobel": sobel_kernel}
+    return kernels[frontend]() if frontend in kernels else None

@@ -13,6 +13,9 @@ from nat_jax.models.frontend import FRONTENDS
 # The authors' nn.Normalize guards its division with 1e-10.
 _NORM_FLOOR = 1e-10
 
+# What batch norm adds to variances, as Torch 7 does.
+EPSILON = 1e-5
+
 
 @dataclasses.dataclass(frozen=True)
 class Conv:
@@ -50,11 +53,13 @@ class Spec:
         denses: the fully connected blocks between the last convolution and the features.
         torch_init: the authors' initialisation (Torch 7: weights and biases uniform in
             +-1/sqrt(fan_in), batch-norm scales uniform in [0, 1]) instead of He initialisation.
+        batch_norm: whether the blocks have it; ``fold.fold_batch_norm`` makes networks without.
     """
 
     convs: tuple[Conv, ...]
     denses: tuple[Dense, ...] = ()
     torch_init: bool = False
+    batch_norm: bool = True
 
 
 def max_pool(x: jax.Array, window: int, stride: int, *, platform: str) -> jax.Array:
@@ -84,6 +89,9 @@ def unit_norm(x: jax.Array) -> jax.Array:
 
 Init = Callable[..., jax.Array]
 
+# Given a layer's name and what its linear map returns, [B, ..., C], gives what goes on from there.
+Watch = Callable[[str, jax.Array], jax.Array]
+
 
 def _initialisers(fan_in: int, torch_init: bool) -> tuple[Init, Init, Init]:
     """Return initialisers of kernels, biases and batch-norm scales."""
@@ -96,6 +104,10 @@ def _initialisers(fan_in: int, torch_init: bool) -> tuple[Init, Init, Init]:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return symmetric, symmetric, init.uniform(1.0)
+
+
+def _unwatched(name: str, output: jax.Array) -> jax.Array:
+    return output
 
 
 def norm_in_parts(norm: nnx.BatchNorm, x: jax.Array, parts: int) -> jax.Array:
@@ -136,7 +148,7 @@ def norm_in_parts(norm: nnx.BatchNorm, x: jax.Array, parts: int) -> jax.Array:
 
 
 class Block(nnx.Module):
-    """A linear map (convolution or matrix), batch norm and ReLU.
+    """A linear map (convolution or matrix), batch norm unless it is left out, and ReLU.
 
     The map keeps its bias, as in the authors' code, although batch norm cancels it.
     """
@@ -147,17 +159,19 @@ class Block(nnx.Module):
         features: int,
         scale_init: Init,
         *,
+        batch_norm: bool,
         bn_groups: int,
         dtype,
         rngs,
     ):
         self.map, self.bn_groups = map_, bn_groups
-        self.norm = nnx.BatchNorm(
-            features, momentum=0.9, epsilon=1e-5, scale_init=scale_init, dtype=dtype, rngs=rngs
-        )
+        norm = functools.partial(nnx.BatchNorm, momentum=0.9, epsilon=EPSILON, dtype=dtype)
+        self.norm = norm(features, scale_init=scale_init, rngs=rngs) if batch_norm else None
 
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        x = self.map(x)
+    def after_map(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Return what the block makes of its linear map's output."""
+        if self.norm is None:
+            return nnx.relu(x)
         if train and self.bn_groups > 1:
             return nnx.relu(norm_in_parts(self.norm, x, self.bn_groups))
         return nnx.relu(self.norm(x, use_running_average=not train))
@@ -179,7 +193,9 @@ class Network(nnx.Module):
         rngs: nnx.Rngs,
     ):
         self.spec, self.frontend, self.dtype, self.platform = spec, frontend, dtype, platform
-        block = functools.partial(Block, bn_groups=bn_groups, dtype=dtype, rngs=rngs)
+        block = functools.partial(
+            Block, batch_norm=spec.batch_norm, bn_groups=bn_groups, dtype=dtype, rngs=rngs
+        )
         channels, side = FRONTENDS[frontend][1], image_size
         for name, conv in self._named_convs():
             kernel, bias, scale = _initialisers(channels * conv.kernel**2, spec.torch_init)
@@ -222,7 +238,12 @@ class Network(nnx.Module):
         return [(f"fc{i}", dense) for i, dense in enumerate(self.spec.denses, start=first)]
 
     def layers(
-        self, images: jax.Array, *, train: bool = False, key: jax.Array | None = None
+        self,
+        images: jax.Array,
+        *,
+        train: bool = False,
+        key: jax.Array | None = None,
+        watch: Watch = _unwatched,
     ) -> dict[str, jax.Array]:
         """Return every layer's output by name.
 
@@ -230,6 +251,7 @@ class Network(nnx.Module):
             images: uint8[B, H, W, 3].
             train: batch statistics and dropout instead of running statistics.
             key: PRNG key of the dropout masks; needed when ``train`` and the network has dropout.
+            watch: sees, and may change, the output of every linear map; that to z is "head".
 
         Returns:
             conv<i>: [B, h, w, C] after ReLU and the block's pooling; fc<i>: [B, F] after ReLU;
@@ -238,13 +260,15 @@ class Network(nnx.Module):
         outputs = {}
         x = FRONTENDS[self.frontend][0](images).astype(self.dtype)
         for name, conv in self._named_convs():
-            x = getattr(self, name)(x, train=train)
+            block = getattr(self, name)
+            x = block.after_map(watch(name, block.map(x)), train=train)
             if conv.pool is not None:
                 x = max_pool(x, *conv.pool, platform=self.platform)
             outputs[name] = x
         x = x.reshape(x.shape[0], -1)
         for i, (name, dense) in enumerate(self._named_denses()):
-            x = getattr(self, name)(x, train=train)
+            block = getattr(self, name)
+            x = block.after_map(watch(name, block.map(x)), train=train)
             outputs[name] = x
             if train and dense.dropout:
                 if key is None:
@@ -252,6 +276,6 @@ class Network(nnx.Module):
                 keep = 1.0 - dense.dropout
                 mask = jax.random.bernoulli(jax.random.fold_in(key, i), keep, x.shape)
                 x = jnp.where(mask, x / keep, 0.0).astype(x.dtype)
-        outputs["logits"] = self.head(x).astype(jnp.float32)
+        outputs["logits"] = watch("head", self.head(x)).astype(jnp.float32)
         outputs["z"] = unit_norm(outputs["logits"])
         return outputs

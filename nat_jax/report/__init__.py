@@ -2,7 +2,16 @@
 
 from nat_jax.report.charts import curves
 from nat_jax.report.page import write_report
-from nat_jax.report.pictures import filters, neighbours
-from nat_jax.report.tables import markdown_table, text_table
+from nat_jax.report.pictures import filters, neighbours, stacked
+from nat_jax.report.tables import markdown_table, network_name, text_table
 
-__all__ = ["curves", "filters", "markdown_table", "neighbours", "text_table", "write_report"]
+__all__ = [
+    "curves",
+    "filters",
+    "markdown_table",
+    "neighbours",
+    "network_name",
+    "stacked",
+    "text_table",
+    "write_report",
+]

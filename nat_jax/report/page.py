@@ -111,11 +111,25 @@ def _results(contents: Contents) -> Iterator[str]:
             f"<div class=scroll>{tables.html_table(rows)}</div></section>"
         )
     if contents.others:
-        lines = (
-            (name, f"{other.get('metric', '')} {other['value']}")
+        lines = ((name, _in_words(other)) for name, other in contents.others.items())
+        more = "".join(
+            f"<details><summary>{_text(name)}</summary><div class=scroll>"
+            f"{tables.html_table(other['table'])}</div></details>"
             for name, other in contents.others.items()
+            if other.get("table")
         )
-        yield f"<section><h2>Further results</h2>{_pairs(lines)}</section>"
+        yield f"<section><h2>Further results</h2>{_pairs(lines)}{more}</section>"
+
+
+def _in_words(result: Mapping[str, Any]) -> str:
+    """Say what a task found, with what the untrained network has, if it has that."""
+    said = f"{result.get('metric', '')} {_number(result['value'])}".strip()
+    before = result.get("untrained")
+    return said if before is None else f"{said} (untrained {_number(before)})"
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "–" if value is None else str(value)
 
 
 def _reading(contents: Contents, rows: list[Mapping[str, Any]]) -> str:
@@ -187,7 +201,13 @@ def _caption(stem: str) -> str:
     kind, _, layer = stem.partition("_")
     if kind == "neighbours" and layer:
         return f"Nearest neighbours by cosine in {layer}"
-    return {"filters": "Filters of the first layer"}.get(stem, stem.replace("_", " "))
+    if kind == "retrieval" and layer:
+        return f"Retrieval by cosine in {layer}"
+    named = {
+        "filters": "Filters of the first layer",
+        "filters_composed": "Filters of the first layer, joined with the front end",
+    }
+    return named.get(stem, stem.replace("_", " "))
 
 
 def _settings(contents: Contents) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import io
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -58,6 +59,25 @@ def filters(kernel: np.ndarray, title: str = "First-layer filters") -> bytes:
             image = image.resize(tile, Image.Resampling.NEAREST)
             canvas.paste(image.convert("RGBA"), (left + plane * (tile[0] + inner), upper))
     return _png(canvas)
+
+
+def stacked(pictures: Sequence[bytes]) -> bytes:
+    """Put PNG files one below the other into one.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not pictures:
+        raise ValueError("stacked: expected at least one picture, got none")
+    images = [Image.open(io.BytesIO(data)) for data in pictures]
+    gap = _FONT
+    height = sum(image.height + gap for image in images) - gap
+    whole = Image.new("RGBA", (max(image.width for image in images), height), (0, 0, 0, 0))
+    top = 0
+    for image in images:
+        whole.paste(image, (0, top))
+        top += image.height + gap
+    return _png(whole)
 
 
 def neighbours(

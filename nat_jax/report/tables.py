@@ -7,6 +7,7 @@ from typing import Any
 
 NETWORK_NAMES = {
     "raw pixels": "raw pixels",
+    "k-means patches": "k-means patches",
     "untrained": "untrained",
     "nat": "NAT",
     "supervised_square": "supervised, square loss",
@@ -15,6 +16,7 @@ NETWORK_NAMES = {
 PROBE_NAMES = {"own": "own", "knn": "kNN", "linear_probe": "linear", "mlp_probe": "MLP"}
 
 TRAINED = ("nat", "supervised_square", "supervised_softmax")
+_NO_NETWORK = ("raw pixels", "k-means patches")
 
 Row = Mapping[str, Any]
 
@@ -93,8 +95,9 @@ def arrange(rows: Sequence[Row]) -> Table:
 
     def place(pair: tuple[str, str]) -> tuple[bool, bool, int, int]:
         layer, network = pair
-        known = order.index(network) if network in order else len(order)
-        return network != "raw pixels", layer != "z", layers.index(layer), known
+        kind = _kind(network)
+        known = order.index(kind) if kind in order else len(order)
+        return network not in _NO_NETWORK, layer != "z", layers.index(layer), known
 
     layers = _unique(row["features"] for row in rows)
     groups = {}
@@ -118,10 +121,10 @@ def _column(rows: Mapping[tuple[str, str], Row | None]) -> dict[tuple[str, str],
         if row is None:
             cells[line] = None
             continue
-        base = rows.get((line[0], "untrained")) if line[1] in TRAINED else None
+        base = rows.get((line[0], "untrained")) if _kind(line[1]) in TRAINED else None
         std = row.get("std")
         # Without a network most probes do not depend on the seed: "± 0.0" would say nothing.
-        settled = line[1] == "raw pixels" and std is not None and std < 1e-12
+        settled = line[1] in _NO_NETWORK and std is not None and std < 1e-12
         cells[line] = Cell(
             mean=100 * row["mean"],
             std=None if std is None or settled else 100 * std,
@@ -186,8 +189,9 @@ def html_table(rows: Sequence[Row]) -> str:
                 "" if layer == named else _escape(layer),
                 layer,
             )  # once, on its first line
+            kind = "trained" if _kind(line.network) in TRAINED else "base"
             body.append(
-                f'<tr class="{"trained" if line.network in TRAINED else "base"}"><td>{shown}</td>'
+                f'<tr class="{kind}"><td>{shown}</td>'
                 f"<td>{_escape(network_name(line.network))}</td>"
                 + "".join(_html_cell(cell) for cell in line.cells)
                 + "</tr>"
@@ -274,13 +278,19 @@ def probe_name(probe: str) -> str:
 
 
 def network_name(network: str) -> str:
-    """Return how a table names a network."""
-    return NETWORK_NAMES.get(network, network)
+    """Return how a table names a network; of several of a kind some have their folder's name."""
+    kind = _kind(network)
+    return NETWORK_NAMES.get(kind, kind) + network.removeprefix(kind)
+
+
+def _kind(network: str) -> str:
+    """Return what a network is, of names such as "nat: FOLDER"."""
+    return network.partition(": ")[0]
 
 
 def layer_name(line: Line) -> str:
     """Return how a table names a line's features."""
-    return "–" if line.network == "raw pixels" else line.features
+    return "–" if line.network in _NO_NETWORK else line.features
 
 
 def labels_title(labels: str) -> str:

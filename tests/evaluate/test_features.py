@@ -1,19 +1,26 @@
 """Feature extraction, pooling, subsets and the checks that every probe shares."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nat_jax.evaluate import PROBES, FeatureSet
+from nat_jax import evaluate
+from nat_jax.evaluate import FeatureSet
 from nat_jax.evaluate.features import (
+    check_finite,
     extract,
+    few_labels,
     padded_length,
     padded_rows,
-    pool,
     raw_pixels,
     subset_per_class,
 )
+from nat_jax.evaluate.linear_probe import linear_probe
+from nat_jax.models import make_model
+from nat_jax.models.pooling import PUBLISHED_FEATURES, pool
 
 
 def _set(rows: int = 60, dim: int = 5, classes: int = 3, seed: int = 0) -> FeatureSet:
@@ -92,6 +99,23 @@ def test_pool_overlapping_windows() -> None:
     np.testing.assert_allclose(pool(x, 2).ravel(), [1.0, 3.0])
 
 
+@pytest.mark.parametrize("image_size", [224, 227])
+def test_pooled_maps_of_alexnet_have_the_published_sizes(image_size: int) -> None:
+    model = make_model("alexnet", dim=8, image_size=image_size, frontend="sobel")
+    images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), np.uint8)
+
+    def pooled(images: jax.Array, most: int) -> dict[str, jax.Array]:
+        outputs, _ = model.apply(*model.init(jax.random.key(0)), images)
+        return {name: pool(x, most) for name, x in outputs.items() if x.ndim == 4}
+
+    def sizes(most: int) -> list[int]:
+        shapes = jax.eval_shape(lambda images: pooled(images, most), images)
+        return [int(np.prod(shapes[f"conv{i}"].shape[1:])) for i in range(1, 6)]
+
+    assert sizes(PUBLISHED_FEATURES) == [9600, 9216, 9600, 9600, 9216]
+    assert sizes(9216) != sizes(PUBLISHED_FEATURES)
+
+
 def test_pool_rejects() -> None:
     with pytest.raises(ValueError, match=r"\[B, h, w, c\]"):
         pool(jnp.zeros((2, 3)), 9)
@@ -133,6 +157,82 @@ def test_subset_per_class_rejects() -> None:
         subset_per_class(unlabelled, 1, seed=0)
 
 
+NAMES = [f"train/{i % 7}/{i:04}.png" for i in range(600)]
+LABELS = (np.arange(600) % 3).astype(np.int32)
+
+
+def _chosen(rows: np.ndarray) -> set[str]:
+    return {NAMES[row] for row in rows}
+
+
+@pytest.mark.parametrize(("amount", "each"), [(10, 10), (0.01, 2), (0.1, 20), (0.001, 1), (1, 1)])
+def test_few_labels_are_balanced(amount: float, each: int) -> None:
+    rows = few_labels(LABELS, amount, seed=0, names=NAMES)
+    np.testing.assert_array_equal(np.bincount(LABELS[rows]), [each] * 3)
+    assert (np.diff(rows) > 0).all()
+
+
+def test_a_share_follows_the_classes() -> None:
+    labels = np.int32([0] * 500 + [1] * 90 + [2] * 10)
+    rows = few_labels(labels, 0.1, seed=0, names=NAMES)
+    np.testing.assert_array_equal(np.bincount(labels[rows]), [50, 9, 1])
+
+
+def test_few_labels_follow_the_names_not_the_order() -> None:
+    chosen = _chosen(few_labels(LABELS, 0.1, seed=5, names=NAMES))
+    order = np.random.default_rng(0).permutation(600)
+    moved = few_labels(LABELS[order], 0.1, seed=5, names=[NAMES[i] for i in order])
+    assert _chosen(order[moved]) == chosen
+    assert _chosen(few_labels(LABELS, 0.1, seed=6, names=NAMES)) != chosen
+    # Without names it is the place that counts.
+    assert _chosen(order[few_labels(LABELS[order], 0.1, seed=5)]) != _chosen(
+        few_labels(LABELS, 0.1, seed=5)
+    )
+
+
+def test_smaller_splits_lie_inside_larger_ones() -> None:
+    splits = [_chosen(few_labels(LABELS, x, seed=2, names=NAMES)) for x in (0.01, 10, 0.1, 150)]
+    assert splits[0] < splits[1] < splits[2] < splits[3]
+
+
+def test_few_labels_are_drawn_evenly() -> None:
+    counts = np.zeros(600)
+    for seed in range(300):
+        counts[few_labels(LABELS, 0.1, seed=seed, names=NAMES)] += 1
+    # Binomial(300, 0.1): mean 30, deviation 5.2.
+    assert counts.min() > 5 and counts.max() < 60
+    assert counts[:300].mean() == pytest.approx(30, abs=1)
+
+
+def test_few_labels_of_this_split_never_change() -> None:
+    rows = few_labels(LABELS[:30], 2, seed=0, names=NAMES[:30])
+    assert rows.tolist() == [6, 10, 11, 18, 25, 29]
+
+
+def test_few_labels_rejects() -> None:
+    for amount in (0, -1, 1.5, 0.0):
+        with pytest.raises(ValueError, match="number per class or a fraction"):
+            few_labels(LABELS, amount, seed=0)
+    with pytest.raises(ValueError, match="at least 201 records of every class, got 200 of class 0"):
+        few_labels(LABELS, 201, seed=0)
+    with pytest.raises(ValueError, match="600 different ones, got 599, 599"):
+        few_labels(LABELS, 2, seed=0, names=NAMES[1:])
+    with pytest.raises(ValueError, match="600 different ones, got 600, 599"):
+        few_labels(LABELS, 2, seed=0, names=[*NAMES[1:], NAMES[1]])
+    with pytest.raises(ValueError, match="1 of 3 records have none"):
+        few_labels(np.int32([0, -1, 1]), 0.1, seed=0)
+
+
+def test_not_finite_values_are_counted_over_all_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nat_jax.evaluate.features._CHECK_BYTES", 4 * 5 * 7)
+    features = _set(60).features
+    check_finite(features, "good")
+    for row, column in ((3, 1), (3, 2), (59, 0)):
+        features[row, column] = np.nan
+    with pytest.raises(ValueError, match="bad features.*got 3 .* in 2 of 60 rows"):
+        check_finite(features, "bad")
+
+
 def test_feature_set_shapes() -> None:
     with pytest.raises(ValueError, match=r"\[N, F\]"):
         FeatureSet(np.zeros((2, 3, 4), np.float32), np.zeros(2, np.int32))
@@ -147,11 +247,13 @@ def test_padding() -> None:
     assert padded_rows(np.ones((3, 2)), 5).sum() == 6
 
 
-SMALL = {
-    "knn": {"k": 3},
-    "linear_probe": {},
-    "mlp_probe": {"hidden": 4, "epochs": 1},
+PROBES = {
+    **evaluate.PROBES,
+    "linear_probe by sgd": functools.partial(linear_probe, fit="sgd"),
+    "linear_probe by ridge": functools.partial(linear_probe, fit="ridge"),
 }
+SMALL: dict[str, dict[str, int]] = {name: {} for name in PROBES}
+SMALL |= {"knn": {"k": 3}, "mlp_probe": {"hidden": 4, "epochs": 1}}
 
 
 def _broken(kind: str) -> tuple[FeatureSet, FeatureSet, int, str]:
@@ -159,10 +261,16 @@ def _broken(kind: str) -> tuple[FeatureSet, FeatureSet, int, str]:
     if kind == "dimension":
         return train, _set(dim=6), classes, "5 and 6"
     if kind == "label too large":
-        return train, FeatureSet(test.features, test.labels + 1), classes, "20 of 60"
+        labels = FeatureSet(test.features, test.labels + 1)
+        return train, labels, classes, r"test labels: expected 0\.\.2 for 3 classes, got 20 of 60"
     if kind == "unlabelled":
         labels = np.where(np.arange(60) < 7, -1, train.labels).astype(np.int32)
-        return FeatureSet(train.features, labels), test, classes, "7 of 60"
+        return (
+            FeatureSet(train.features, labels),
+            test,
+            classes,
+            "train labels: .* 7 of 60 have none",
+        )
     if kind == "one class":
         return FeatureSet(train.features, 0 * train.labels), test, classes, "only class 0"
     if kind == "num_classes":
@@ -183,6 +291,13 @@ def test_every_probe_rejects_bad_sets(name: str, kind: str) -> None:
     train, test, classes, message = _broken(kind)
     with pytest.raises(ValueError, match=message):
         PROBES[name](train, test, num_classes=classes, seed=0, **SMALL[name])
+
+
+@pytest.mark.parametrize("name", PROBES)
+def test_every_probe_judges_the_same_twice(name: str) -> None:
+    train, test = _set(200), _set(100, seed=1)
+    values = [PROBES[name](train, test, num_classes=3, seed=4, **SMALL[name]) for _ in range(2)]
+    assert values[0] == values[1]
 
 
 @pytest.mark.parametrize("name", PROBES)

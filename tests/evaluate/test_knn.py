@@ -1,23 +1,18 @@
-"""kNN against scikit-learn's exact answer; votes, ties and chunks."""
+"""kNN against scikit-learn's exact answer; votes, ties, chunks and memory."""
 
 import importlib
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
-from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier, NearestNeighbors
 
 from nat_jax.evaluate.features import FeatureSet
-from nat_jax.evaluate.knn import knn, nearest
+from nat_jax.evaluate.knn import knn, knn_sweep, nearest
 
 module = importlib.import_module("nat_jax.evaluate.knn")
-
-
-@pytest.fixture(scope="module")
-def digits() -> tuple[FeatureSet, FeatureSet]:
-    data = load_digits()
-    x, y = (data.data / 16).astype(np.float32), data.target.astype(np.int32)
-    return FeatureSet(x[:1437], y[:1437]), FeatureSet(x[1437:], y[1437:])
 
 
 def test_nearest_equals_scikit_learn() -> None:
@@ -75,6 +70,32 @@ def test_weighted_votes_equal_scikit_learn(
     assert ours == pytest.approx(expected, abs=1e-9)
 
 
+def test_a_sweep_equals_single_answers(
+    digits: tuple[FeatureSet, FeatureSet], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train, test = digits
+    ks, temperatures = (20, 1, 5), (0.07, None, 0.5)
+    searches = []
+    search = module._search
+
+    def counted(queries: np.ndarray, database: np.ndarray, k: int) -> tuple:
+        searches.append(k)
+        return search(queries, database, k)
+
+    monkeypatch.setattr(module, "_search", counted)
+    monkeypatch.setattr(module, "_QUERY_CHUNK", 100)
+    swept = knn_sweep(train, test, num_classes=10, ks=ks, temperatures=temperatures)
+    assert searches == [20]
+    for k in ks:
+        for temperature in temperatures:
+            single = knn(train, test, num_classes=10, k=k, temperature=temperature)
+            assert swept[k, temperature] == single
+        reference = KNeighborsClassifier(k, metric="cosine", algorithm="brute")
+        expected = reference.fit(train.features, train.labels).score(test.features, test.labels)
+        assert swept[k, None] == pytest.approx(expected, abs=1e-9)
+    assert len(set(swept.values())) > 3
+
+
 def test_the_comparison_can_fail(digits: tuple[FeatureSet, FeatureSet]) -> None:
     train, test = digits
     shuffled = FeatureSet(train.features, np.random.default_rng(0).permutation(train.labels))
@@ -107,6 +128,70 @@ def test_only_directions_count() -> None:
     )
 
 
+@pytest.fixture(scope="module")
+def mapped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[np.memmap]:
+    """400 MB of features in a file."""
+    path = tmp_path_factory.mktemp("mapped") / "features.npy"
+    array = np.lib.format.open_memmap(path, "w+", np.float32, (100_000, 1000))
+    rng = np.random.default_rng(0)
+    for start in range(0, len(array), 10_000):
+        array[start : start + 10_000] = rng.random((10_000, 1000), np.float32) - 0.5
+    array.flush()
+    yield np.load(path, mmap_mode="r")
+    path.unlink()
+
+
+def _own_memory() -> int:
+    """Return the bytes of this process that are not pages of files."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) * 1024
+
+
+def _growth(work: Callable[[], object]) -> int:
+    """Return by how many bytes the process's own memory rose, at most, while it worked."""
+    before, most, done = _own_memory(), [0], threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.005):
+            most[0] = max(most[0], _own_memory())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        work()
+    finally:
+        done.set()
+        thread.join()
+    return most[0] - before
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")
+def test_mapped_features_are_not_copied(mapped: np.memmap, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BLOCK_BYTES", 32 << 20)
+    monkeypatch.setattr(module, "_CHUNK_BYTES", 16 << 20)
+    # From both sides: queries are as many as there may be, neighbours too.
+    few = np.asarray(mapped[::500])
+    nearest(few, few, 5)
+    for queries, database in ((few, mapped), (mapped, few)):
+        assert _growth(lambda q=queries, d=database: nearest(q, d, 5)) < 200 << 20
+    assert _growth(lambda: np.array(mapped).sum()) > 300 << 20  # what a copy would look like
+    _, index = nearest(few, mapped, 1)
+    np.testing.assert_array_equal(index[:, 0], np.arange(0, 100_000, 500))
+
+
+@pytest.mark.parametrize("dimension", [1, 64, 2048, 9216, 16_384])
+def test_a_million_records_stay_near_two_gibibytes(dimension: int) -> None:
+    chunk, block = module._chunk_and_block(1_000_000, dimension)
+    assert block % chunk == 0
+    row, gib = 4 * dimension, 1 << 30
+    resident = block * row
+    similarities, queries = 4 * chunk * module._QUERY_CHUNK, 2 * row * module._QUERY_CHUNK
+    # A block is raw and scaled at the same time while it arrives.
+    assert 2 * resident + 2 * similarities + queries < 2.3 * gib
+    assert resident > 0.4 * gib or dimension < 64
+
+
 def test_rejects() -> None:
     train = FeatureSet(np.eye(3, dtype=np.float32), np.int32([0, 1, 1]))
     with pytest.raises(ValueError, match="1 to 3.*got 20"):
@@ -115,6 +200,10 @@ def test_rejects() -> None:
         knn(train, train, num_classes=2, k=0)
     with pytest.raises(ValueError, match="temperature.*got 0"):
         knn(train, train, num_classes=2, k=1, temperature=0)
+    with pytest.raises(ValueError, match="1 to 3.*got 0"):
+        knn_sweep(train, train, num_classes=2, ks=(0, 2))
+    with pytest.raises(ValueError, match="at least one k"):
+        knn_sweep(train, train, num_classes=2, ks=())
     with pytest.raises(ValueError, match="one dimension, got 2 and 3"):
         nearest(np.ones((1, 2), np.float32), train.features, 1)
     with pytest.raises(ValueError, match="query features.*got 1"):

@@ -8,10 +8,12 @@ import pytest
 
 from nat_jax.evaluate.features import FeatureSet
 from nat_jax.evaluate.linear_probe import linear_probe
-from nat_jax.evaluate.mlp_probe import mlp_probe
+from nat_jax.evaluate.mlp_probe import Mlp, mlp_probe, mlp_probe_stream
+from nat_jax.evaluate.stream import FeatureBatch
 
 module = importlib.import_module("nat_jax.evaluate.mlp_probe")
 SMALL = {"hidden": 32, "batch_size": 64, "epochs": 40}
+NET = Mlp(features=3, hidden=64, classes=2, dropout=0.5, start="torch")
 
 
 def _xor(rows: int, seed: int) -> FeatureSet:
@@ -50,7 +52,7 @@ def test_step_by_hand() -> None:
     m_kernel, m_bias = trace["kernel"].copy(), trace["bias"].copy()
     for _ in range(3):
         grads = {"kernel": rng.normal(size=(3, 2)), "bias": rng.normal(size=2)}
-        params, trace = module._descend(params, trace, grads, 0.5, 0.9, 0.25)
+        params, trace = NET.descend(params, trace, grads, (0.5, 0.9, 0.25))
         m_kernel = 0.9 * m_kernel + 0.1 * grads["kernel"]
         m_bias = 0.9 * m_bias + 0.1 * grads["bias"]
         kernel = (kernel - 0.5 * m_kernel) * 0.75
@@ -59,58 +61,83 @@ def test_step_by_hand() -> None:
     np.testing.assert_allclose(params["bias"], bias, rtol=1e-5)
 
 
-def test_epochs_follow_the_schedule_and_visit_each_record_once(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    calls = []
-    epoch = module._epoch
+def test_the_rate_follows_the_schedule() -> None:
+    recipe = module._recipe(100, 0.1, 20, 0.3, 0.9, 1e-8)
+    rates = [float(recipe.rates(epoch)[0]) for epoch in (0, 19, 20, 21, 22, 99)]
+    assert rates == pytest.approx([0.1, 0.1, 0.1, 0.1 / 1.3, 0.1 / 1.6, 0.1 / 24.7])
+    assert recipe.rates(50)[1:] == pytest.approx([0.9, 1e-8])
+    assert recipe.epochs == 100
 
-    def recorded(state, features, labels, order, steps, key, rates, **rest):
-        calls.append((np.asarray(order)[: int(steps)].copy(), np.asarray(rates)))
-        return epoch(state, features, labels, order, steps, key, rates, **rest)
 
-    monkeypatch.setattr(module, "_epoch", recorded)
-    data = _xor(150, 0)
-    mlp_probe(data, data, num_classes=2, hidden=4, batch_size=32, epochs=6, decay_start=2)
-    rates = [float(values[0]) for _, values in calls]
-    assert rates == pytest.approx([0.1, 0.1, 0.1, 0.1 / 1.3, 0.1 / 1.6, 0.1 / 1.9])
-    for order, values in calls:
-        assert order.shape == (4, 32)  # the 22 records left over wait for another epoch
-        assert len(np.unique(order)) == 128 and order.max() < 150
-        assert values[1:] == pytest.approx([0.9, 1e-8])
-    assert not np.array_equal(calls[0][0], calls[1][0])
+def _named(tree) -> dict[str, np.ndarray]:
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
 def test_network_is_the_one_described() -> None:
-    net = module._Network(features=50, hidden=400, classes=7, dropout=0.5)
-    params, stats = module._initialise(jax.random.key(0), net=net)
-    shapes = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree.leaves_with_path(params)}
-    assert sum(leaf.size for leaf in shapes.values()) == (
+    net = Mlp(features=50, hidden=400, classes=7, dropout=0.5, start="torch")
+    params, stats = net.init(jax.random.key(0))
+    assert sum(leaf.size for leaf in _named(params).values()) == (
         50 * 400 + 400 + 400 * 400 + 400 + 400 * 7 + 7 + 4 * 400
     )
     assert len(jax.tree.leaves(stats)) == 4
-    for name, leaf in shapes.items():
-        values = np.asarray(leaf)
+    for name, values in _named(params).items():
         if "kernel" in name:
-            bound = leaf.shape[0] ** -0.5
+            bound = values.shape[0] ** -0.5
             assert 0.9 * bound < np.abs(values).max() <= bound
             assert abs(values.mean()) < 0.1 * bound
         if "scale" in name:
             assert 0 <= values.min() < 0.05 and 0.95 < values.max() <= 1
 
 
+def test_the_papers_gaussian_start() -> None:
+    net = Mlp(features=50, hidden=400, classes=7, dropout=0.5, start="gaussian")
+    for name, values in _named(net.init(jax.random.key(0))[0]).items():
+        if "kernel" in name:
+            assert values.std() == pytest.approx(0.01, rel=0.1)
+            assert np.abs(values).max() > 0.025  # a uniform one of that deviation ends at 0.017
+        else:
+            assert (values == (1 if "scale" in name else 0)).all()
+    train, test = _xor(1000, 0), _xor(500, 1)
+    options = {**SMALL, "epochs": 80}
+    assert mlp_probe(train, test, num_classes=2, init="gaussian", **options) > 0.9
+    few = {**SMALL, "epochs": 2}
+    starts = [mlp_probe(train, test, num_classes=2, init=x, **few) for x in ("torch", "gaussian")]
+    assert starts[0] != starts[1]
+
+
 def test_dropout_and_batch_statistics_only_in_training() -> None:
-    net = module._Network(features=3, hidden=64, classes=2, dropout=0.5)
-    params, stats = module._initialise(jax.random.key(0), net=net)
+    params, stats = NET.init(jax.random.key(0))
     x = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
-    alone = module._logits(params, stats, x[:1], net=net)
-    together = module._logits(params, stats, x, net=net)[:1]
-    np.testing.assert_allclose(alone, together, atol=1e-5)
-    mlp = net.build(module.nnx.Rngs(0))
-    trained = [np.asarray(mlp(x, jax.random.key(seed))) for seed in (0, 0, 1)]
-    np.testing.assert_array_equal(trained[0], trained[1])
-    assert np.abs(trained[0] - trained[2]).max() > 0.01
-    assert np.abs(np.asarray(mlp(x[:8], None)) - np.asarray(mlp(x, None))[:8]).max() < 1e-5
+    alone, same = NET.apply(params, stats, x[:1], None)
+    together, _ = NET.apply(params, stats, x, None)
+    np.testing.assert_allclose(alone, together[:1], atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, same, stats)
+    trained = [NET.apply(params, stats, x, jax.random.key(seed)) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(trained[0][0], trained[1][0])
+    assert np.abs(trained[0][0] - trained[2][0]).max() > 0.01
+    # Torch's momentum of 0.1: a tenth of the way from 0 to the mean of the first layer's outputs.
+    kernel, bias = params["fc1"]["kernel"][...], params["fc1"]["bias"][...]
+    np.testing.assert_allclose(
+        trained[0][1]["bn1"]["mean"][...], 0.1 * (x @ kernel + bias).mean(axis=0), atol=1e-6
+    )
+
+
+def test_a_stream_of_the_same_batches_learns_the_same() -> None:
+    train, test = _xor(300, 0), _xor(200, 1)
+    options = {"hidden": 16, "epochs": 6, "decay_start": 2}
+
+    def epoch(number: int):
+        rows = np.random.default_rng((7, number)).permutation(300)[:256].reshape(4, 64)
+        for now in rows:
+            yield FeatureBatch({"a": train.features[now]}, train.labels[now], np.ones(64))
+
+    whole = FeatureBatch({"a": test.features}, test.labels, np.ones(200))
+    streamed = mlp_probe_stream(epoch, [whole], num_classes=2, seed=7, **options)
+    cached = mlp_probe(train, test, num_classes=2, seed=7, batch_size=64, **options)
+    assert streamed == {"a": pytest.approx(cached, abs=1.5 / 200)}
+    options["learning_rate"] = 1e-5
+    assert mlp_probe_stream(epoch, [whole], num_classes=2, seed=7, **options) != streamed
 
 
 def test_rejects() -> None:
@@ -121,5 +148,9 @@ def test_rejects() -> None:
     for option in ({"dropout": 1.0}, {"momentum": -0.1}):
         with pytest.raises(ValueError, match=r"\[0, 1\)"):
             mlp_probe(data, data, num_classes=2, **option)
+    with pytest.raises(ValueError, match="unknown init 'he'; known: torch, gaussian"):
+        mlp_probe(data, data, num_classes=2, init="he")
+    with pytest.raises(ValueError, match="epochs: expected at least 1"):
+        mlp_probe_stream(lambda _: [], [], num_classes=2, epochs=0)
     with pytest.raises(ValueError, match="diverged"):
         mlp_probe(data, data, num_classes=2, hidden=4, epochs=30, learning_rate=1e30)

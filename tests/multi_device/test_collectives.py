@@ -5,12 +5,13 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from nat_jax import models, optim, sharding, targets
+from nat_jax import models, optim, run, sharding, targets
 from nat_jax.train_step import Step, state_shardings, train_step
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -158,3 +159,29 @@ def test_a_gradient_that_is_not_summed_is_seen() -> None:
         for each in found
     ]
     assert any("never summed" in fault for fault in whole.sizes.faults(less, reassign=False))
+
+
+def first_state_bytes() -> int:
+    """Return the temporary bytes of a device that makes its part of a run's first state."""
+    step = given(storage="sharded").step
+    beginning = SimpleNamespace(
+        seed=0,
+        step=step,
+        sources=SimpleNamespace(train=range(N - 1)),  # padded by one entry
+        config=SimpleNamespace(targets=SimpleNamespace(kind="sphere")),
+    )
+    function = jax.jit(lambda: run.initial_state(beginning), out_shardings=state_shardings(step))
+    return function.lower().compile(FAST).memory_analysis().temp_size_in_bytes
+
+
+def test_each_device_makes_its_own_share_of_the_first_permutation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert first_state_bytes() < N // 8 * 4
+
+    def joined(kind, number, key, *, length):
+        parts = jnp.arange(number, dtype=jnp.int32), jnp.arange(number, length, dtype=jnp.int32)
+        return jnp.concatenate(parts)
+
+    monkeypatch.setattr(targets, "initial_assignment", joined)
+    assert first_state_bytes() >= N * 4  # a whole one on each device would be seen

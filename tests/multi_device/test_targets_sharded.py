@@ -90,6 +90,7 @@ def test_a_table_that_comes_together_would_be_seen() -> None:
     assert largest(step_program(Gathered(table().rows), reassign=False)) == N * D
 
 
+@pytest.mark.slow  # these run with all optimisations, which the ulp are about
 def test_shares_and_virtual_rows_are_equal_to_two_ulp() -> None:
     split = sharding.over_data(mesh())
     held, _ = targets.make_targets("sphere", 1003, 24, KEY, storage="table", sharding=split)

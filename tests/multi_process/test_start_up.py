@@ -82,6 +82,13 @@ def test_one_slurm_task_is_alone_unless_it_insists(cluster):
     assert find_place("on") == Place("node003:61441", 1, 0, by_hand=False)
 
 
+def test_an_interactive_slurm_step_of_a_larger_job_is_alone(cluster):
+    cluster(SLURM | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"})
+    assert find_place() is None
+    cluster(SLURM | {"SLURM_STEP_NUM_TASKS": "4"})
+    assert find_place() is not None
+
+
 def test_open_mpi_is_found(cluster):
     cluster(OPEN_MPI)
     place = find_place()

@@ -4,18 +4,23 @@ The tests slow its steps down, so that there is time to interrupt them, and dama
 
 * STEP_SECONDS: seconds that are added to every step;
 * JUDGE_SECONDS: seconds that are added to the last judging;
-* DAMAGE_AT: a step before which the last process swaps two rows of its copy of the assignment.
+* DAMAGE_AT: a step before which the last process swaps two rows of its copy of the assignment;
+* DIE_AT: a step whose save the last process begins and does not live to end.
+
+Beside that state it writes how many programs came out of JAX's cache of compiled ones.
 """
 
+import collections
 import dataclasses
 import os
+import signal
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
 
-from nat_jax import main, train
+from nat_jax import checkpoint, main, train
 
 
 def _keep(config, workdir):
@@ -25,6 +30,8 @@ def _keep(config, workdir):
     )[0]
     leaves = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat}
     np.savez(Path(workdir) / f"state-{jax.process_index()}.npz", **leaves)
+    kept = Path(workdir) / f"programs-{jax.process_index()}"
+    kept.write_text(str(events["/jax/compilation_cache/cache_hits"]))
     return state
 
 
@@ -35,6 +42,12 @@ def _dispatch(self, step, state, batch):
     return _dispatch_as_it_is(self, step, state, batch)
 
 
+def _save(self, step, *arguments):
+    _save_as_it_is(self, step, *arguments)
+    if step == int(os.environ.get("DIE_AT", -1)) and _is_last():
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def _judge_run(*arguments):
     print("judging begins", flush=True)
     time.sleep(float(os.environ.get("JUDGE_SECONDS", 0)))
@@ -42,7 +55,7 @@ def _judge_run(*arguments):
 
 
 def _damaged(assignment):
-    if jax.process_index() != jax.process_count() - 1:
+    if not _is_last():
         return assignment
     rows = np.asarray(assignment).copy()
     rows[:2] = rows[1::-1]
@@ -50,8 +63,15 @@ def _damaged(assignment):
     return jax.make_array_from_single_device_arrays(rows.shape, assignment.sharding, copies)
 
 
+def _is_last():
+    return jax.process_index() == jax.process_count() - 1
+
+
 if __name__ == "__main__":
+    events = collections.Counter()
+    jax.monitoring.register_event_listener(lambda event, **_: events.update([event]))
     _train, train.train_and_evaluate = train.train_and_evaluate, _keep
     _dispatch_as_it_is, train._Loop._dispatch = train._Loop._dispatch, _dispatch
     _judge_run_as_it_is, train._judge_run = train._judge_run, _judge_run
+    _save_as_it_is, checkpoint.Checkpoints.save = checkpoint.Checkpoints.save, _save
     main.run()

@@ -244,6 +244,15 @@ def test_further_results_are_listed(workdir: Path) -> None:
     assert "recall@1 0.5" in page and "rows" not in page.split("Further results")[1][:200]
 
 
+def test_tables_of_further_results_are_shown(workdir: Path) -> None:
+    row = {"features": "z", "network": "nat", "probe": "k=5", "labels": "plain votes", "mean": 0.6}
+    result = {"task": "knn", "metric": "top-1", "value": 0.6, "untrained": 0.41, "table": [row]}
+    (workdir / "results" / "knn.json").write_text(json.dumps(result))
+    page = write_report(workdir).read_text()
+    assert "top-1 0.6 (untrained 0.41)" in page
+    assert "k=5" in page.split("Further results")[1] and "plain votes" in page
+
+
 def test_rejects(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no folder"):
         write_report(tmp_path / "missing")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nat_jax.report.pictures import _RIGHT, _WRONG, filters, neighbours
+from nat_jax.report.pictures import _RIGHT, _WRONG, filters, neighbours, stacked
 
 
 def _pixels(png: bytes) -> np.ndarray:
@@ -75,3 +75,14 @@ def test_neighbours_rejects() -> None:
         neighbours(images[:1, 0], images)
     with pytest.raises(ValueError, match=r"\(2, 4\), got \(2, 3\)"):
         neighbours(images[:, 0], images, np.zeros((2, 3), bool))
+
+
+def test_pictures_are_stacked_in_order() -> None:
+    parts = [filters(np.ones((3, 3, 1, count)), "some") for count in (1, 40)]
+    first, second = (_pixels(part) for part in parts)
+    whole = _pixels(stacked(parts))
+    assert whole.shape[1] == max(first.shape[1], second.shape[1])
+    np.testing.assert_array_equal(whole[: len(first), : first.shape[1]], first)
+    np.testing.assert_array_equal(whole[-len(second) :, : second.shape[1]], second)
+    with pytest.raises(ValueError, match="at least one picture"):
+        stacked([])

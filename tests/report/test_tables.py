@@ -112,3 +112,21 @@ def test_rejects() -> None:
 def test_no_rows() -> None:
     assert arrange([]).groups == {}
     assert text_table([])
+
+
+def test_several_networks_of_a_kind_are_told_apart() -> None:
+    rows = [
+        _row("z", "untrained", 0.5),
+        _row("z", "nat", 0.6),
+        _row("z", "nat: other", 0.7),
+        _row("patches", "k-means patches", 0.8),
+    ]
+    lines = arrange(rows).groups["all"]
+    assert [line.network for line in lines] == ["k-means patches", "untrained", "nat", "nat: other"]
+    assert [line.cells[0].gain for line in lines[1:]] == [
+        None,
+        pytest.approx(10),
+        pytest.approx(20),
+    ]
+    assert "| all | – | k-means patches | **80.0** |" in markdown_table(rows)
+    assert "| all | z | NAT: other | 70.0 |" in markdown_table(rows)

@@ -1,0 +1,299 @@
+"""The steps that ``benchmarks/step.py`` compares, and the problems it gives them.
+
+Every step is a function of (state, batch), jitted, its state donated. Those of the library are what
+``nat_jax.placement.compile_step`` returns. The others are written here as anybody would write them:
+the network's ``apply`` under ``jax.value_and_grad``, optax's SGD, and nothing else.
+"""
+
+import collections
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from sklearn.datasets import load_sample_images
+
+from nat_jax import models, optim, sharding, targets
+from nat_jax.placement import SOLVER_SECONDS, compile_step
+from nat_jax.train_step import Step, batch_shardings, create_state, state_shardings
+
+PLAIN = "NAT"
+BY_HAND = "by hand"
+SOFTMAX = "softmax on z"
+SUPERVISED = "supervised"
+LOSS = "train/loss"
+
+KERNEL = "auction as a kernel"
+# Settings of a step that re-matches. The kernel is for NVIDIA GPUs; elsewhere it is the auction.
+SOLVERS: dict[str, dict[str, Any]] = {
+    "auction": dict(solver="auction"),
+    KERNEL: dict(solver="auction", solver_options=(("kernel", True),)),
+    "scipy": dict(solver="scipy"),
+}
+
+# As the training loop does; see nat_jax/train.py.
+_IN_FLIGHT = 2
+
+Batch = dict[str, jax.Array]
+State = Any
+Targets = tuple[jax.Array, jax.Array]  # float32[N, D] rows and int32[N], who owns which
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A network, its optimiser, and the batches.
+
+    Attributes:
+        name: what tables call it.
+        network: a key of ``models.MODELS``.
+        image_size: side in pixels.
+        dim: D.
+        batch: B, matched as a whole.
+        frontend: a key of ``models.FRONTENDS``.
+        classes: of the supervised networks.
+        momentum: 0 for plain SGD.
+        dtype: compute dtype.
+        batches: how many there are, all on the device, in turn.
+        draws: how often the images of a batch come with other records' numbers, and so with other
+            targets: every matching is one of features and rows that were strangers.
+        rate: learning rate, low enough that none of the losses diverges.
+    """
+
+    name: str
+    network: str
+    image_size: int
+    dim: int
+    batch: int
+    frontend: str
+    classes: int
+    momentum: float
+    dtype: str = "float32"
+    batches: int = 4
+    draws: int = 16
+    rate: float = 0.01
+
+    @property
+    def records(self) -> int:
+        """Return N."""
+        return self.batch * self.batches * self.draws
+
+    @property
+    def optimizer(self) -> optim.Optimizer:
+        """Return the settings of SGD, the same for every step."""
+        return optim.Optimizer(self.rate, momentum=self.momentum)
+
+    def model(self, *, supervised: bool = False) -> models.Model:
+        """Return the network, its outputs the classes if ``supervised``, else the features."""
+        return models.make_model(
+            self.network,
+            dim=self.classes if supervised else self.dim,
+            image_size=self.image_size,
+            frontend=self.frontend,
+            dtype=self.dtype,
+        )
+
+    def step(self, *, supervised: bool = False, **settings: Any) -> Step:
+        """Return the settings of the library's step on one device."""
+        mesh = sharding.make_mesh(devices=jax.devices()[:1])
+        network = self.model(supervised=supervised)
+        return Step(network, self.optimizer, mesh, supervised=supervised, **settings)
+
+
+_ALEXNET = Problem("AlexNet 224, B = 256", "alexnet", 224, 2048, 256, "sobel", 1000, 0.0)
+
+# Networks, front ends and momentum of configs/cifar10.py and configs/alexnet.py.
+PROBLEMS = {
+    "convnet": Problem("convnet 32, B = 256", "convnet", 32, 64, 256, "rgb", 10, 0.9),
+    "alexnet": _ALEXNET,
+    "alexnet-bf16": dataclasses.replace(_ALEXNET, name=_ALEXNET.name + ", bf16", dtype="bfloat16"),
+    "alexnet-16": dataclasses.replace(_ALEXNET, name="AlexNet 224, B = 16", batch=16),
+    "tiny": Problem("tiny", "convnet", 8, 8, 16, "sobel", 5, 0.9),
+}
+
+
+def make_batches(problem: Problem, seed: int) -> list[Batch]:
+    """Return batches of crops of two photographs, each image with a random class, on the device."""
+    random, mesh = np.random.default_rng(seed), problem.step().mesh
+    photos, size = load_sample_images().images, problem.image_size
+    shown = []
+    for _ in range(problem.batches):
+        image = np.empty((problem.batch, size, size, 3), np.uint8)
+        for k in range(problem.batch):
+            photo = photos[k % len(photos)]
+            side = int(random.integers(min(size, 200), min(photo.shape[:2])))
+            top, left = (int(random.integers(length - side + 1)) for length in photo.shape[:2])
+            nearest = np.arange(size) * side // size
+            image[k] = photo[top + nearest][:, left + nearest]
+        label = random.integers(0, problem.classes, problem.batch).astype(np.int32)
+        weight = np.ones(problem.batch, np.float32)
+        local = {"image": image, "label": label, "weight": weight}
+        shown.append(sharding.global_batch(local, mesh))
+    numbers = random.permutation(problem.records).astype(np.int32).reshape(-1, problem.batch)
+    return [
+        shown[k % problem.batches] | sharding.global_batch({"index": index}, mesh)
+        for k, index in enumerate(numbers)
+    ]
+
+
+@dataclasses.dataclass
+class Contender:
+    """A step that takes turns with others.
+
+    Attributes:
+        name: what tables call it.
+        step: of (state, batch), the state donated.
+        state: before the next step.
+        batches: what it trains on, again and again.
+        turns: what each turn that counted took, per step: seconds, processor seconds and, where
+            the host solved, the seconds of it.
+        metrics: of the last step.
+        lowered: gives the program of a step before optimisation, where it is one of ``jax.jit``.
+    """
+
+    name: str
+    step: Callable[[State, Batch], tuple[State, dict[str, Any]]]
+    state: State
+    batches: Sequence[Batch]
+    turns: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
+    done: int = 0
+    lowered: Callable[[], jax.stages.Lowered] | None = None
+
+    def turn(self, steps: int) -> dict[str, float]:
+        """Do some steps and wait for them; return seconds, processor seconds and solver seconds."""
+        begin, spent, solving = time.perf_counter(), time.process_time(), 0.0
+        waiting: collections.deque[dict[str, Any]] = collections.deque()
+        for _ in range(steps):
+            batch = self.batches[self.done % len(self.batches)]
+            self.state, self.metrics = self.step(self.state, batch)
+            self.done += 1
+            solving += self.metrics.get(SOLVER_SECONDS, 0.0)
+            waiting.append(self.metrics)
+            if len(waiting) > _IN_FLIGHT:
+                jax.block_until_ready(waiting.popleft())
+        jax.block_until_ready((self.state, self.metrics))
+        taken = {
+            "seconds": time.perf_counter() - begin,
+            "cpu": time.process_time() - spent,
+            "solving": solving,
+        }
+        return {name: value / steps for name, value in taken.items()}
+
+
+def contenders(
+    problem: Problem, batches: Sequence[Batch], solvers: Sequence[str], seed: int
+) -> Iterator[Contender]:
+    """Yield the contenders, each with a state of its own; those of one network start alike."""
+    yield of_library(problem, batches, PLAIN, seed)
+    yield by_hand(problem, batches, BY_HAND, noise_loss, seed)
+    yield by_hand(problem, batches, SOFTMAX, classifier_loss, seed)
+    yield of_library(problem, batches, SUPERVISED, seed, supervised=True, loss="softmax")
+    for solver in solvers:
+        for placement in ("device",) if solver == KERNEL else ("device", "host"):
+            name = f"{PLAIN}, re-matching, {placement}, {solver}"
+            settings = dict(placement=placement, **SOLVERS[solver])
+            yield of_library(problem, batches, name, seed, reassign=True, **settings)
+
+
+def of_library(
+    problem: Problem,
+    batches: Sequence[Batch],
+    name: str,
+    seed: int,
+    *,
+    reassign: bool = False,
+    **settings: Any,
+) -> Contender:
+    """Return a step of the library."""
+    step = problem.step(**settings)
+    rows, assignment = _targets(problem, seed)
+    chosen = targets.Basis(step.model.dim) if step.supervised else targets.SphereTable(rows)
+    run = compile_step(step, reassign=reassign)
+    state = create_state(step.model, step.optimizer, assignment, jax.random.key(seed))
+    state = jax.device_put(state, state_shardings(step))
+    used = [{key: batch[key] for key in batch_shardings(step)} for batch in batches]
+    return Contender(name, lambda state, batch: run(state, chosen, batch), state, used)
+
+
+def by_hand(
+    problem: Problem,
+    batches: Sequence[Batch],
+    name: str,
+    loss: Callable[[dict[str, Any], jax.Array, Batch, Targets], jax.Array],
+    seed: int,
+) -> Contender:
+    """Return a step as anybody would write it; ``loss`` is of (params, z, batch, targets)."""
+    model = problem.model()
+    optimizer = optax.sgd(problem.rate, problem.momentum or None)
+    init_key, key = jax.random.split(jax.random.key(seed))
+    network, batch_stats = model.init(init_key)
+    params = {"network": network}
+    if loss is classifier_loss:
+        shape = (problem.dim, problem.classes)
+        kernel = jax.random.normal(key, shape) * problem.dim**-0.5
+        params["classifier"] = {"kernel": kernel, "bias": jnp.zeros(problem.classes)}
+    state = {
+        "params": params,
+        "batch_stats": batch_stats,
+        "opt_state": optimizer.init(params),
+        "step": jnp.int32(0),
+        "key": key,
+    }
+
+    def objective(params: Any, state: State, batch: Batch, noise: Targets) -> Any:
+        key = jax.random.fold_in(state["key"], state["step"])
+        outputs, batch_stats = model.apply(
+            params["network"], state["batch_stats"], batch["image"], train=True, key=key
+        )
+        return loss(params, outputs["z"], batch, noise), batch_stats
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def run(state: State, batch: Batch, noise: Targets) -> tuple[State, dict[str, Any]]:
+        (value, batch_stats), gradient = jax.value_and_grad(objective, has_aux=True)(
+            state["params"], state, batch, noise
+        )
+        updates, opt_state = optimizer.update(gradient, state["opt_state"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+        state = {
+            "params": params,
+            "batch_stats": batch_stats,
+            "opt_state": opt_state,
+            "step": state["step"] + 1,
+            "key": state["key"],
+        }
+        return state, {LOSS: value}
+
+    noise = _targets(problem, seed)
+    used = [{k: v for k, v in batch.items() if k != "weight"} for batch in batches]
+    shapes = jax.eval_shape(lambda: (state, used[0], noise))
+    return Contender(
+        name,
+        lambda state, batch: run(state, batch, noise),
+        state,
+        used,
+        lowered=lambda: run.lower(*shapes),
+    )
+
+
+def noise_loss(params: Any, z: jax.Array, batch: Batch, noise: Targets) -> jax.Array:
+    """Return half the mean squared distance to the rows that the images own."""
+    rows, assignment = noise
+    return 0.5 * jnp.mean(jnp.sum(jnp.square(z - rows[assignment[batch["index"]]]), axis=-1))
+
+
+def classifier_loss(params: Any, z: jax.Array, batch: Batch, noise: Targets) -> jax.Array:
+    """Return the mean cross-entropy of a linear layer behind the features."""
+    logits = z @ params["classifier"]["kernel"] + params["classifier"]["bias"]
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]))
+
+
+def _targets(problem: Problem, seed: int) -> Targets:
+    key = jax.random.key(seed + 1)
+    noise, _ = targets.make_targets("sphere", problem.records, problem.dim, key, storage="table")
+    assert isinstance(noise, targets.SphereTable)
+    return noise.rows, jnp.arange(problem.records, dtype=jnp.int32)

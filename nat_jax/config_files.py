@@ -1,0 +1,25 @@
+"""The config files that come with the library."""
+
+from pathlib import Path
+
+
+def packaged() -> Path:
+    """Return the folder of the configs that come with the library.
+
+    Beside the package in a checkout, inside it where it was installed from a wheel.
+    """
+    inside = Path(__file__).parent / "configs"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
+
+
+def resolve_path(path: str) -> str:
+    """Return the config file to load: ``path`` if it exists, else the one that came with us.
+
+    ``configs/digits.py`` names the same file in a checkout and beside an installed wheel. A
+    ``:argument`` behind the file name is kept.
+    """
+    file, colon, argument = path.partition(":")
+    ours = packaged() / Path(file).name
+    if not Path(file).exists() and Path(file).parent == Path("configs") and ours.exists():
+        file = str(ours)
+    return f"{file}{colon}{argument}"

@@ -1,0 +1,117 @@
+"""The networks that a task judges: the one that the config names, the same untrained, others."""
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from nat_jax import config as configs
+from nat_jax import workdir as workdirs
+from nat_jax.evaluate import judge
+from nat_jax.export import Bundle
+from nat_jax.export.bundle import is_bundle
+from nat_jax.export.loading import (
+    UNTRAINED,
+    load_network,
+    network_of,
+    task_config,
+    untrained_network,
+)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contenders:
+    """Networks by the names that tables give them.
+
+    Attributes:
+        networks: "untrained" first, then the one that is judged, then those beside it.
+        judged: the name of that one.
+        settings: the task's config: model and data of that one, ``eval`` of the command line.
+    """
+
+    networks: Mapping[str, Bundle]
+    judged: str
+    settings: ConfigDict
+
+    def describe(self) -> dict[str, dict[str, Any]]:
+        """Return which weights these are, for the result."""
+        return {
+            name: {"fingerprint": network.fingerprint(), **_plain(network.run)}
+            for name, network in self.networks.items()
+        }
+
+
+def seeds_of(config: ConfigDict, workdir: Path) -> tuple[int, ...]:
+    """Return the seeds to judge: those of the config that the run has; of a bundle, its own.
+
+    Raises:
+        ValueError: the run has none of them.
+    """
+    where = _where(config, workdir)
+    if is_bundle(where):
+        return (int(load_network(where).run["seed"]),)
+    saved = workdirs.read_json(where / "config.json")
+    if saved is None:
+        return tuple(config.seeds)
+    common = tuple(seed for seed in config.seeds if seed in saved["seeds"])
+    if not common:
+        raise ValueError(
+            f"seeds: the run in {where} has {tuple(saved['seeds'])}; got {config.seeds}. Name some "
+            f"of them, as in --config.seeds='({saved['seeds'][0]},)'"
+        )
+    if len(common) < len(saved["seeds"]):
+        logger.info("judging seed %s of the run's %s", common, tuple(saved["seeds"]))
+    return common
+
+
+def find_contenders(config: ConfigDict, workdir: Path, seed: int) -> Contenders:
+    """Load the networks of a task, for one seed.
+
+    Args:
+        config: ``network`` names the one that is judged, see ``loading.network_of``;
+            ``eval.beside`` the folders of others, of whose seeds the first is taken.
+        workdir: the task's folder.
+        seed: which of a run's seeds.
+
+    Raises:
+        ValueError: there is no such network, or one beside it takes other images.
+        BundleError, CheckpointError: see ``loading.load_network``.
+    """
+    network = network_of(config, workdir, seed=seed)
+    settings = task_config(config, network)
+    name = UNTRAINED if not network.run["step"] else judge.trained_name(settings)
+    networks = {UNTRAINED: network if name == UNTRAINED else _untrained(network), name: network}
+    for folder in config.eval.beside:
+        other = load_network(folder)
+        if (other.model.image_size, other.resize) != (network.model.image_size, network.resize):
+            raise ValueError(
+                f"eval.beside: expected a network for images of {network.model.image_size} pixels "
+                f"with data.resize = {network.resize}, as the one that is judged; {folder} takes "
+                f"{other.model.image_size} with {other.resize}"
+            )
+        networks[_name(other, config, folder, networks)] = other
+    return Contenders(networks, name, settings)
+
+
+def _where(config: ConfigDict, workdir: Path) -> Path:
+    named = config.network if config.network != UNTRAINED else ""
+    return Path(named or workdir).expanduser()
+
+
+def _untrained(network: Bundle) -> Bundle:
+    config = workdirs.of_run(network.config, configs.default())
+    return untrained_network(config, network.run["seed"])
+
+
+def _name(network: Bundle, config: ConfigDict, folder: str, taken: Mapping[str, Bundle]) -> str:
+    kind = judge.trained_name(task_config(config, network)) if network.run["step"] else UNTRAINED
+    return f"{kind}: {Path(folder).expanduser().resolve().name}" if kind in taken else kind
+
+
+def _plain(run: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: run[key] for key in ("seed", "step", "data") if key in run}

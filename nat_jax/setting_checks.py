@@ -1,0 +1,80 @@
+"""Checks of settings that need neither devices nor records: common ones, and those of `eval`."""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+TEN_CROPS = ("auto", "on", "off")
+BASELINES = ("pixels", "patches")
+LINEAR_FITS = ("auto", "lbfgs", "sgd", "ridge")
+MLP_INITS = ("torch", "gaussian")
+
+_NOT_EMPTY = ("layers", "probes", "labels_per_class", "knn_ks", "few_labels", "few_splits")
+_COUNTS = (
+    "batch_size",
+    "knn_k",
+    "max_features",
+    "mlp_width",
+    "mlp_epochs",
+    "neighbours",
+    "patch_centroids",
+    "queries",
+)
+
+
+def one_of(key: str, value: Any, known: Collection[str]) -> None:
+    """Raise ValueError, listing what is known, for a value that is not."""
+    if value not in known:
+        raise ValueError(f"{key}: unknown {value!r}. Known: {', '.join(known)}")
+
+
+def at_least(values: Mapping[str, Any], least: float, *keys: str) -> None:
+    """Raise ValueError for the first of some keys whose value is smaller."""
+    for key in keys:
+        if values[key] < least:
+            raise ValueError(f"{key}: expected at least {least}; got {values[key]}")
+
+
+def check_eval(values: Mapping[str, Any], probes: Collection[str]) -> None:
+    """Check the group `eval`.
+
+    Args:
+        values: a flat config, "eval.layers" and so on.
+        probes: the known probes.
+
+    Raises:
+        ValueError: one message for the first mistake: the key, what is expected, what it is.
+    """
+    for probe in values["eval.probes"]:
+        if "," in probe:
+            raise ValueError(
+                f"eval.probes: got {probe!r}; write several as "
+                "--config.eval.probes=\"('knn', 'linear_probe')\""
+            )
+        one_of("eval.probes", probe, probes)
+    for baseline in values["eval.baselines"]:
+        one_of("eval.baselines", baseline, BASELINES)
+    one_of("eval.linear_fit", values["eval.linear_fit"], LINEAR_FITS)
+    one_of("eval.mlp_init", values["eval.mlp_init"], MLP_INITS)
+    one_of("eval.ten_crops", values["eval.ten_crops"], TEN_CROPS)
+    for key in _NOT_EMPTY:
+        if not values[f"eval.{key}"]:
+            raise ValueError(f"eval.{key}: expected at least one; got none")
+    at_least(values, 1, *(f"eval.{key}" for key in _COUNTS))
+    at_least(values, 0, "eval.every_epochs", "eval.max_train")
+    if min(values["eval.knn_ks"]) < 1:
+        raise ValueError(f"eval.knn_ks: expected at least 1; got {min(values['eval.knn_ks'])}")
+    if min(values["eval.labels_per_class"]) < 0:
+        raise ValueError(
+            "eval.labels_per_class: expected 0 (all labels) or more; got "
+            f"{tuple(values['eval.labels_per_class'])}"
+        )
+    for amount in values["eval.few_labels"]:
+        if not amount > 0 or (amount >= 1 and amount != int(amount)):
+            raise ValueError(
+                "eval.few_labels: expected shares in (0, 1) and numbers of labels per class from 1 "
+                f"on; got {amount}"
+            )
+    if min(values["eval.few_splits"]) < 0:
+        raise ValueError(
+            f"eval.few_splits: expected seeds of 0 or more; got {tuple(values['eval.few_splits'])}"
+        )
