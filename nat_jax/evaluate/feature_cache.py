@@ -82,7 +82,8 @@ class FeatureCache:
         """Make room for some bytes; False, with a line that says so, where there can be none."""
         self._folder.mkdir(parents=True, exist_ok=True)
         for partial in self._folder.glob(".*"):
-            if time.time() - partial.stat().st_mtime > _ABANDONED:
+            touched = max(file.stat().st_mtime for file in (partial, *partial.iterdir()))
+            if time.time() - touched > _ABANDONED:
                 shutil.rmtree(partial, ignore_errors=True)
         sizes = {card.parent: _size(card.parent) for card in self._by_use()}
         total = sum(sizes.values())

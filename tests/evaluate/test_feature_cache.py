@@ -47,7 +47,8 @@ def test_what_a_killed_process_was_writing_goes_after_a_day(tmp_path):
     for name, age in ((".new.123", 60), (".old.123", 2 * 24 * 3600)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "features.f32").write_bytes(b"1234")
-        os.utime(tmp_path / name, (time.time() - age, time.time() - age))
+        os.utime(tmp_path / name, (0, 0))  # the folder is as old as its first file
+        os.utime(tmp_path / name / "features.f32", (time.time() - age, time.time() - age))
     assert FeatureCache(tmp_path).has_room(10)
     assert [path.name for path in tmp_path.iterdir()] == [".new.123"]
 
