@@ -31,17 +31,24 @@ class Contenders:
     Attributes:
         networks: "untrained" first, then the one that is judged, then those beside it.
         judged: the name of that one.
+        beside: where those beside it come from, by their names.
         settings: the task's config: model and data of that one, ``eval`` of the command line.
     """
 
     networks: Mapping[str, Bundle]
     judged: str
+    beside: Mapping[str, str]
     settings: ConfigDict
 
     def describe(self) -> dict[str, dict[str, Any]]:
-        """Return which weights these are, for the result."""
+        """Return which weights these are, and how they were trained, for the result."""
         return {
-            name: {"fingerprint": network.fingerprint(), **_plain(network.run)}
+            name: {
+                "fingerprint": network.fingerprint(),
+                **_plain(network.run),
+                **({"folder": self.beside[name]} if name in self.beside else {}),
+                "config": workdirs.training(network.config),
+            }
             for name, network in self.networks.items()
         }
 
@@ -79,13 +86,14 @@ def find_contenders(config: ConfigDict, workdir: Path, seed: int) -> Contenders:
         seed: which of a run's seeds.
 
     Raises:
-        ValueError: there is no such network, or one beside it takes other images.
+        ValueError: there is no such network, or one beside it takes other images or is named twice.
         BundleError, CheckpointError: see ``loading.load_network``.
     """
     network = network_of(config, workdir, seed=seed)
     settings = task_config(config, network)
     name = UNTRAINED if not network.run["step"] else judge.trained_name(settings)
     networks = {UNTRAINED: network if name == UNTRAINED else _untrained(network), name: network}
+    beside: dict[str, str] = {}
     for folder in config.eval.beside:
         other = load_network(folder)
         if (other.model.image_size, other.resize) != (network.model.image_size, network.resize):
@@ -94,8 +102,9 @@ def find_contenders(config: ConfigDict, workdir: Path, seed: int) -> Contenders:
                 f"with data.resize = {network.resize}, as the one that is judged; {folder} takes "
                 f"{other.model.image_size} with {other.resize}"
             )
-        networks[_name(other, config, folder, networks)] = other
-    return Contenders(networks, name, settings)
+        named = _name(other, config, folder, networks)
+        networks[named], beside[named] = other, str(folder)
+    return Contenders(networks, name, beside, settings)
 
 
 def _where(config: ConfigDict, workdir: Path) -> Path:
@@ -109,8 +118,16 @@ def _untrained(network: Bundle) -> Bundle:
 
 
 def _name(network: Bundle, config: ConfigDict, folder: str, taken: Mapping[str, Bundle]) -> str:
+    """Name a network by its kind, with as much of its path as tells it from the others."""
     kind = judge.trained_name(task_config(config, network)) if network.run["step"] else UNTRAINED
-    return f"{kind}: {Path(folder).expanduser().resolve().name}" if kind in taken else kind
+    if kind not in taken:
+        return kind
+    place = Path(folder).expanduser().resolve()
+    for depth in range(1, len(place.parts)):
+        name = f"{kind}: {'/'.join(place.parts[-depth:])}"
+        if name not in taken:
+            return name
+    raise ValueError(f"eval.beside: expected each folder once; got {folder} again")
 
 
 def _plain(run: Mapping[str, Any]) -> dict[str, Any]:

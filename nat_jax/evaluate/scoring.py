@@ -3,6 +3,7 @@
 docs/protocols.md has them in words.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -53,6 +54,8 @@ class Asked(NamedTuple):
     def test_transform(self) -> Transform:
         """What becomes of test images where training images change: ten crops, or one view.
 
+        They are five where training images are not mirrored, as for digits or text.
+
         Raises:
             ValueError: ten crops of images that leave no room for them.
         """
@@ -63,7 +66,8 @@ class Asked(NamedTuple):
                 "network is 0. Set --config.eval.ten_crops=auto for one view"
             )
         ten = asked == "on" or (asked == "auto" and self.resize > 0)
-        return eval_transform(image_size=self.augment.size, resize=self.resize, ten_crops=ten)
+        views = eval_transform(image_size=self.augment.size, resize=self.resize, ten_crops=ten)
+        return dataclasses.replace(views, both_ways=ten and self.augment.flip)
 
 
 class Task(NamedTuple):
@@ -181,17 +185,21 @@ def _score_few(asked: Asked, subject: Subject) -> Scored:
 
 
 def _state_few(asked: Asked) -> dict[str, Any]:
-    records, settings = len(asked.data.train), asked.settings
+    settings, labels = asked.settings, asked.data.train.labels
 
-    def about(amount: float) -> int:
-        return round(amount * records) if amount < 1 else int(amount) * asked.classes
+    def chosen(amount: float) -> int:
+        if labels is not None:
+            return len(few_labels(labels, amount, seed=0))
+        # Known once the records are read; classes of one size have so many.
+        share = round(amount * len(asked.data.train) / asked.classes) if amount < 1 else int(amount)
+        return max(1, share) * asked.classes
 
     return {
         "subsets": "of each class the records whose names, hashed with the split, come first",
         "splits": list(settings.few_splits),
         "probes": {
             few_name(amount): {
-                probe: evaluate.protocol(probe, _few_options(settings, probe, about(amount)))
+                probe: evaluate.protocol(probe, _few_options(settings, probe, chosen(amount)))
                 for probe in settings.probes
             }
             for amount in settings.few_labels

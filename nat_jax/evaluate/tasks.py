@@ -4,6 +4,7 @@
 the protocols.
 """
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -113,7 +114,7 @@ def _set_up(config: ConfigDict, workdir: Path) -> list[Seed]:
             seeds.append(Seed(seed, contenders, None))
             continue
         settings = contenders.settings
-        test = settings.eval.source or settings.data.source
+        test = settings.eval.source or _own_data(config, contenders, source)
         data = judge.probe_data(
             settings,
             source(settings.eval.train_source or test, "train"),
@@ -131,6 +132,34 @@ def _set_up(config: ConfigDict, workdir: Path) -> list[Seed]:
     return seeds
 
 
+def _own_data(
+    config: ConfigDict, contenders: Contenders, source: Callable[[str, str], records.Source]
+) -> str:
+    """Return where the data that the network was trained on lies now.
+
+    That is where the command line says, if the same records are there; else where it was.
+
+    Raises:
+        ValueError: it is nowhere; the message says what to set.
+    """
+    asked, own = config.data.source, contenders.settings.data.source
+    if asked == own:
+        return own
+    trained_on = contenders.networks[contenders.judged].run.get("data")
+    with contextlib.suppress(ValueError):  # what is not there matters only if the other is not
+        if trained_on is not None and source(asked, "train").fingerprint == trained_on:
+            return asked
+    try:
+        source(own, "test")
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. The network was trained on that; say where it lies now with "
+            "--config.data.source=..., or judge on other data with --config.eval.source=..."
+        ) from error
+    logger.info("judging on %s, as in training; --config.eval.source=... is for other data", own)
+    return own
+
+
 def _check(task: str, asked: Asked) -> None:
     """Find out before any work whether the records can be judged on."""
     data, settings = asked.data, asked.settings
@@ -146,7 +175,8 @@ def _check(task: str, asked: Asked) -> None:
         if most > len(data.train):
             raise ValueError(
                 f"eval.knn_ks: expected at most {len(data.train)}, the training records of "
-                f"{data.train.name}; got {most}"
+                f"{data.train.name}; got {most}. Set --config.eval.knn_ks='(1, 5)' and "
+                "--config.eval.knn_k=5, for instance"
             )
     if task == "low_shot" and data.train.labels is not None:
         for amount in settings.few_labels:
@@ -202,6 +232,8 @@ def _scored(seeds: Sequence[Seed], workdir: Path) -> Result:
     judged: dict[Any, list[judge.Row]] = {}
     for one in seeds:
         for subject in _subjects(one.asked, one.contenders):
+            if one is not seeds[0] and subject.name in one.contenders.beside:
+                continue  # it is the same network for every seed
             logger.info("judging %s", subject.name)
             for drawn, rows in task.score(one.asked, subject).items():
                 tag = f"seed {one.seed}, {drawn}" if drawn else one.seed

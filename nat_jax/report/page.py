@@ -137,7 +137,9 @@ def _reading(contents: Contents, rows: list[Mapping[str, Any]]) -> str:
     where = f" on {test['records']:,} test records" if "records" in test else ""
     arranged = tables.arrange(rows)
     spread = (
-        f", mean ± standard deviation over {arranged.seeds} seeds" if arranged.seeds > 1 else ""
+        f", mean ± standard deviation over {arranged.seeds} {arranged.drawn}"
+        if arranged.seeds > 1
+        else ""
     )
     return (
         f"Top-1 accuracy in percent{where}{spread}. A star marks the best of each column in its "

@@ -53,11 +53,19 @@ class Line:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Results arranged for reading: a group of lines per number of labels."""
+    """Results arranged for reading: a group of lines per number of labels.
+
+    Attributes:
+        probes: the columns.
+        groups: the lines, by number of labels.
+        seeds: over how many draws a mean is taken.
+        drawn: "seeds", or "draws" where more than seeds differ.
+    """
 
     probes: tuple[str, ...]
     groups: dict[str, tuple[Line, ...]]
     seeds: int
+    drawn: str
 
     @property
     def cells(self) -> list[Cell]:
@@ -111,7 +119,8 @@ def arrange(rows: Sequence[Row]) -> Table:
             for layer, network in sorted(pairs, key=place)
         )
     seeds = max((len(row.get("seeds") or ()) for row in rows), default=0)
-    return Table(tuple(probes), groups, seeds)
+    tags = {type(tag) for row in rows for tag in row.get("seeds") or ()}
+    return Table(tuple(probes), groups, seeds, "draws" if str in tags else "seeds")
 
 
 def _column(rows: Mapping[tuple[str, str], Row | None]) -> dict[tuple[str, str], Cell | None]:
@@ -226,7 +235,8 @@ def _text(cell: Cell | None, spreads: bool) -> str:
 
 
 def _note(table: Table) -> str:
-    spread = f", mean ± standard deviation over {table.seeds} seeds" if table.spreads else ""
+    over = f"{table.seeds} {table.drawn}"
+    spread = f", mean ± standard deviation over {over}" if table.spreads else ""
     return f"{spread} (* best of its column)"
 
 

@@ -127,9 +127,7 @@ def test_linear_probes_of_all_layers_at_once_learn_from_fresh_crops(trained, tmp
 
 
 def test_the_authors_mlp_learns_from_fresh_crops_and_is_tested_on_ten(tmp_path):
-    result = judged(
-        tmp_path,
-        "mlp_probe",
+    changes = dict(
         eval__max_train=60,
         data__image_size=6,
         data__resize=8,
@@ -137,7 +135,10 @@ def test_the_authors_mlp_learns_from_fresh_crops_and_is_tested_on_ten(tmp_path):
         eval__batch_size=32,
         eval__layers=("last_conv",),
     )
+    result = judged(tmp_path, "mlp_probe", data__flip=True, **changes)
     assert result["protocol"]["stream"]["test_views"] == 10
+    upright = tasks._set_up(settings("mlp_probe", **changes), tmp_path)[0].asked
+    assert upright.test_transform.count == 5 and not upright.test_transform.both_ways
     assert "RandomCrop(size=6, resize=8)" in result["protocol"]["stream"]["augmentation"]
     assert result["protocol"]["mlp_probe"]["init"] == "torch"
     assert 0 <= result["value"] <= 1 and result["value"] == result["untrained"]
@@ -159,6 +160,7 @@ def test_few_labels_are_fixed_splits(tmp_path):
     row = next(r for r in result["table"] if r["labels"] == "3 per class" and r["features"] == "z")
     assert row["seeds"] == ["seed 0, split 0", "seed 0, split 4"] and row["std"] is not None
     assert len(set(row["values"])) == 2  # other records
+    assert result["protocol"]["probes"]["1 % of the labels"]["knn"]["k"] == 5
     few = {r["labels"]: r["mean"] for r in result["table"] if r["network"] == "raw pixels"}
     assert 0.4 < few["1 % of the labels"] < 0.95
 
@@ -186,6 +188,45 @@ def test_baselines_and_others_stand_in_the_same_table(trained, tmp_path):
     ]
     assert values(result, network="k-means patches", probe="k=1", labels="plain votes")[0] > 0.5
     assert values(result, network="nat") == values(result, network="nat: bundle")
+
+
+def test_others_in_folders_of_one_name_are_told_apart(trained, tmp_path):
+    bundle = untrained_network(settings("knn"), 1)
+    folders = [str(tmp_path / name / "bundle") for name in ("a", "b")]
+    for folder in folders:
+        dataclasses.replace(bundle, run={"seed": 1, "step": 3}).save(folder)
+    result = judged(tmp_path / "run", "knn", trained, eval__beside=tuple(folders))
+    networks = result["run"]["networks"][0]
+    assert list(networks) == ["untrained", "nat", "nat: bundle", "nat: b/bundle"]
+    assert networks["nat: b/bundle"]["folder"] == folders[1]
+    assert networks["nat"]["config"]["model.dim"] == 4
+    assert values(result, network="nat: bundle") == values(result, network="nat: b/bundle")
+    with pytest.raises(ValueError, match="eval.beside: expected each folder once; got .*a/bundle"):
+        judged(tmp_path / "run", "knn", trained, eval__beside=(folders[0],) * 9)
+
+
+def test_data_that_have_moved_are_found_where_the_command_line_says(tmp_path, caplog):
+    rng = np.random.default_rng(0)
+    labels = np.arange(300) % 3
+    images = rng.integers(0, 256, (300, 8, 8, 3), np.uint8)
+    arrays = dict(x_train=images, y_train=labels, x_test=images[:60], y_test=labels[:60])
+    old, new, other = (tmp_path / f"{name}.npz" for name in ("old", "new", "other"))
+    np.savez(old, **arrays)
+    np.savez(other, **{**arrays, "x_train": images[::-1]})
+    c = settings("pretrain", "", data__source=f"arrays:{old}", seeds=(0,))
+    c.batch_size, c.checkpoint.every_epochs, c.eval.labels_per_class = 100, 1.0, (0,)
+    train.train_and_evaluate(c, tmp_path / "run")
+
+    def asked(source):
+        return judged(tmp_path / "run", "knn", "", data__source=f"arrays:{source}")
+
+    with caplog.at_level("INFO", "nat_jax"):
+        asked(other)
+    assert f"judging on arrays:{old}, as in training; --config.eval.source=..." in caplog.text
+    old.rename(new)
+    assert asked(new)["protocol"]["train"]["source"] == f"arrays:{new}"
+    with pytest.raises(ValueError, match="old.npz.* say where it lies now with --config.data.so"):
+        asked(other)
 
 
 def test_others_must_take_the_same_images(trained, tmp_path):
@@ -307,6 +348,9 @@ def test_a_run_has_the_value_that_its_own_table_has(tmp_path):
     assert (result["value"], result["untrained"]) == (own["value"], own["untrained"])
     row = next(r for r in result["table"] if r["network"] == "nat" and r["features"] == "z")
     assert row["seeds"] == [0, 3] and row["std"] is not None
+    two = judged(tmp_path, "knn", "", seeds=(0, 3), eval__beside=(str(tmp_path),))
+    beside = [r for r in two["table"] if r["network"].startswith("nat: ")]
+    assert beside and all(r["seeds"] == [0] and r["std"] is None for r in beside)
     one = judged(tmp_path, "knn", "", seeds=(3,))
     again = next(r for r in one["table"] if r["network"] == "nat" and r["features"] == "z")
     assert again["values"] == row["values"][1:]
