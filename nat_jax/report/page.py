@@ -111,7 +111,8 @@ def _results(contents: Contents) -> Iterator[str]:
             f"<div class=scroll>{tables.html_table(rows)}</div></section>"
         )
     if contents.others:
-        lines = ((name, _in_words(other)) for name, other in contents.others.items())
+        steps = ((contents.result or {}).get("run") or {}).get("steps")
+        lines = ((name, _in_words(other, steps)) for name, other in contents.others.items())
         more = "".join(
             f"<details><summary>{_text(name)}</summary><div class=scroll>"
             f"{tables.html_table(other['table'])}</div></details>"
@@ -121,11 +122,23 @@ def _results(contents: Contents) -> Iterator[str]:
         yield f"<section><h2>Further results</h2>{_pairs(lines)}{more}</section>"
 
 
-def _in_words(result: Mapping[str, Any]) -> str:
-    """Say what a task found, with what the untrained network has, if it has that."""
+def _in_words(result: Mapping[str, Any], steps: int | None) -> str:
+    """Say what a task found, on what, and whether the run has gone on since.
+
+    Args:
+        result: of the task.
+        steps: those that the run has done now.
+    """
     said = f"{result.get('metric', '')} {_number(result['value'])}".strip()
-    before = result.get("untrained")
-    return said if before is None else f"{said} (untrained {_number(before)})"
+    if (before := result.get("untrained")) is not None:
+        said += f" (untrained {_number(before)})"
+    if test := (result.get("protocol") or {}).get("test"):
+        said += f", on {test['source']}"
+    networks = ((result.get("run") or {}).get("networks") or [{}])[0]
+    judged = [n["step"] for n in networks.values() if "step" in n and "folder" not in n]
+    if judged and steps is not None and max(judged) != steps:
+        said += f"; of step {max(judged):,}, where the run has done {steps:,}"
+    return said
 
 
 def _number(value: Any) -> str:

@@ -259,3 +259,23 @@ def test_rejects(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json: expected JSON"):
         write_report(tmp_path)
+
+
+def test_a_result_of_an_earlier_step_says_so(workdir: Path) -> None:
+    own = workdir / "results" / "pretrain.json"
+    own.write_text(json.dumps({**_result([0]), "run": {"steps": 6}}))
+    other = {
+        "task": "knn",
+        "metric": "kNN",
+        "value": 0.5,
+        "protocol": {"test": {"source": "folder:new", "split": "test"}},
+        "run": {"networks": [{"untrained": {"step": 0}, "nat": {"step": 3}}]},
+    }
+    file = workdir / "results" / "knn.json"
+    file.write_text(json.dumps(other))
+    page = write_report(workdir).read_text()
+    assert "on folder:new; of step 3, where the run has done 6" in page
+    other["run"] = {"networks": [{"nat": {"step": 6}, "nat: b": {"step": 9, "folder": "b"}}]}
+    file.write_text(json.dumps(other))
+    page = write_report(workdir).read_text()
+    assert "on folder:new" in page and "where the run has done" not in page
