@@ -208,7 +208,7 @@ def _guarded(function: Callable) -> Callable:
         try:
             return function(*args)
         except KeyboardInterrupt:
-            print("nat_jax: stopped; the same command line goes on", file=sys.stderr)
+            print("nat_jax: stopped; run the same command line again", file=sys.stderr)
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(128 + signal.SIGINT)  # JAX's compiler threads may not survive a tear-down

@@ -8,6 +8,7 @@ trains the classifiers of all layers at once, with the same step and the same sc
 import collections
 import dataclasses
 import functools
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
@@ -20,11 +21,14 @@ import optax
 from nat_jax.evaluate.features import FeatureSet, check_labels, padded_length, padded_rows
 from nat_jax.evaluate.stream import FeatureBatch, TrainEpoch
 
+logger = logging.getLogger(__name__)
+
 Tree = Any  # a pytree of arrays
 
 _PREDICT_CHUNK = 4096
 _RESIDENT_BYTES = 4 << 30  # features up to this size are kept on the device for training
 _IN_FLIGHT = 2  # steps of a stream that are computed while the next batches are made
+_LINES = 10  # of progress over a stream's epochs, which can take hours
 
 
 class Classifier(Protocol):
@@ -185,6 +189,9 @@ def fit_stream(
             raise ValueError(f"epoch {epoch} of the training features holds no batch")
         while pending:
             _check_losses(*pending.popleft())
+        if (epoch + 1) % math.ceil(recipe.epochs / _LINES) == 0:
+            last = ", ".join(f"{layer} {float(loss):.3f}" for layer, loss in losses.items())
+            logger.info("epoch %d of %d, loss on %s", epoch + 1, recipe.epochs, last)
     return trained
 
 

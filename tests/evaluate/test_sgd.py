@@ -1,5 +1,8 @@
 """Streams of features: weights, views, labels, ends; features too large for the device."""
 
+import dataclasses
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -65,6 +68,14 @@ def test_an_epoch_visits_each_record_once(monkeypatch: pytest.MonkeyPatch) -> No
         assert len(np.unique(order)) == 128 and order.max() < 150
         np.testing.assert_array_equal(rates, RECIPE.rates(number))
     assert len(calls) == 4 and not np.array_equal(calls[0][0], calls[1][0])
+
+
+def test_a_long_stream_says_how_far_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    batch, recipe = _batch(_points(12, 0)), dataclasses.replace(RECIPE, epochs=20)
+    with caplog.at_level("INFO", "nat_jax"):
+        sgd.fit_stream(lambda dim: Linear(dim, 3), lambda _: [batch], recipe, num_classes=3, seed=0)
+    assert [record.args[0] for record in caplog.records] == list(range(2, 21, 2))
+    assert re.fullmatch(r"epoch 20 of 20, loss on a \d\.\d{3}", caplog.messages[-1])
 
 
 def test_records_of_weight_0_teach_nothing() -> None:
