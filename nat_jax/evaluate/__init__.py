@@ -1,4 +1,13 @@
-"""Probes of frozen features: each takes two feature sets and returns an accuracy."""
+"""Judging networks by their features. A probe takes two feature sets and returns an accuracy.
+
+* Probes: ``knn``; ``linear_probe`` by ``lbfgs``, ``linear_sgd``, ``ridge``; ``mlp_probe``. ``sgd``
+  and ``stream`` drive those that learn from images that change.
+* What they judge: ``subjects`` (pixels, k-means ``patches``, networks) on the records of
+  ``probe_data``, as ``features``, which ``feature_cache`` keeps.
+* Who asks: ``judge`` while and after training; ``tasks`` by the protocols of ``scoring``, on the
+  networks of ``contenders``, or as pictures (``neighbours``, ``retrieval``, ``draw_filters``);
+  ``write_features``.
+"""
 
 import inspect
 from collections.abc import Callable
