@@ -2,16 +2,19 @@
 
 import dataclasses
 import itertools
+import platform
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
-from nat_jax import input_pipeline
+from nat_jax import __version__, input_pipeline
 from nat_jax.bad_records import BadRecords
 from nat_jax.evaluate import features
-from nat_jax.evaluate.feature_cache import Entry, FeatureCache
+from nat_jax.evaluate.feature_cache import Entry, FeatureCache, Key, Rows, entry_bytes, fingerprint
 from nat_jax.evaluate.features import Apply
 from nat_jax.evaluate.stream import FeatureBatch, TrainEpoch, featured
 from nat_jax.image_reader import ImageCache
@@ -112,25 +115,35 @@ class ProbeData:
 
         Returns:
             {layer: features and record numbers}, mapped from files where they are kept.
+
+        Raises:
+            ValueError: there is no record; or neither disk nor memory has room, which is found
+                out with the first batch, and for the test records too when the training ones are
+                asked for.
         """
         wanted = subject.layers if layers is None else layers
         if self._keep is None:
             return self._in_memory(*self._rows(subject, split, wanted))
-        keys = {layer: self._key(subject, split, layer) for layer in wanted}
-        found = {layer: self._keep.find(key) for layer, key in keys.items()}
-        missing = tuple(layer for layer in wanted if found[layer] is None)
+        self._keep.serve(fingerprint([subject.fingerprint(), self.describe()]))
+        found = self._found(self._keep, subject, split, wanted)
+        missing = tuple(layer for layer in wanted if layer not in found)
         if missing:
             rows, index = self._rows(subject, split, missing)
             first = next(rows, None)
             if first is None:
                 raise ValueError(f"{split}: there is no record to take features of")
-            rows = itertools.chain([first], rows)
-            width = sum(values.shape[1] for values in first[0].values())
-            if not self._keep.has_room(4 * width * len(self._source(split))):
-                return {**found, **self._in_memory(rows, index)}  # type: ignore[dict-item]
-            self._keep.write({layer: keys[layer] for layer in missing}, rows, index)
-            found |= {layer: self._keep.find(keys[layer]) for layer in missing}
-        return {layer: entry for layer, entry in found.items() if entry is not None}
+            widths = {layer: entry.data.features.shape[1] for layer, entry in found.items()}
+            widths |= {layer: values.shape[1] for layer, values in first[0].items()}
+            sizes = self._sizes(split, missing, widths)
+            ahead = {}
+            if split == TRAIN:
+                there = self._found(self._keep, subject, TEST, wanted)
+                ahead = self._sizes(TEST, [n for n in wanted if n not in there], widths)
+            kept = self._keep.plan(sizes | ahead) & set(sizes)
+            self._keep.make_room(sum(sizes[name] for name in kept))
+            keys = {layer: self._key(subject, split, layer) for _, layer in kept}
+            found |= self._computed(self._keep, keys, itertools.chain([first], rows), index)
+        return {layer: found[layer] for layer in wanted}
 
     def batches(
         self, source: Source, transform: Transform, *, keep: bool = True
@@ -212,11 +225,40 @@ class ProbeData:
 
         return features.extracted_rows(subject.apply(layers), noting()), index
 
-    def _in_memory(
-        self,
-        rows: Iterable[tuple[Mapping[str, np.ndarray], np.ndarray]],
-        index: list[np.ndarray],
+    def _found(
+        self, keep: FeatureCache, subject: Subject, split: str, layers: Iterable[str]
     ) -> dict[str, Entry]:
+        """Return those of some layers that are kept."""
+        entries = {layer: keep.find(self._key(subject, split, layer)) for layer in layers}
+        return {layer: entry for layer, entry in entries.items() if entry is not None}
+
+    def _sizes(
+        self, split: str, layers: Iterable[str], widths: Mapping[str, int]
+    ) -> dict[tuple[str, str], int]:
+        """Return the bytes of {(split, layer)}, from values per record."""
+        records = len(self._source(split))
+        return {(split, layer): entry_bytes(records, widths[layer]) for layer in layers}
+
+    def _computed(
+        self, keep: FeatureCache, keys: Mapping[str, Key], rows: Rows, index: list[np.ndarray]
+    ) -> dict[str, Entry]:
+        """Return the features of all rows: layers that have a key are kept, others in memory."""
+        if not keys:
+            return self._in_memory(rows, index)
+        aside: deque[tuple[dict[str, np.ndarray], np.ndarray]] = deque()
+
+        def split_rows() -> Rows:
+            for layers, labels in rows:
+                others = {name: values for name, values in layers.items() if name not in keys}
+                aside.append((others, labels))
+                yield {name: layers[name] for name in keys}, labels
+
+        written = keep.write(keys, split_rows(), index)
+        # Popping leaves the pieces to `joined`, which frees them as it goes.
+        held = self._in_memory((aside.popleft() for _ in range(len(aside))), index)
+        return {**written, **held}
+
+    def _in_memory(self, rows: Rows, index: list[np.ndarray]) -> dict[str, Entry]:
         sets = features.joined(rows)
         records = np.concatenate(index)
         return {layer: Entry(data, records) for layer, data in sets.items()}
@@ -231,6 +273,7 @@ class ProbeData:
             "drawn": self._drawn if split == TRAIN else None,
             "records": len(self._source(split)),
             "fingerprint": self._source(split).fingerprint,
+            **_computer(),
         }
 
     def _batches(
@@ -249,6 +292,19 @@ class ProbeData:
         how = dataclasses.asdict(self._reading)
         del how["batch_size"]
         return how
+
+
+def _computer() -> dict[str, Any]:
+    """Return what the last bits of features depend on, as JSON has it."""
+    return {
+        "nat_jax": __version__,
+        "jax": jax.__version__,
+        "platform": jax.default_backend(),
+        "device": jax.local_devices()[0].device_kind,
+        # A device gets its share of a batch, and another length rounds in another way.
+        "devices": jax.local_device_count(),
+        "machine": platform.machine(),
+    }
 
 
 def check_labels(train: Source, test: Source) -> int | None:
