@@ -176,6 +176,16 @@ def test_what_an_earlier_reader_used_may_go(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_in_use_stays_though_another_process_used_newer_entries(tmp_path):
+    cache = FeatureCache(tmp_path, 900_000)
+    write(cache, "in use", count=1000, width=100)
+    (card,) = tmp_path.glob("*/entry.json")
+    os.utime(card, (1000, 1000))
+    write(FeatureCache(tmp_path), "newer", count=1000, width=100)
+    cache.make_room(400_000)
+    assert list(tmp_path.glob("*/entry.json")) == [card]
+
+
 def test_each_layer_finds_its_own_room_and_too_many_are_one_message(tmp_path):
     cache = FeatureCache(tmp_path / "not there yet", 1000, most_memory=500)
     assert cache.plan({"z": 200, "conv1": 800, "conv2": 300}) == {"conv1", "z"}
