@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow lint docs wheel clean
+.PHONY: demo test slow lint docs wheel release-check clean
 
 demo: .venv/installed
 	$(BIN)/python -m nat_jax.main --config=configs/digits.py
@@ -24,6 +24,10 @@ docs: .venv/installed
 
 wheel: .venv/installed
 	$(BIN)/pip wheel --no-deps --wheel-dir dist .
+
+# REHEARSE=1 goes on although the changelog has no day yet or git is not clean.
+release-check: .venv/installed
+	$(BIN)/python .ci/release_check.py $(if $(REHEARSE),--rehearse)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

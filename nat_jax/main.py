@@ -1,4 +1,7 @@
-"""The command line: ``python -m nat_jax.main --config=configs/digits.py``."""
+"""The command line: ``python -m nat_jax.main --config=configs/digits.py``.
+
+What needs JAX is imported where it is used, so that ``--help`` answers at once.
+"""
 
 import difflib
 import logging
@@ -13,8 +16,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from nat_jax import config as configs
-from nat_jax import config_files, distributed
+from nat_jax import command_help, config_files
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "What to run, e.g. configs/digits.py; change a key with --config.key=value."
@@ -38,6 +40,16 @@ _DISTRIBUTED_TIMEOUT = flags.DEFINE_float(
 )
 _DISTRIBUTED_HEARTBEAT = flags.DEFINE_integer(
     "distributed_heartbeat", 100, "Seconds of silence after which a process is dead.", lower_bound=1
+)
+_FLAGS = (
+    _CONFIG,
+    _WORKDIR,
+    _DISTRIBUTED,
+    _COORDINATOR,
+    _NUM_PROCESSES,
+    _PROCESS_ID,
+    _DISTRIBUTED_TIMEOUT,
+    _DISTRIBUTED_HEARTBEAT,
 )
 
 _PACKAGE = Path(__file__).parent
@@ -116,6 +128,8 @@ def main(argv: Sequence[str]) -> None:
 
 def _start_up(task: str) -> None:
     """Connect to the other processes, if this is one of several; only the first one is chatty."""
+    from nat_jax import distributed
+
     place = distributed.find_place(
         _DISTRIBUTED.value,
         coordinator=_COORDINATOR.value,
@@ -141,6 +155,9 @@ def _start_up(task: str) -> None:
 
 def run() -> None:
     """Parse the flags and run the task; a mistake in the input is one message and exit code 2."""
+    if command_help.is_asked_for(sys.argv[1:]):
+        print(command_help.text([flags.FLAGS[flag.name] for flag in _FLAGS]))
+        return
     absl_logging.set_verbosity(absl_logging.WARNING)
     if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) == 1:
         os.environ.setdefault(
@@ -178,6 +195,8 @@ def _unknown_key(arguments: Sequence[str], error: Exception) -> str:
     """Say which key of the command line is in no config, and which are."""
     if "get_config" in str(error):
         return "--config: the file has no function get_config()"
+    from nat_jax import config as configs
+
     known = configs.flatten(configs.default())
     overrides = [a.partition("=")[0] for a in arguments if a.startswith(("--config.", "-config."))]
     for key in (override.partition("config.")[2] for override in overrides):
@@ -215,6 +234,8 @@ def _guarded(function: Callable) -> Callable:
         except flags.Error as error:
             _fail(error)
         except Exception as error:
+            from nat_jax import distributed
+
             if words := distributed.lost_peer(error):
                 _lost(words)
             if _is_message(error):
@@ -236,6 +257,8 @@ def _is_message(error: Exception) -> bool:
 
 
 def _lost(words: str) -> None:
+    from nat_jax import distributed
+
     print(
         f"nat_jax: {distributed.who()}another process of this run has ended or cannot be reached "
         f"({words}); its own output says why. The same command line, started for all processes, "
@@ -246,6 +269,7 @@ def _lost(words: str) -> None:
 
 
 def _fail(error: Exception) -> None:
+    from nat_jax import distributed
     from nat_jax.prefetch import Stalled
 
     print(f"nat_jax: {distributed.who()}{error}", file=sys.stderr)

@@ -24,7 +24,11 @@ __all__ = ["PROBES", "FeatureSet", "Probe", "protocol"]
 # (train, test, *, num_classes, seed, **options) -> top-1 accuracy in [0, 1]
 Probe = Callable[..., float]
 
-PROBES: dict[str, Probe] = {"knn": knn, "linear_probe": linear_probe, "mlp_probe": mlp_probe}
+PROBES: dict[str, Probe] = {
+    "knn": knn,
+    "linear_probe": linear_probe,
+    "mlp_probe": mlp_probe,
+}
 
 _STATEMENTS = {
     "knn": "cosine k nearest neighbours, exact; votes weighted by exp(cosine / temperature), "

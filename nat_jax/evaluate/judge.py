@@ -7,7 +7,7 @@ number: a wide random network is a strong baseline on small images.
 import importlib.metadata
 import logging
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -298,8 +298,11 @@ def environment() -> dict[str, Any]:
 
 
 def probe_options(probe: str, settings: ConfigDict, records: int) -> dict[str, Any]:
-    """Return the options that a config's ``eval`` gives a probe that learns on some records."""
-    return {
+    """Return the options that a config's ``eval`` gives a probe that learns on some records.
+
+    None for a probe that has no keys there.
+    """
+    given: dict[str, Callable[[], dict[str, Any]]] = {
         "knn": lambda: {"k": settings.knn_k},
         "linear_probe": lambda: {"fit": linear_fit(settings, records)},
         "mlp_probe": lambda: {
@@ -307,7 +310,8 @@ def probe_options(probe: str, settings: ConfigDict, records: int) -> dict[str, A
             "epochs": settings.mlp_epochs,
             "init": settings.mlp_init,
         },
-    }[probe]()
+    }
+    return given[probe]() if probe in given else {}
 
 
 def linear_fit(settings: ConfigDict, records: int) -> str:

@@ -19,7 +19,10 @@ from nat_jax.models.convnet import convnet
 from nat_jax.models.frontend import FRONTENDS
 from nat_jax.models.network import Network, Spec, Watch
 
-MODELS: dict[str, Callable[..., Spec]] = {"alexnet": alexnet, "convnet": convnet}
+MODELS: dict[str, Callable[..., Spec]] = {
+    "alexnet": alexnet,
+    "convnet": convnet,
+}
 DTYPES = ("float32", "bfloat16")
 
 Params = dict[str, Any]
