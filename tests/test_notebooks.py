@@ -1,0 +1,227 @@
+"""The notebooks run from top to bottom, hold nothing but their cells, and know where they lie."""
+
+import glob
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from project import ROOT
+from run_notebook import code_cells
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+PICTURES = {"1_predicting_noise": 7, "2_assignment": 3, "3_your_images": 2}
+OURS = re.compile(
+    r"https://(?P<colab>colab\.research\.google\.com/github/|github\.com/)"
+    r"(?P<project>[\w.-]+/nat_jax)(?:/blob/main/(?P<path>[\w./-]+))?"
+)
+
+
+def name(path: Path) -> str:
+    return path.stem
+
+
+def opened(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text("utf-8"))
+
+
+def project() -> str:
+    """Return the public address's last part, owner and name."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    return settings["project"]["urls"]["Repository"].removeprefix("https://github.com/")
+
+
+def wrong_addresses(text: str) -> list[str]:
+    """Return the links to this project that lead to another address, or to no file of it."""
+    return [
+        link[0]
+        for link in OURS.finditer(text)
+        if link["project"] != project() or not (ROOT / (link["path"] or "")).exists()
+    ]
+
+
+def complaints(notebook: dict[str, Any]) -> list[str]:
+    """Say what is in a notebook that should not be, or is not what Jupyter writes."""
+    found = []
+    if (notebook["nbformat"], notebook["nbformat_minor"]) != (4, 5):
+        found.append("the format is not 4.5")
+    if notebook["metadata"] != METADATA:
+        found.append("the metadata say more than the language")
+    names = [cell.get("id", "") for cell in notebook["cells"]]
+    if len(set(names)) < len(names) or not all(re.fullmatch(r"[\w-]{1,64}", n) for n in names):
+        found.append("cells lack an id of their own")
+    for cell in notebook["cells"]:
+        if cell["metadata"]:
+            found.append(f"{cell['id']}: metadata")
+        if cell["cell_type"] == "code" and (cell["outputs"] or cell["execution_count"]):
+            found.append(f"{cell['id']}: an output is stored")
+    return found
+
+
+def run(path: Path, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a notebook as a program in a folder, its pictures going to ``folder/pictures``."""
+    (folder / "pictures").mkdir()
+    return subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "run_notebook.py"), str(path), "pictures"],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def test_there_are_three() -> None:
+    assert {path.stem for path in NOTEBOOKS} == set(PICTURES)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_nothing_is_stored_but_cells(path: Path) -> None:
+    assert complaints(opened(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"nbformat_minor": 4}, "format"),
+        ({"metadata": {**METADATA, "colab": {}}}, "metadata"),
+        ({"outputs": [{"output_type": "stream", "name": "stdout", "text": "1"}]}, "output"),
+        ({"execution_count": 3}, "output"),
+        ({"id": "cell-0"}, "id"),
+    ],
+)
+def test_what_is_stored_is_found(change: dict[str, Any], complaint: str) -> None:
+    notebook = opened(NOTEBOOKS[0])
+    code = next(cell for cell in notebook["cells"] if cell["cell_type"] == "code")
+    for key, value in change.items():
+        (notebook if key in notebook else code)[key] = value
+    (said,) = complaints(notebook)
+    assert complaint in said
+
+
+def test_the_first_code_cell_is_the_same_in_all() -> None:
+    first = {code_cells(opened(path))[0] for path in NOTEBOOKS}
+    assert len(first) == 1
+    assert f'ADDRESS = "https://github.com/{project()}"\n' in first.pop()
+
+
+def start(monkeypatch: pytest.MonkeyPatch, machine: str, jax_finds: str) -> list[str]:
+    """Run the first cell where nat_jax is not installed; return what it installs."""
+    installed: list[str] = []
+    jax = SimpleNamespace(__version__="0", default_backend=lambda: jax_finds, devices=list)
+    monkeypatch.setitem(sys.modules, "jax", jax)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(shutil, "which", lambda tool: tool if "gpu" in machine else None)
+    monkeypatch.setattr(subprocess, "call", lambda *_, **__: int(machine == "broken gpu"))
+    monkeypatch.setattr(subprocess, "run", lambda words, check: installed.append(words[-1]))
+    monkeypatch.setattr(glob, "glob", lambda _: ["accel0"] if machine == "tpu" else [])
+    monkeypatch.delenv("TPU_ACCELERATOR_TYPE", raising=False)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    if machine == "gpu, not wanted":
+        monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    exec(code_cells(opened(NOTEBOOKS[0]))[0], {})
+    return installed
+
+
+@pytest.mark.parametrize(
+    ("machine", "backend", "extra"),
+    [
+        ("cpu", "cpu", ""),
+        ("gpu", "gpu", "[cuda12]"),
+        ("tpu", "tpu", "[tpu]"),
+        ("broken gpu", "cpu", ""),
+        ("gpu, not wanted", "cpu", ""),
+    ],
+)
+def test_the_first_cell_installs_what_the_machine_needs(
+    monkeypatch: pytest.MonkeyPatch, machine: str, backend: str, extra: str
+) -> None:
+    wanted = f"nat_jax{extra} @ git+https://github.com/{project()}"
+    assert start(monkeypatch, machine, backend) == [wanted]
+
+
+@pytest.mark.parametrize("machine", ["gpu", "tpu"])
+def test_the_first_cell_stops_where_jax_misses_the_accelerator(
+    monkeypatch: pytest.MonkeyPatch, machine: str
+) -> None:
+    with pytest.raises(AssertionError, match=f"has a {machine}, and JAX found cpu"):
+        start(monkeypatch, machine, "cpu")
+
+
+def test_every_notebook_has_its_badge() -> None:
+    readme = (ROOT / "README.md").read_text("utf-8")
+    for path in NOTEBOOKS:
+        title = "".join(opened(path)["cells"][0]["source"])
+        for text in (readme, title):
+            badges = [link["path"] for link in OURS.finditer(text) if "colab" in link["colab"]]
+            assert f"notebooks/{path.name}" in badges
+        assert len([link for link in OURS.finditer(title) if "colab" in link["colab"]]) == 1
+
+
+@pytest.mark.parametrize(
+    "path",
+    [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *NOTEBOOKS],
+    ids=lambda path: path.name,
+)
+def test_addresses_agree(path: Path) -> None:
+    assert wrong_addresses(path.read_text("utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://github.com/somebody/nat_jax",
+        "https://colab.research.google.com/github/somebody/nat_jax/blob/main/README.md",
+        f"https://github.com/{project()}/blob/main/docs/nothing.md",
+        f"https://colab.research.google.com/github/{project()}/blob/main/notebooks/4.ipynb",
+    ],
+)
+def test_a_wrong_address_is_found(address: str) -> None:
+    assert wrong_addresses(f"see [this]({address})") == [address]
+    assert wrong_addresses(f"see [this](https://github.com/{project()}/blob/main/README.md)") == []
+
+
+def test_a_notebook_shows_its_pictures_and_stops_at_an_error(tmp_path: Path) -> None:
+    cells = [
+        "from matplotlib import pyplot as plt\n\nplt.plot([1, 2])\nplt.show()",
+        "from PIL import Image\n\nImage.new('RGB', (3, 2))",
+        "2 + 2",
+        "1 / 0",
+        "print('not reached')",
+    ]
+    notebook = {"cells": [{"cell_type": "code", "source": text} for text in cells]}
+    path = tmp_path / "five.ipynb"
+    path.write_text(json.dumps(notebook), "utf-8")
+    done = run(path, tmp_path)
+    assert done.returncode != 0 and "five.ipynb, code cell 4" in done.stderr
+    assert done.stdout == "4\n"
+    drawn = sorted(picture.name for picture in (tmp_path / "pictures").iterdir())
+    assert drawn == ["01_1.png", "02.png"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
+def test_a_notebook_runs(path: Path, tmp_path: Path) -> None:
+    """On embedded data; on CIFAR-10 too where it lies beside the checkout."""
+    cifar = ROOT.parent / "shared" / "data" / "cifar10.zip"
+    has_photos = cifar.exists() and path.stem == "1_predicting_noise"
+    done = run(path, tmp_path, NAT_JAX_CIFAR10=str(cifar) if has_photos else "", NAT_JAX_IMAGES="")
+    assert done.returncode == 0, done.stderr[-3000:]
+    pictures = list((tmp_path / "pictures").iterdir())
+    assert len(pictures) == PICTURES[path.stem] + has_photos
+    for picture in pictures:
+        assert np.asarray(Image.open(picture)).std() > 1, f"{picture.name} shows nothing"
