@@ -105,7 +105,7 @@ def example(**features: Any) -> bytes:
             feature.float_list.value.extend(values)
         else:
             feature.int64_list.value.extend(values)
-    return message.SerializeToString()
+    return message.SerializeToString(deterministic=True)  # test names contain it
 
 
 def write_data_set(
