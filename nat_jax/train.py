@@ -29,7 +29,7 @@ from nat_jax import config as configs
 from nat_jax import workdir as workdirs
 from nat_jax.bad_records import BadRecords
 from nat_jax.evaluate import judge
-from nat_jax.export.loading import untrained_network
+from nat_jax.export.loading import UNTRAINED, untrained_network
 from nat_jax.image_reader import ImageCache
 from nat_jax.network import Network
 from nat_jax.placement import SOLVER_SECONDS, compile_step
@@ -185,7 +185,7 @@ def _judge_run(run: Run, step: int, trained: Network) -> list[judge.Row]:
     rows: list[judge.Row] = []
     if panel.has_labels:
         rows += panel.baselines()
-        rows += panel.network(judge.UNTRAINED, untrained_network(run.config, run.seed))
+        rows += panel.network(UNTRAINED, untrained_network(run.config, run.seed))
         rows += panel.network(panel.trained, trained)
     else:
         logger.info("no labels: probes are skipped, neighbours are still drawn")

@@ -25,6 +25,7 @@ import numpy as np
 
 from nat_jax import workdir as workdirs
 from nat_jax.evaluate.features import FeatureSet
+from nat_jax.records.safe_files import sync
 
 logger = logging.getLogger(__name__)
 
@@ -177,7 +178,7 @@ class FeatureCache:
                     if not final.exists():
                         raise
                     continue  # another process was faster, and may be reading what it wrote
-                _sync(self._folder)
+                sync(self._folder)
                 self._used.add(final.name)
                 self._sound[final.name] = stamps
         return entries
@@ -257,7 +258,7 @@ class _Partial:
             },
         }
         _written(self.place / _CARD, json.dumps(card, indent=1).encode())
-        _sync(self.place)
+        sync(self.place)
 
     def discard(self) -> None:
         """Delete what was not renamed."""
@@ -346,20 +347,9 @@ def _as_npy(array: np.ndarray) -> bytes:
 
 def _written(path: Path, content: bytes) -> int:
     """Write a file to the disk itself, and return its checksum."""
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_bytes(content)
+    sync(path)
     return zlib.crc32(content)
-
-
-def _sync(folder: Path) -> None:
-    """Wait until the disk has a folder's names."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _gigabytes(size: int) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -178,14 +179,25 @@ def extracted_rows(
         }
         return flat, np.asarray(batch["label"], np.int32)[keep]
 
-    pending = None  # one batch computes on the device while the previous one is copied
+    for batch, output in computed(apply, batches):
+        yield kept(output, batch)
+
+
+def computed(
+    apply: Apply, batches: Iterable[Mapping[str, Any]]
+) -> Iterator[tuple[Mapping[str, Any], Mapping[str, jax.Array]]]:
+    """Give each batch with what a network makes of its images.
+
+    One batch computes on the device while the previous one is used.
+    """
+    pending = None
     for batch in batches:
         output = apply(batch["image"])
         if pending is not None:
-            yield kept(*pending)
-        pending = output, batch
+            yield pending
+        pending = batch, output
     if pending is not None:
-        yield kept(*pending)
+        yield pending
 
 
 def raw_pixels(images: np.ndarray | jax.Array, max_features: int) -> jax.Array:

@@ -19,13 +19,12 @@ from nat_jax import config as configs
 from nat_jax.evaluate import features, neighbours, subjects
 from nat_jax.evaluate.feature_cache import FeatureCache
 from nat_jax.evaluate.features import FeatureSet
-from nat_jax.evaluate.probe_data import TEST, TRAIN, ProbeData, Reading, Subject
+from nat_jax.evaluate.probe_data import ProbeData, Reading, Subject
+from nat_jax.export.loading import UNTRAINED
 from nat_jax.image_reader import ImageCache
 from nat_jax.models import Model
 from nat_jax.network import Network, resolve_layers
 from nat_jax.records import Source
-
-UNTRAINED = "untrained"
 
 # How rows name trained networks: by what they were trained with.
 NAT, SUPERVISED = "nat", {"square": "supervised_square", "softmax": "supervised_softmax"}
@@ -155,10 +154,7 @@ class Judge:
             raise ValueError("labels: expected labelled records to score against; got none")
         name = subject.name
         logger.info("judging %s", name)
-        train, test = (
-            {layer: entry.data for layer, entry in self._records.extract(subject, split).items()}
-            for split in (TRAIN, TEST)
-        )
+        train, test = self._records.sets(subject)
         rows, records = [], len(self._records.train)
         if self.trained != NAT and "z" in test:
             right = np.argmax(test["z"].features, axis=1) == test["z"].labels

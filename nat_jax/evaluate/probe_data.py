@@ -103,6 +103,16 @@ class ProbeData:
             for name, source in ((TRAIN, self.train), (TEST, self.test))
         }
 
+    def sets(
+        self, subject: Subject
+    ) -> tuple[dict[str, features.FeatureSet], dict[str, features.FeatureSet]]:
+        """Return the features of all its layers to learn on, and those to be judged on."""
+        train, test = (
+            {layer: entry.data for layer, entry in self.extract(subject, split).items()}
+            for split in (TRAIN, TEST)
+        )
+        return train, test
+
     def extract(
         self, subject: Subject, split: str, layers: tuple[str, ...] | None = None
     ) -> dict[str, Entry]:

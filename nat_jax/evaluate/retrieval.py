@@ -8,9 +8,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from nat_jax import report
-from nat_jax.evaluate import judge, neighbours
+from nat_jax.evaluate import neighbours
 from nat_jax.evaluate.neighbours import Found
 from nat_jax.evaluate.probe_data import ProbeData, Subject
+from nat_jax.export.loading import UNTRAINED
 
 
 def draw_neighbours(
@@ -40,7 +41,7 @@ def draw_neighbours(
     layers, pictures = {}, []
     for layer in subjects[judged].layers:
         found = neighbours.find(data, subjects[judged], layer, **wanted)
-        before = neighbours.find(data, subjects[judge.UNTRAINED], layer, **wanted)
+        before = neighbours.find(data, subjects[UNTRAINED], layer, **wanted)
         pictures.append(f"retrieval_{layer}.png")
         drawn = report.neighbours(found.query_images, found.images, found.correct)
         (folder / pictures[-1]).write_bytes(drawn)

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from nat_jax import config as configs
 from nat_jax import evaluate
 from nat_jax.evaluate import judge
-from nat_jax.evaluate.features import FeatureSet, few_labels
+from nat_jax.evaluate.features import few_labels
 from nat_jax.evaluate.judge import Row
 from nat_jax.evaluate.knn import knn_sweep
 from nat_jax.evaluate.linear_probe import linear_probe_stream
@@ -89,7 +89,7 @@ class Task(NamedTuple):
 
 
 def _score_knn(asked: Asked, subject: Subject) -> Scored:
-    train, test = _extracted(asked, subject)
+    train, test = asked.data.sets(subject)
     rows = []
     for layer in train:
         swept = knn_sweep(
@@ -136,7 +136,7 @@ def _score_learned(
         epochs = asked.data.train_epochs(subject, subject.layers, asked.augment, asked.seed)
         values = from_stream(epochs, test, **common, **options)
     else:
-        train, held_out = _extracted(asked, subject)
+        train, held_out = asked.data.sets(subject)
         fit = functools.partial(evaluate.PROBES[probe], **common, **options)
         values = {layer: fit(train[layer], held_out[layer]) for layer in train}
     named = subject.name
@@ -217,16 +217,6 @@ def _few_options(settings: ConfigDict, probe: str, records: int) -> dict[str, An
 def few_name(amount: float) -> str:
     """Return how a table names a share of the labels or a number per class."""
     return f"{100 * amount:g} % of the labels" if amount < 1 else judge.labels_name(int(amount))
-
-
-def _extracted(
-    asked: Asked, subject: Subject
-) -> tuple[dict[str, FeatureSet], dict[str, FeatureSet]]:
-    train, test = (
-        {layer: entry.data for layer, entry in asked.data.extract(subject, split).items()}
-        for split in (TRAIN, TEST)
-    )
-    return train, test
 
 
 def _all_labels(_: ConfigDict) -> str:

@@ -24,6 +24,7 @@ from nat_jax.evaluate.features import few_labels
 from nat_jax.evaluate.probe_data import Subject
 from nat_jax.evaluate.retrieval import draw_neighbours
 from nat_jax.evaluate.scoring import SCORED, Asked, Task
+from nat_jax.export.loading import UNTRAINED
 from nat_jax.image_reader import ImageCache
 from nat_jax.network import resolve_layers
 
@@ -258,7 +259,7 @@ def _headline(task: Task, one: Seed, table: Sequence[judge.Row]) -> Result:
     return {
         "metric": f"top-1 accuracy, {probe} on {layer}, {labels}",
         "value": value(name),
-        "untrained": value(judge.UNTRAINED),
+        "untrained": value(UNTRAINED),
     }
 
 

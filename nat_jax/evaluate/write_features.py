@@ -4,13 +4,12 @@ Row i of each file is record i. Files grow batch by batch, so memory is that of 
 folder that gets its name when it is whole; a run that was stopped goes on where it was.
 """
 
-import fcntl
 import json
 import logging
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,12 @@ from tqdm import tqdm
 from nat_jax import config as configs
 from nat_jax import evaluate, input_pipeline, records
 from nat_jax import workdir as workdirs
+from nat_jax.evaluate.features import computed
 from nat_jax.evaluate.probe_data import Selection
 from nat_jax.export import Bundle
 from nat_jax.export.loading import network_of, task_config
 from nat_jax.network import resolve_layers
+from nat_jax.records import safe_files
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,8 @@ def _write(
 ) -> None:
     partial = folder.with_name(f".{folder.name}.partial")
     with ExitStack() as stack:
-        stack.enter_context(_for_us_alone(partial))
+        busy = f"another process is writing {partial}; wait for it, or choose another"
+        stack.enter_context(safe_files.kept_for_us(partial, "features.to", busy))
         progress = workdirs.read_json(partial / _PROGRESS)
         if progress is None or progress["asked"] != asked:
             for leftover in partial.iterdir():
@@ -132,25 +134,6 @@ def _publish(partial: Path, folder: Path, card: Mapping[str, Any]) -> None:
     partial.replace(folder)
 
 
-@contextmanager
-def _for_us_alone(folder: Path) -> Iterator[None]:
-    """Make a folder, and keep it for this process; a killed one gives it back."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise ValueError(f"features.to: cannot use {folder}: {error}. Choose another") from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError as error:
-        raise ValueError(
-            f"features.to: another process is writing {folder}; wait for it, or choose another"
-        ) from error
-    finally:
-        os.close(handle)
-
-
 def _computed(
     settings: ConfigDict, network: Bundle, source: records.Source, start: int
 ) -> Iterator[tuple[dict[str, np.ndarray], list[str]]]:
@@ -181,15 +164,9 @@ def _computed(
             rows[layer] = np.where(bad[:, None], np.float32(np.nan), rows[layer])
         return rows, batch["name"][:length]
 
-    pending = None  # one batch computes on the device while the previous one is written
     with closing(batches):
-        for batch in batches:
-            output = extract(batch["image"])
-            if pending is not None:
-                yield finished(*pending)
-            pending = batch, output
-    if pending is not None:
-        yield finished(*pending)
+        for batch, output in computed(extract, batches):
+            yield finished(batch, output)
 
 
 class _Files:

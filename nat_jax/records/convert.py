@@ -6,7 +6,6 @@ that the manifest lists and whose checksum holds is kept, any other is made. So 
 killed goes on, a finished conversion is verified, and a damaged shard is repaired.
 """
 
-import fcntl
 import hashlib
 import io
 import logging
@@ -15,9 +14,8 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +37,7 @@ from nat_jax.records.safe_files import (
     ConversionError,
     RecordWriter,
     as_json,
+    kept_for_us,
     partial_path,
     publish,
     put,
@@ -82,7 +81,8 @@ def convert(spec: str, to: str | None, *, shard_mb: int = 1024) -> Path:
     sources = {split: open_source(spec, split) for split in SPLITS}
     folder = Path(str(to)).expanduser()
     begun = time.monotonic()
-    with _locked(folder), ThreadPoolExecutor(READERS) as pool:
+    busy = f"another process is converting into {folder}; wait for it"
+    with kept_for_us(folder, "convert.to", busy), ThreadPoolExecutor(READERS) as pool:
         manifest = _begin(folder, spec, sources, shard_mb, pool)
         _check_space(folder, manifest)
         made = _make_shards(folder, manifest, sources, pool)
@@ -102,28 +102,6 @@ def _check_arguments(spec: str, to: str | None, shard_mb: int) -> None:
         raise ValueError("convert.to is missing: name the folder to write, --config.convert.to=DIR")
     if shard_mb < 1:
         raise ValueError(f"convert.shard_mb: expected at least 1; got {shard_mb}")
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Make the folder, and keep it for this process; a killed one gives it back."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError as error:
-        raise ValueError(f"convert.to: cannot use {folder}: {error}. Choose another") from error
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise ValueError(
-                f"convert.to: another process is converting into {folder}; wait for it"
-            ) from error
-        except OSError as error:
-            _log.info("convert: %s cannot be locked (%s); start no second process", folder, error)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _begin(

@@ -1,10 +1,16 @@
 """Files that are whole or not there: written beside their place, synced, checked and renamed."""
 
+import contextlib
+import fcntl
 import hashlib
 import json
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+_log = logging.getLogger(__name__)
 
 _PARTIAL = ".partial"  # suffix of a file that is being written; its name begins with a dot
 # Images are compressed already: on 1,920 JPEGs (10.5 KB each) zstd saves 1 %, and makes writing
@@ -35,7 +41,7 @@ class RecordWriter:
         """Finish the file, and see that it has reached the disk."""
         try:
             self._writer.close()
-            _sync(self._path)
+            sync(self._path)
         except (OSError, RuntimeError) as error:
             raise _cannot_write(self._path, error) from error
 
@@ -66,7 +72,7 @@ def put(path: Path, data: bytes) -> None:
     partial = partial_path(path)
     try:
         partial.write_bytes(data)
-        _sync(partial)
+        sync(partial)
         publish(partial, path)
     except OSError as error:
         raise _cannot_write(partial, error) from error
@@ -75,10 +81,39 @@ def put(path: Path, data: bytes) -> None:
 def publish(partial: Path, path: Path) -> None:
     """Put a finished file in its place, instead of what is there."""
     partial.replace(path)
-    _sync(path.parent)
+    sync(path.parent)
 
 
-def _sync(path: Path) -> None:
+@contextlib.contextmanager
+def kept_for_us(folder: Path, key: str, busy: str) -> Iterator[None]:
+    """Make a folder, and keep it for this process; a killed one gives it back.
+
+    Args:
+        folder: where.
+        key: of the config, which names the folder, for the messages.
+        busy: what the message says where another process has it.
+
+    Raises:
+        ValueError: it cannot be made, or another process has it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise ValueError(f"{key}: cannot use {folder}: {error}. Choose another") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{key}: {busy}") from error
+        except OSError as error:
+            _log.info("%s cannot be locked (%s); start no second process", folder, error)
+        yield
+    finally:
+        os.close(handle)
+
+
+def sync(path: Path) -> None:
     """Wait until a file, or the names in a folder, have reached the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

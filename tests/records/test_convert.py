@@ -241,7 +241,7 @@ def child(chances):
     Path.write_bytes = write_in_halves
     for owner, name in [
         (safe_files.RecordWriter, "write"), (safe_files.RecordWriter, "close"),
-        (safe_files, "publish"), (conversion, "publish"), (safe_files, "_sync"),
+        (safe_files, "publish"), (conversion, "publish"), (safe_files, "sync"),
         (Path, "write_bytes"), (Path, "replace"), (Path, "unlink"), (Path, "mkdir"),
     ]:
         watch(owner, name)
