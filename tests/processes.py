@@ -62,6 +62,16 @@ def environment(devices: int = 1, **more: str) -> dict[str, str]:
     }
 
 
+def run_program(program: str, *arguments: str, devices: int = 1) -> subprocess.Popen[str]:
+    """Start a Python program that is given as text, with so many simulated devices."""
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        env=environment(devices),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
 class Run:
     """Some processes of one run, with what they print."""
 

@@ -1,18 +1,14 @@
 """Checkpoints between processes: other device counts, and a kill in the middle of a save."""
 
-import os
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import free_port, run_program
 
-import nat_jax
 from nat_jax.checkpoint import Checkpoints
 
 PROGRAM = """
@@ -65,27 +61,12 @@ while True:
 """
 
 
-def run(program: str, devices: int, *arguments: str) -> subprocess.Popen[str]:
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "NPROC": "16",
-        "PYTHONPATH": str(Path(nat_jax.__file__).parents[1]),
-    }
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
 def test_eight_devices_save_and_one_or_two_restore(tmp_path: Path) -> None:
-    saver = run(PROGRAM + SAVE, 8, str(tmp_path / "c"))
+    saver = run_program(PROGRAM + SAVE, str(tmp_path / "c"), devices=8)
     saver.communicate(timeout=120)
     assert saver.returncode == 0
     for devices in (1, 2):
-        reader = run(PROGRAM + RESTORE, devices, str(tmp_path / "c"))
+        reader = run_program(PROGRAM + RESTORE, str(tmp_path / "c"), devices=devices)
         output, _ = reader.communicate(timeout=120)
         assert output.strip() == f"same on {devices}"
 
@@ -98,7 +79,7 @@ def test_kill_during_a_save_leaves_the_older_one(tmp_path: Path) -> None:
     }
     leftovers = 0
     for attempt in range(8):
-        saver = run(PROGRAM + SAVE_FOR_EVER, 1, str(tmp_path))
+        saver = run_program(PROGRAM + SAVE_FOR_EVER, str(tmp_path))
         assert saver.stdout is not None
         done = int(saver.stdout.readline())
         while not (half := list(tmp_path.glob("*.orbax-checkpoint-tmp*"))):
@@ -181,10 +162,10 @@ jax.distributed.shutdown()
 
 @pytest.mark.slow
 def test_two_processes_save_and_fall_back_together(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    ranks = [run(TWO_PROCESSES, 2, str(tmp_path), port, str(rank)) for rank in (0, 1)]
+    port = str(free_port())
+    ranks = [
+        run_program(TWO_PROCESSES, str(tmp_path), port, str(rank), devices=2) for rank in (0, 1)
+    ]
     try:
         outputs = [process.communicate(timeout=180)[0] for process in ranks]
     finally:

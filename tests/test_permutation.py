@@ -1,17 +1,12 @@
 """The proof that an assignment is a permutation: exact, by bits, over shards and processes."""
 
 import itertools
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import free_port, run_program
 
-import nat_jax
 from nat_jax import permutation
 
 
@@ -119,20 +114,6 @@ print((peak() - before) * 1024 / N)
 """
 
 
-def run(program: str, *arguments: str, devices: int = 1) -> subprocess.Popen[str]:
-    environment = os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "NPROC": "16",
-        "PYTHONPATH": str(Path(nat_jax.__file__).parents[1]),
-    }
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *arguments],
-        env=environment,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-
-
 @pytest.mark.parametrize(
     ("case", "least", "most"),
     [
@@ -143,7 +124,7 @@ def run(program: str, *arguments: str, devices: int = 1) -> subprocess.Popen[str
 )
 def test_it_needs_one_bit_an_image(case: str, least: float, most: float) -> None:
     """And a block's temporary arrays; sorting, the control, needs the 4 bytes of a copy."""
-    output, _ = run(MEMORY, case).communicate(timeout=120)
+    output, _ = run_program(MEMORY, case).communicate(timeout=120)
     *said, per_image = output.splitlines()
     assert least * 0.9 <= float(per_image) <= most, output
     if said:
@@ -184,10 +165,8 @@ jax.distributed.shutdown()
 
 
 def test_processes_prove_it_together() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    ranks = [run(PROCESSES, port, str(rank), devices=2) for rank in (0, 1)]
+    port = str(free_port())
+    ranks = [run_program(PROCESSES, port, str(rank), devices=2) for rank in (0, 1)]
     try:
         outputs = [process.communicate(timeout=180)[0] for process in ranks]
     finally:

@@ -101,5 +101,6 @@ def linear_probe_stream(
         ValueError: an option out of range, an empty stream, labels out of range, or weights that
             diverge.
     """
-    trained = fit_layers(train_epoch, num_classes=num_classes, seed=seed, **options)
+    defaults = {k: v for k, v in fit_options("sgd").items() if k != "batch_size"}
+    trained = fit_layers(train_epoch, num_classes=num_classes, seed=seed, **defaults | options)
     return sgd.accuracy_stream(trained, test, num_classes=num_classes)

@@ -68,13 +68,13 @@ def fit_layers(
     train_epoch: TrainEpoch,
     *,
     num_classes: int,
-    seed: int = 0,
-    epochs: int = 28,
-    learning_rate: float = 0.01,
-    decay_every: int = 8,
-    decay: float = 0.1,
-    momentum: float = 0.9,
-    l2: float = 5e-4,
+    seed: int,
+    epochs: int,
+    learning_rate: float,
+    decay_every: int,
+    decay: float,
+    momentum: float,
+    l2: float,
 ) -> dict[str, tuple[sgd.Classifier, sgd.State]]:
     """Train the classifier of `sgd_probe` on every layer of a stream; see `sgd.fit_stream`."""
     return sgd.fit_stream(
