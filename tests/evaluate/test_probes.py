@@ -5,6 +5,7 @@ import inspect
 import pytest
 
 from nat_jax.evaluate import PROBES, protocol
+from nat_jax.evaluate.mlp_probe import mlp_probe, mlp_probe_stream
 
 
 def test_protocol_states_every_option() -> None:
