@@ -16,6 +16,14 @@ os.environ.setdefault("NAT_JAX_CACHE", str(_REPOSITORY / ".pytest_cache" / "nat_
 
 import pytest  # noqa: E402
 
+# Files of few long tests, whose processes use both cores: first, so that neither worker is left
+# with one of them at the end.
+_FIRST = ("test_multi_device.py", "test_training.py", "test_train.py", "test_tasks.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in _FIRST)
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:

@@ -21,6 +21,7 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_ten_million_images_train_in_little_memory(tmp_path: Path) -> None:
     output = tmp_path / "billion.json"
     arguments = ("--records", str(RECORDS), "--steps", "6", "--scratch", tmp_path)

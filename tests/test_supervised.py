@@ -115,6 +115,7 @@ def digits(**changes):
     return c
 
 
+@pytest.mark.slow
 def test_a_run_is_judged_by_its_own_decisions(tmp_path):
     state = train.train_and_evaluate(digits(), tmp_path)
     np.testing.assert_array_equal(state.assignment, np.arange(1437))

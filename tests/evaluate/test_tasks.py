@@ -126,6 +126,7 @@ def test_linear_probes_of_all_layers_at_once_learn_from_fresh_crops(trained, tmp
     assert "stream" not in still["protocol"]
 
 
+@pytest.mark.slow
 def test_the_authors_mlp_learns_from_fresh_crops_and_is_tested_on_ten(tmp_path):
     changes = dict(
         eval__max_train=60,
@@ -146,6 +147,7 @@ def test_the_authors_mlp_learns_from_fresh_crops_and_is_tested_on_ten(tmp_path):
         judge_task(settings("mlp_probe", eval__ten_crops="on"), tmp_path)
 
 
+@pytest.mark.slow
 def test_the_mlp_can_learn_from_one_view_from_gaussian_weights(tmp_path):
     result = judged(tmp_path, "mlp_probe", eval__fresh_crops=False, eval__mlp_init="gaussian")
     assert result["protocol"]["mlp_probe"]["init"] == "gaussian"

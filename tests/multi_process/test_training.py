@@ -50,6 +50,7 @@ def assert_lost(run: Run, victim: int, seconds: float) -> None:
             assert code in LOST and said in run.output(index), run.output(index)
 
 
+@pytest.mark.slow
 def test_stopped_killed_and_finished_by_one(start, two, tmp_path):
     workdir = tmp_path / "run"
 
