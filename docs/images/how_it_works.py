@@ -211,8 +211,8 @@ def draw(drawn: Drawn) -> Figure:
         _draw_input(figure, example)
         _title(figure, 0.622, 0.972, 4, "unit features, and the noise they own")
         _draw_pairs(_map_at(figure, 0.622, 0.724, 0.365), example, each)
-        words = f"lines: who owns what; mean cosine {before:.2f}"
-        _note(figure, 0.622, 0.712, f"blue: features, orange: noise;\n{words}")
+        words = "blue: features, orange: noise, lines: who owns what."
+        _note(figure, 0.622, 0.712, f"{words}\nMean cosine of the pairs {before:.2f}")
         _draw_costs(figure, example)
         _title(figure, 0.300, 0.640, 6, "the same noise, dealt out anew")
         _draw_pairs(_map_at(figure, 0.300, 0.392, 0.365), example, example.matched)
