@@ -141,7 +141,7 @@ def steps_from(config: ConfigDict, name: str, steps_per_epoch: int) -> int:
 
     Args:
         config: the whole config.
-        name: what the two keys have in common, for instance "checkpoint.every_"; may be empty.
+        name: what the two keys have in common, for instance ``checkpoint.every_``; may be empty.
         steps_per_epoch: steps in one pass over the data.
 
     Returns:

@@ -39,7 +39,8 @@ class Network:
                 leaves them as they are.
 
         Returns:
-            From uint8[B, H, W, 3] to {layer: float[B, ...]}, on all devices of this process.
+            A function of uint8[B, H, W, 3] that gives float[B, ...] by layer, on all devices of
+            this process.
         """
 
         def extract(images: np.ndarray) -> dict[str, jax.Array]:

@@ -18,8 +18,8 @@ class Optimizer:
     """Settings of SGD; equal settings give the identical optax transformation.
 
     Attributes:
-        learning_rate: l0, for the loss 1/(2n) sum |z - c|^2.
-        schedule: "constant"; "inverse", the paper's l0 / (1 + gamma * max(t - t0, 0)) (section
+        learning_rate: l0, for the loss ``1/(2n) sum |z - c|^2``.
+        schedule: "constant"; "inverse", the paper's ``l0 / (1 + gamma * max(t - t0, 0))`` (section
             3.4; t counts steps after the warm-up, t0 and gamma are not published); "cosine", down
             to zero at ``total_steps`` (beyond the paper).
         decay_start: t0 in steps after the warm-up, for "inverse".

@@ -184,7 +184,7 @@ class Transform:
 
     @property
     def draws(self) -> int:
-        """Numbers in [0, 1) that each image needs: the crop's, two for a shift, one for a flip."""
+        """Numbers that each image needs; the crop's, two for a shift, one for a flip."""
         return self.crop.draws + (2 if self.pad else 0) + (1 if self.flip else 0)
 
     def moves(self, uniform: np.ndarray) -> Moves:

@@ -1,5 +1,7 @@
 """The train step: forward, match, update, and their composition.
 
+::
+
     features  = forward(images)                       z, unit rows [B, D]
     rows      = match(features, targets, rows)        re-deal the batch's rows, when due
     state     = update(features, targets[rows])       SGD on 1/(2n) sum |z - c|^2

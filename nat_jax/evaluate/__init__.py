@@ -60,7 +60,7 @@ def protocol(
             `linear_probe_stream`); its batch size is then the stream's, which the caller states.
 
     Returns:
-        {"probe", "statement", "metric", and every option with the value used}; "features" says
+        "probe", "statement", "metric", and every option with the value used; "features" says
         which of the two kinds a probe that can learn from both was given.
 
     Raises:

@@ -131,7 +131,7 @@ def extract(apply: Apply, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[s
             dropped.
 
     Returns:
-        {layer: FeatureSet}, each record flattened to float32[F], in the order of the batches.
+        A set for each layer, each record flattened to float32[F], in the order of the batches.
 
     Raises:
         ValueError: no record is left.
@@ -166,7 +166,7 @@ def extracted_rows(
     """Run a network over batches and give what each adds to the features, as `extract` does.
 
     Yields:
-        {layer: float32[n, F]} and labels int32[n] of the batch's n records of weight 1.
+        For each batch, float32[n, F] by layer and labels int32[n], of its n records of weight 1.
     """
 
     def kept(

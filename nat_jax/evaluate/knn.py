@@ -72,7 +72,7 @@ def knn_sweep(
         temperatures: of the weights; None for plain votes.
 
     Returns:
-        {(k, temperature): accuracy in [0, 1]}.
+        The accuracy in [0, 1] by (k, temperature).
 
     Raises:
         ValueError: as `knn`, or nothing to sweep.

@@ -254,8 +254,8 @@ class Network(nnx.Module):
             watch: sees, and may change, the output of every linear map; that to z is "head".
 
         Returns:
-            conv<i>: [B, h, w, C] after ReLU and the block's pooling; fc<i>: [B, F] after ReLU;
-            logits: float32[B, D], what the head returns; z: the same of unit norm.
+            ``conv<i>`` [B, h, w, C], after ReLU and the block's pooling; ``fc<i>`` [B, F], after
+            ReLU; ``logits`` float32[B, D], what the head returns; ``z``, the same of unit norm.
         """
         outputs = {}
         x = FRONTENDS[self.frontend][0](images).astype(self.dtype)
