@@ -95,6 +95,17 @@ def links_for_site(text: str, file: str) -> str:
     return "".join(part if at % 2 else links.sub(one, part) for at, part in enumerate(parts))
 
 
+def shorten(
+    app: Any, what: str, name: str, thing: Any, options: Any, signature: str | None, returns: str
+) -> tuple[str | None, str]:
+    """Write ``ArrayLike`` as such (Sphinx's event ``autodoc-process-signature``), not all it is."""
+    from jax.typing import ArrayLike
+    from sphinx.util.typing import stringify_annotation
+
+    every = stringify_annotation(ArrayLike, "smart")
+    return signature and signature.replace(every, "~jax.typing.ArrayLike"), returns
+
+
 def read_page(app: Any, docname: str, source: list[str]) -> None:
     """Prepare a page that Sphinx has read (its event ``source-read``)."""
     path = Path(app.env.doc2path(docname))
@@ -110,5 +121,6 @@ def read_included(app: Any, path: Path, docname: str, source: list[str]) -> None
 
 def setup(app: Any) -> None:
     """Connect the above to Sphinx."""
+    app.connect("autodoc-process-signature", shorten)
     app.connect("source-read", read_page)
     app.connect("include-read", read_included)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from project import ROOT
+from test_architecture import LAYERS
 
 import nat_jax
 
@@ -30,7 +31,8 @@ def listed(page: Path, docs: Path) -> list[str]:
     for found in TOCTREE.finditer(page.read_text("utf-8") + "\n"):
         lines = (found["md"] or found["rst"]).splitlines()
         entries += [line.strip() for line in lines if line.strip() and line.strip()[0] != ":"]
-    return [(page.parent / entry).relative_to(docs).as_posix() for entry in entries]
+    names = [re.sub(r"^.*<(.*)>$", r"\1", entry) for entry in entries]  # of "Title <name>"
+    return [(page.parent / name).relative_to(docs).as_posix() for name in names]
 
 
 def wrongly_listed(docs: Path) -> list[str]:
@@ -49,7 +51,7 @@ def test_every_page_is_in_the_contents() -> None:
 
 def test_a_page_that_is_not_in_the_contents_is_found(tmp_path: Path) -> None:
     (tmp_path / "api").mkdir()
-    (tmp_path / "index.md").write_text(":::{toctree}\n:hidden:\n\none\napi/index\n:::\n")
+    (tmp_path / "index.md").write_text(":::{toctree}\n:hidden:\n\nOne <one>\napi/index\n:::\n")
     (tmp_path / "api" / "index.rst").write_text("API\n\n.. toctree::\n   :maxdepth: 1\n\n   two\n")
     for name in ("one.md", "api/two.rst"):
         (tmp_path / name).write_text("# Page\n")
@@ -96,6 +98,21 @@ def test_code_is_left_alone(conf: dict[str, Any]) -> None:
     fence = "```python\nx = f[a](../tests)\n```\n"
     text = f"`[a](../tests)`\n\n{fence}\n- item\n\n  ```\n  [a](../tests)\n  ```\n"
     assert conf["links_for_site"](text, "docs/data.md") == text
+
+
+def drawn_layers(page: str) -> list[set[str]]:
+    """Return the modules of each line of the design's table, lowest first."""
+    table = page.partition("| layer | modules |\n|---|---|\n")[2].partition("\n\n")[0]
+    return [set(re.findall(r"`(\w+)`", line.split("|")[2])) for line in reversed(table.split("\n"))]
+
+
+def test_the_design_has_the_order_of_the_layers() -> None:
+    page = (ROOT / "docs" / "design.md").read_text("utf-8")
+    drawn = drawn_layers(page)
+    assert len(drawn) == len(LAYERS)
+    assert all(named and named <= layer for named, layer in zip(drawn, LAYERS, strict=True))
+    moved = drawn_layers(page.replace("`main`", "`trainer`"))
+    assert not moved[-1] <= LAYERS[-1]
 
 
 def test_both_ways_of_building_are_the_same() -> None:
