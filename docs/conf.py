@@ -106,6 +106,13 @@ def shorten(
     return signature and signature.replace(every, "~jax.typing.ArrayLike"), returns
 
 
+def skip_fields(
+    app: Any, what: str, name: str, thing: Any, skip: bool, options: Any
+) -> bool | None:
+    """Leave out a named tuple's fields (``autodoc-skip-member``); the class tells what they are."""
+    return True if (getattr(thing, "__doc__", "") or "").startswith("Alias for field") else None
+
+
 def read_page(app: Any, docname: str, source: list[str]) -> None:
     """Prepare a page that Sphinx has read (its event ``source-read``)."""
     path = Path(app.env.doc2path(docname))
@@ -122,5 +129,6 @@ def read_included(app: Any, path: Path, docname: str, source: list[str]) -> None
 def setup(app: Any) -> None:
     """Connect the above to Sphinx."""
     app.connect("autodoc-process-signature", shorten)
+    app.connect("autodoc-skip-member", skip_fields)
     app.connect("source-read", read_page)
     app.connect("include-read", read_included)

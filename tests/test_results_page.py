@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from project import ROOT
 
-from nat_jax import report
+from nat_jax.report import markdown_table
+from nat_jax.report.tables import arrange
 
 PAGE = "docs/results.md"
 
@@ -17,7 +18,7 @@ def measured(name: str) -> dict[str, Any]:
 
 
 def accuracies(result: dict[str, Any]) -> list[str]:
-    return report.markdown_table(result["table"]).splitlines()
+    return markdown_table(result["table"]).splitlines()
 
 
 def milliseconds(value: float) -> str:
@@ -103,6 +104,22 @@ def test_tables_are_what_was_measured(table: str) -> None:
 @pytest.mark.parametrize("name", ["digits", "fashion_mnist", "cifar10"])
 def test_the_readme_s_tables_are_what_was_measured(name: str) -> None:
     assert stands_in(accuracies(measured(name)), (ROOT / "README.md").read_text("utf-8"))
+
+
+def shown_at_once(result: dict[str, Any]) -> list[str]:
+    """Return the beginnings of the three lines that the quick start explains."""
+    pixels, untrained, trained = arrange(result["table"]).groups["all"][:3]
+    return [
+        f"| `–`, raw pixels: {pixels.cells[0]} |",
+        f"| `z`, untrained: {untrained.cells[0]} |",
+        f"| `z`, NAT: {trained.cells[0]} |",
+    ]
+
+
+def test_the_quick_start_s_numbers_are_what_was_measured() -> None:
+    page = (ROOT / "docs" / "quickstart.md").read_text("utf-8")
+    assert all(line in page for line in shown_at_once(measured("digits")))
+    assert not any(line in page for line in shown_at_once(measured("fashion_mnist")))
 
 
 def test_another_number_is_noticed() -> None:
