@@ -20,7 +20,7 @@ lint: .venv/installed-test
 
 docs: .venv/installed
 	$(BIN)/pip install -e '.[docs]'
-	$(BIN)/sphinx-build -W --keep-going -n docs build/docs
+	$(BIN)/sphinx-build -E -W --keep-going -n docs build/docs
 
 wheel: .venv/installed
 	$(BIN)/pip wheel --no-deps --wheel-dir dist .

@@ -120,4 +120,4 @@ def test_both_ways_of_building_are_the_same() -> None:
         re.findall(r"sphinx-build (.*) docs ", (ROOT / name).read_text("utf-8"))
         for name in ("Makefile", ".ci/run")
     ]
-    assert builds == [["-W --keep-going -n"]] * 2
+    assert builds == [["-E -W --keep-going -n"]] * 2
