@@ -100,6 +100,27 @@ def test_code_is_left_alone(conf: dict[str, Any]) -> None:
     assert conf["links_for_site"](text, "docs/data.md") == text
 
 
+def api_pages() -> str:
+    return "".join(page.read_text("utf-8") for page in (ROOT / "docs" / "api").glob("*.rst"))
+
+
+def test_the_reference_has_every_public_module() -> None:
+    public = set(nat_jax.__all__) - {"__version__", "load"}
+    described = set(re.findall(r"^\.\. automodule:: nat_jax\.(\w+)$", api_pages(), re.MULTILINE))
+    assert public - described == set()
+    assert {"assign", "train"} <= public
+
+
+@pytest.mark.parametrize(
+    ("module", "table"),
+    [("assign", "SOLVERS"), ("evaluate", "PROBES"), ("models", "MODELS"), ("records", "SOURCES")],
+)
+def test_the_reference_names_what_is_in_the_tables(module: str, table: str) -> None:
+    _, _, after = api_pages().partition(f".. py:data:: {table}\n\n")
+    named = re.findall(r'"(\w+)"', after.partition("\n\n")[0])
+    assert named == list(getattr(getattr(nat_jax, module), table))
+
+
 def drawn_layers(page: str) -> list[set[str]]:
     """Return the modules of each line of the design's table, lowest first."""
     table = page.partition("| layer | modules |\n|---|---|\n")[2].partition("\n\n")[0]
