@@ -38,6 +38,7 @@ extensions = [
 ]
 html_theme = "furo"
 html_title = f"{project} {version}"
+html_math_renderer = "mathml"  # which browsers draw themselves, also without a network
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
@@ -126,8 +127,18 @@ def read_included(app: Any, path: Path, docname: str, source: list[str]) -> None
     source[0] = links_for_site(source[0], file)
 
 
+def write_math(translator: Any, node: Any) -> None:
+    """Write a formula, in a line or on one of its own, as MathML."""
+    from docutils.nodes import SkipNode, math_block
+    from docutils.utils.math.latex2mathml import tex2mathml
+
+    translator.body.append(tex2mathml(node.astext(), as_block=isinstance(node, math_block)))
+    raise SkipNode
+
+
 def setup(app: Any) -> None:
     """Connect the above to Sphinx."""
+    app.add_html_math_renderer("mathml", (write_math, None), (write_math, None))
     app.connect("autodoc-process-signature", shorten)
     app.connect("autodoc-skip-member", skip_fields)
     app.connect("source-read", read_page)
