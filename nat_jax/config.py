@@ -14,7 +14,7 @@ from ml_collections import ConfigDict, config_dict
 
 from nat_jax import assign, losses, optim, preprocess, sharding, targets
 from nat_jax.records import SPLITS
-from nat_jax.setting_checks import at_least, check_eval, one_of
+from nat_jax.setting_checks import at_least, check_eval, check_lists, one_of
 
 LABELS_ALL = 0
 
@@ -196,6 +196,8 @@ def validate(config: ConfigDict, probes: Mapping[str, Any]) -> None:
         ValueError: one message for the first mistake: the key, what is expected, what it is.
     """
     _check_keys(config)
+    flat = flatten(config)
+    check_lists(flat, flatten(default()))
     if config.network and config.task == "pretrain":
         raise ValueError(
             f"network: expected nothing when training, which begins anew; got {config.network!r}"
@@ -219,7 +221,6 @@ def validate(config: ConfigDict, probes: Mapping[str, Any]) -> None:
     one_of("data.on_bad_record", config.data.on_bad_record, ("grey", "error"))
     one_of("data.crop", config.data.crop, preprocess.CROPS)
     one_of("data.augment_on", config.data.augment_on, ("auto", "host", "device"))
-    flat = flatten(config)
     check_eval(flat, probes)
     at_least(flat, 1, "batch_size", "data.image_size", "data.threads", "data.prefetch")
     at_least(flat, 1, "data.views")

@@ -3,7 +3,6 @@
 What needs JAX is imported where it is used, so that ``--help`` answers at once.
 """
 
-import difflib
 import logging
 import os
 import signal
@@ -16,7 +15,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from nat_jax import command_help, config_files
+from nat_jax import command_help, command_line
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "What to run, e.g. configs/digits.py; change a key with --config.key=value."
@@ -115,10 +114,13 @@ _TOGETHER = {"pretrain"}
 def main(argv: Sequence[str]) -> None:
     """Run the task that the config names."""
     if len(argv) > 1:
-        raise ValueError(f"unexpected argument {argv[1]!r}; write --name=value")
+        raise ValueError(command_line.stray(argv[1]))
     config = _CONFIG.value
-    if config is None:
-        raise ValueError(f"--config is missing. {_known_configs()}")
+    if not flags.FLAGS["config"].present:
+        raise ValueError(f"--config is missing. {command_line.known_configs()}")
+    if not isinstance(config, ConfigDict):
+        kind = type(config).__name__
+        raise ValueError(f"--config: get_config() must return a ConfigDict; it returned a {kind}")
     if config.task not in TASKS:
         raise ValueError(f"task: unknown {config.task!r}. Known: {', '.join(TASKS)}")
     _start_up(config.task)
@@ -169,55 +171,7 @@ def run() -> None:
     package.addHandler(handler)
     package.setLevel(logging.INFO)
     package.propagate = False
-    app.run(_guarded(main), flags_parser=_guarded(_parse))
-
-
-def _parse(argv: Sequence[str]) -> Sequence[str]:
-    arguments = list(argv)
-    for at, argument in enumerate(arguments[:-1]):
-        if argument in ("--config", "-config"):  # --config FILE is --config=FILE
-            arguments[at : at + 2] = [f"--config={arguments[at + 1]}"]
-            break
-    for at, argument in enumerate(arguments):
-        if not argument.startswith(("--config=", "-config=")):
-            continue
-        path = config_files.resolve_path(argument.partition("=")[2])
-        if not Path(path.partition(":")[0]).is_file():
-            raise ValueError(f"--config: there is no file {path}. {_known_configs()}")
-        arguments[at] = f"--config={path}"
-    try:
-        return flags.FLAGS(arguments)
-    except (AttributeError, KeyError) as error:
-        raise ValueError(_unknown_key(arguments, error)) from error
-
-
-def _unknown_key(arguments: Sequence[str], error: Exception) -> str:
-    """Say which key of the command line is in no config, and which are."""
-    if "get_config" in str(error):
-        return "--config: the file has no function get_config()"
-    from nat_jax import config as configs
-
-    known = configs.flatten(configs.default())
-    overrides = [a.partition("=")[0] for a in arguments if a.startswith(("--config.", "-config."))]
-    for key in (override.partition("config.")[2] for override in overrides):
-        if key.startswith(("model.options.", "assign.options.")):
-            return (
-                f"{key} is not in this config file, and options can be changed on the command "
-                "line only where the file sets them. Set it in a config file of your own"
-            )
-        if key not in known:
-            group = key.rpartition(".")[0]
-            there = [name for name in known if name.rpartition(".")[0] == group]
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f" Did you mean {close[0]}?" if close else ""
-            listed = f" Known there: {', '.join(there)}." if there else ""
-            return f"config: unknown key {key!r}.{hint}{listed}"
-    return str(error)
-
-
-def _known_configs() -> str:
-    names = sorted(path.name for path in config_files.packaged().glob("[!_]*.py"))
-    return f"Known: {', '.join(f'configs/{name}' for name in names)}, or a file of your own"
+    app.run(_guarded(main), flags_parser=_guarded(command_line.parse))
 
 
 def _guarded(function: Callable) -> Callable:

@@ -1,5 +1,6 @@
 """Checks of settings that need neither devices nor records: common ones, and those of `eval`."""
 
+import numbers
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -32,6 +33,34 @@ def at_least(values: Mapping[str, Any], least: float, *keys: str) -> None:
     for key in keys:
         if values[key] < least:
             raise ValueError(f"{key}: expected at least {least}; got {values[key]}")
+
+
+def check_lists(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Check that lists hold what they hold by default: words, whole numbers or numbers.
+
+    Args:
+        values: a flat config.
+        defaults: the flat config that nobody has changed; an empty list there is one of words.
+
+    Raises:
+        ValueError: naming the first key that holds something else.
+    """
+    for key, default in defaults.items():
+        if not isinstance(default, list):
+            continue
+        kinds = {type(value) for value in default} or {str}
+        kind: type = numbers.Integral
+        what = "whole numbers"
+        if str in kinds:
+            kind, what = str, "words"
+        elif float in kinds:
+            kind, what = numbers.Real, "numbers"
+        wrong = [value for value in values[key] if not isinstance(value, kind)]
+        if wrong:
+            example = tuple(default) or ("a", "b")
+            raise ValueError(
+                f'{key}: expected {what}, for instance --config.{key}="{example}"; got {wrong[0]!r}'
+            )
 
 
 def check_eval(values: Mapping[str, Any], probes: Collection[str]) -> None:
