@@ -138,11 +138,14 @@ def set_up(
         sharding=sharding.over_data(mesh),
     )
     logger.info(
-        "seed %d: %s images, %s steps of %d, targets on the %s (%s), in %s",
+        "seed %d%s: %s images, %s steps of %d on %d x %s, targets on the %s (%s), in %s",
         seed,
+        f" ({config.seeds.index(seed) + 1} of {len(config.seeds)})" if config.seeds[1:] else "",
         f"{len(sources.train):,}",
         f"{total_steps:,}",
         config.batch_size,
+        mesh.size,
+        platform,
         config.targets.kind,
         storage,
         workdir,

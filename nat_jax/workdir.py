@@ -107,6 +107,8 @@ def check(workdir: Path, config: ConfigDict) -> None:
             f"--workdir: expected a folder; got {address[0]}/... To keep a run in a bucket, mount "
             "it (Cloud Storage FUSE, for instance) and give the path of the mount"
         )
+    if workdir.is_file():
+        raise ValueError(f"--workdir: expected a folder; {workdir} is a file. Choose another")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if not os.access(workdir, os.W_OK):

@@ -274,8 +274,12 @@ def test_what_is_not_ours_is_one_message(copy, change, message):
 
 
 def test_no_bundle_is_one_message(tmp_path):
-    with pytest.raises(BundleError, match="is not a bundle: it has no bundle.json"):
+    with pytest.raises(
+        BundleError, match="there is no folder .*nothing; expected that of a bundle"
+    ):
         nat_jax.load(tmp_path / "nothing")
+    with pytest.raises(BundleError, match="is not a bundle: it has no bundle.json"):
+        nat_jax.load(tmp_path)
 
 
 def test_a_bundle_replaces_a_bundle_and_nothing_else(untrained, copy, tmp_path, monkeypatch):

@@ -25,6 +25,12 @@ def test_an_address_is_no_folder(tmp_path, monkeypatch, address):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="--workdir: expected a folder; .*file is a file"):
+        workdir.check(tmp_path / "file", valid())
+
+
 @pytest.mark.parametrize("change", ["eval.knn_k", "log.every_steps", "checkpoint.keep"])
 def test_what_is_shown_or_kept_may_change(tmp_path, change):
     c = valid()

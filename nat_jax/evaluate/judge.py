@@ -93,7 +93,8 @@ class Judge:
         if "knn" in self._eval.probes and self._eval.knn_k > few:
             raise ValueError(
                 f"eval.knn_k: expected at most {few}, the training records with "
-                f"{labels_name(per_class)} labels; got {self._eval.knn_k}"
+                f"{labels_name(per_class)} labels; got {self._eval.knn_k}. "
+                f"Set --config.eval.knn_k={few}"
             )
 
     @property

@@ -232,6 +232,8 @@ def is_bundle(folder: str | os.PathLike[str]) -> bool:
 def _check_files(place: Path) -> None:
     """Raise BundleError unless the files are those that were written, to the byte."""
     again = "Copy it again, or export it anew (--config.task=export)"
+    if not place.is_dir():
+        raise BundleError(f"there is no folder {place.absolute()}; expected that of a bundle")
     if not is_bundle(place):
         raise BundleError(
             f"{place} is not a bundle: it has no {CARD}. A run's folder becomes one with "

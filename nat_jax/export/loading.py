@@ -53,8 +53,9 @@ def load_network(
     saved = workdirs.read_json(folder / "config.json")
     if saved is None:
         raise ValueError(
-            f"{folder} holds neither a run (config.json) nor a bundle (bundle.json). Train first, "
-            "name another --workdir, or set --config.network=untrained"
+            f"{folder} holds neither a run (config.json) nor a bundle (bundle.json). Train first "
+            "(the same line without --config.task), name another --workdir, or set "
+            "--config.network=untrained"
         )
     config = _config_of(saved)
     if seed is None:

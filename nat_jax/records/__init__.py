@@ -42,7 +42,11 @@ def open_source(spec: str, split: str = "train") -> Source:
     if kind not in SOURCES:
         forms = {k: _ARGUMENTS.get(k, "PATH") for k in SOURCES}
         known = ", ".join(f"{k}:{what}" if what else k for k, what in forms.items())
-        hint = f"; did you mean folder:{spec} or arrays:{spec}?" if os.path.exists(spec) else ""
+        hint = ""
+        if os.path.exists(os.path.expanduser(spec)):
+            hint = f"; did you mean folder:{spec} or arrays:{spec}?"
+        elif "/" in spec:
+            hint = f"; there is no {spec}, and what it is stands before a path, as in folder:PATH"
         raise ValueError(f"unknown source {spec!r}; known: {known}{hint}")
     if not argument and kind != "digits":
         wanted = _ARGUMENTS.get(kind, "PATH")

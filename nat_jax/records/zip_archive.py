@@ -4,6 +4,7 @@ The directory of the archive is parsed once, by `zipfile`. From then on a record
 known positions: no lock, and nothing for a worker process to parse again.
 """
 
+import contextlib
 import os
 import stat
 import struct
@@ -32,6 +33,15 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., bytes of the name, 
 _MOST_INFLATED = 1032  # bytes that one byte of deflated data can stand for
 
 
+def _hint(path: str) -> str:
+    """Say what may be wrong with a file that is no .zip, by its first bytes."""
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        if file.read(4) == b"PK\x03\x04":
+            return " It begins like one: is it complete? Copy or download it again"
+        return f" To train on the images of a folder, name the folder: {os.path.dirname(path)}"
+    return ""
+
+
 def list_zip(path: str) -> Listing:
     """List the images of a .zip.
 
@@ -46,7 +56,7 @@ def list_zip(path: str) -> Listing:
             last = archive.NameToInfo  # where a name stands twice, the later content counts
     except (OSError, zipfile.BadZipFile) as error:
         raise ValueError(
-            f"folder: {path} is neither a folder nor a readable .zip: {error}"
+            f"folder: {path} is neither a folder nor a readable .zip: {error}.{_hint(path)}"
         ) from error
     if any(m.flag_bits & 1 for m in members):
         raise ValueError(f"folder: {path} is protected by a password; give one without")

@@ -95,7 +95,7 @@ def test_sources_of_other_classes_are_refused(network):
 def test_too_few_labels_are_found_at_once(network):
     with pytest.raises(ValueError, match="asks for 21 records of every class of blocks; class 0"):
         panel(network, Blocks("train", 60), Blocks("test", 12), labels_per_class=(21,))
-    with pytest.raises(ValueError, match="eval.knn_k: expected at most 6"):
+    with pytest.raises(ValueError, match="eval.knn_k: expected at most 6.*--config.eval.knn_k=6"):
         panel(network, Blocks("train", 60), Blocks("test", 12), labels_per_class=(2,), knn_k=7)
 
 

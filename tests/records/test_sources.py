@@ -71,6 +71,8 @@ def test_unknown_source_lists_the_known_ones_and_suggests_the_path(tmp_path: Pat
         records.open_source(str(tmp_path))
     with pytest.raises(ValueError, match="arrays:PATH, tfds:NAME, arrayrecord:GLOB$"):
         records.open_source("mnist")
+    with pytest.raises(ValueError, match=r"; there is no /nowhere/x, .* as in folder:PATH$"):
+        records.open_source("/nowhere/x")
     assert set(records.SOURCES) == {"digits", "folder", "arrays", "tfds", "arrayrecord"}
 
 

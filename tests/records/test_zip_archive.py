@@ -208,8 +208,14 @@ def test_a_directory_that_claims_gigabytes_costs_no_memory(method: int, tmp_path
 def test_an_archive_without_its_end_is_refused(tmp_path: Path):
     archive = pack(tmp_path / "a.zip")
     os.truncate(archive, archive.stat().st_size // 2)
-    with pytest.raises(ValueError, match=r"neither a folder nor a readable \.zip"):
+    with pytest.raises(ValueError, match=r"nor a readable \.zip: .*is it complete\?"):
         records.open_source(f"folder:{archive}")
+
+
+def test_a_file_in_place_of_a_folder_is_refused(tmp_path: Path):
+    (tmp_path / "a.jpg").write_bytes(b"not an archive")
+    with pytest.raises(ValueError, match=f"nor a readable .*name the folder: {tmp_path}$"):
+        records.open_source(f"folder:{tmp_path / 'a.jpg'}")
 
 
 def test_an_archive_that_is_cut_or_overwritten_while_it_is_read_says_so(tmp_path: Path):
