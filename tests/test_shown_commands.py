@@ -10,6 +10,7 @@ take minutes to hours and want data or hardware.
 """
 
 import ast
+import importlib.util
 import os
 import re
 import shlex
@@ -40,9 +41,10 @@ EMBEDDED = ("configs/digits.py", "configs/smoke.py")
 
 
 def spans(text: str) -> list[str]:
-    """Return the commands that begin with python in a page's sentences and tables."""
+    """Return the commands of a page's sentences and tables that begin with python."""
     text = re.sub(r"^[ \t]*```.*?^[ \t]*```[ \t]*$", "", text, flags=re.MULTILINE | re.DOTALL)
     found = (" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text))
+    found = (command for span in found for command in commands(span))
     return [span for span in found if re.match(r"([A-Z_]+=\S+ )*python3? ", span)]
 
 
@@ -76,6 +78,9 @@ def complaint(command: str) -> str | None:
         except Exception as error:
             return f"{command}: {error}"
         return None
+    if words[1] == "-m":
+        there = importlib.util.find_spec(words[2])
+        return None if there else f"{command}: there is no module {words[2]}"
     program = ROOT / words[1]
     if program.suffix != ".py" or not program.is_file():
         return f"{command}: there is no program {words[1]}"
@@ -150,7 +155,8 @@ python -m nat_jax.main --config=configs/cifar10.py
 ```bash
 python -m nat_jax.main --config=configs/cifar10.py --config.seeds="(1,)"
 ```
-`python -m nat_jax.main --config=configs/digits.py --config.batchsize=3`
+`python -m nat_jax.main --config=configs/digits.py --config.batchsize=3` and
+`python3 -m venv .venv && python -m nothing`
 """
 
 
@@ -160,6 +166,7 @@ def test_a_wrong_command_is_noticed() -> None:
     assert wrong[1] is not None and "there is no program benchmarks/nothing.py" in wrong[1]
     assert wrong[2] is None
     assert wrong[3] is not None and "batchsize" in wrong[3]
+    assert wrong[4:] == [None, "python -m nothing: there is no module nothing"]
     (command,) = to_run("page.md", WRONG)
     assert "<!-- needs:" in str(lacks(command))
 
