@@ -11,6 +11,7 @@ A block that cannot be run here says why in a comment right above it:
 
 import contextlib
 import io
+import json
 import os
 import re
 import shlex
@@ -24,12 +25,14 @@ from absl import flags
 from ml_collections import config_flags
 from project import ROOT
 
-from nat_jax import config, evaluate
+from nat_jax import config, evaluate, report
 
 # Set-up that .ci/run performs, word for word or in equal parts.
 INSTALLS = ("pip install -e .", "pip install -e '.[test]'")
 # Each is run by .ci/run.
 CHECKS = ("pytest", "pytest -m slow", "bash .ci/run", "ruff check .", "mypy")
+# Results in docs/results whose whole table the README shows.
+IN_README = ("digits", "fashion_mnist", "cifar10")
 
 FENCE = re.compile(
     r"^(?:<!--\s*(?P<marker>needs: [^>]+?|slow|continues)\s*-->[ \t]*\n)?"
@@ -96,6 +99,21 @@ def test_links_lead_somewhere(page: str):
 def test_dead_links_are_found():
     text = "# A page\n## What, then?\n[a](#what-then) [b](#nowhere) [c](docs/nothing.md) [d](docs)"
     assert dead_links("README.md", text) == ["#nowhere", "docs/nothing.md"]
+
+
+def missing_tables(text: str) -> list[str]:
+    """Return the results whose table does not stand in a text, figure for figure."""
+    results = (ROOT / "docs" / "results" / f"{name}.json" for name in IN_README)
+    tables = {path.name: json.loads(path.read_text("utf-8"))["table"] for path in results}
+    return [
+        name for name, rows in tables.items() if report.markdown_table(rows).strip() not in text
+    ]
+
+
+def test_tables_are_those_of_the_results() -> None:
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert missing_tables(text) == []
+    assert missing_tables(text.replace("| 68.6 ± 0.3 |", "| 68.7 ± 0.3 |")) == ["digits.json"]
 
 
 def commands(body: str) -> list[str]:
