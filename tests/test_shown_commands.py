@@ -240,7 +240,7 @@ def test_python_for_the_run_of_the_readme(place: Place) -> None:
     (block,) = (b for b in blocks(texts()[page], page) if b.marker.endswith("configs/digits.py"))
     place.run("python -m nat_jax.main --config=configs/digits.py --config.task=export")
     place.run_python(block)
-    with pytest.raises(AssertionError, match="no bundle"):
+    with pytest.raises(AssertionError, match="there is no folder"):
         place.run_python(block._replace(body=block.body.replace("runs/digits", "runs/nothing")))
 
 
