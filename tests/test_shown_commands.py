@@ -34,9 +34,9 @@ PAGES = [
 MAIN = ["python", "-m", "nat_jax.main"]
 # test_contributing runs this one, which needs the recipes of the page.
 ELSEWHERE = {"python -m nat_jax.main --config=configs/bars.py"}
-# What a reader puts in, and what the test does; a training then ends after an epoch.
+# What a reader puts in, and what the test does; a training is then a short one.
 STAND_IN = ("folder:PATH", "folder:images")
-SHORT = ["--config.epochs=1", "--config.batch_size=32"]
+SHORT = ["--config.epochs=1", "--config.batch_size=32", "--config.eval.probes=knn"]
 EMBEDDED = ("configs/digits.py", "configs/smoke.py")
 
 

@@ -79,8 +79,8 @@ def _not_prepared(name: str, data_dir: Path) -> str:
     return (
         f"tfds: {name} is not prepared in {data_dir} (set TFDS_DATA_DIR if it is elsewhere); "
         f"nothing is downloaded unasked. Prepare it once: {_command(name, data_dir)}. Or read the "
-        "images from a folder or a zip, --config.data.source=folder:PATH; or try the embedded "
-        "demo, --config=configs/digits.py"
+        "images from a folder or a zip, --config.data.source=folder:PATH (or arrays:PATH); or try "
+        "the embedded demo, --config=configs/digits.py"
     )
 
 
