@@ -4,10 +4,16 @@ import contextlib
 from typing import Any, NamedTuple
 
 import jax
+import jax.experimental
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
+
+# jax 0.7 has enable_x64 in jax.experimental alone, where 0.9 no longer has it. And what 0.7 traces
+# under it inside a larger program is lowered without it, to invalid code.
+_X64_ENDS_WITH_TRACING = not hasattr(jax, "enable_x64")
+enable_x64 = (jax.experimental if _X64_ENDS_WITH_TRACING else jax).enable_x64
 
 ROUNDOFF = 2.0**-24  # of float32
 TINY = 2.0**-126  # the smallest normal float32; what is smaller may count as zero
@@ -18,10 +24,25 @@ def full_precision(cost: ArrayLike) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which float64 of the host is not narrowed to float32.
 
     A common offset of the costs would swallow their differences before it can be removed.
+
+    Raises:
+        TypeError: float64 inside ``jit``, with a JAX that cannot lower it there.
     """
     host = _on_host(cost)
-    wide = host is not None and host.dtype == np.float64
-    return jax.enable_x64(True) if wide else contextlib.nullcontext()
+    if host is None or host.dtype != np.float64:
+        return contextlib.nullcontext()
+    narrowed = jax.dtypes.canonicalize_dtype(host.dtype) != host.dtype
+    if _X64_ENDS_WITH_TRACING and narrowed and _is_traced():
+        raise TypeError(
+            "a float64 array of NumPy cannot be a constant inside jit before jax 0.8; pass it as "
+            "an argument of the jitted function, or convert it to float32"
+        )
+    return enable_x64(True)
+
+
+def _is_traced() -> bool:
+    """Say whether what is computed now becomes part of a program."""
+    return isinstance(jnp.zeros(()), jax.core.Tracer)
 
 
 def _on_host(cost: ArrayLike) -> np.ndarray | None:

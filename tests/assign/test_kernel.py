@@ -21,6 +21,7 @@ from nat_jax.assign import (
     _problem,
     auction,
 )
+from nat_jax.assign._problem import enable_x64
 
 WHOLE = ["ties", "constant", "integer", "machol_wien"]
 KINDS = [*WHOLE, "uniform", "sphere", "collapsed", "matched", "tenths", "huge", "wild", "forbidden"]
@@ -202,7 +203,7 @@ def test_it_lowers_for_a_gpu(wide: bool) -> None:
         jax.ShapeDtypeStruct((), jnp.int32),
         scalar,
     )
-    with jax.enable_x64(wide):
+    with enable_x64(wide):
         lowered = jax.jit(_kernel.solve).trace(*arguments).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("custom_call @__gpu$xla.gpu.triton") == 1
 

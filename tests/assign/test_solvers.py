@@ -7,6 +7,7 @@ import pytest
 from problems import assert_solved, make, stack
 
 from nat_jax import assign
+from nat_jax.assign._problem import enable_x64
 
 
 def test_one_bad_problem_leaves_the_others_alone() -> None:
@@ -66,7 +67,7 @@ def test_solving_under_strict_settings(solver: str) -> None:
         jax.numpy_rank_promotion("raise"),
         jax.numpy_dtype_promotion("strict"),
         jax.debug_nans(True),
-        jax.enable_x64(True),
+        enable_x64(True),
     ):
         with pytest.raises(ValueError, match="rank_promotion"):
             jnp.ones((2, 2)) + jnp.ones(2)
