@@ -2,13 +2,19 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test slow lint docs wheel release-check clean
+.PHONY: demo test test-oldest slow lint docs wheel release-check clean
 
 demo: .venv/installed
 	$(BIN)/python -m nat_jax.main --config=configs/digits.py
 
 test: .venv/installed-test
 	$(BIN)/pytest
+
+# The oldest of everything; not all of it is there for Python 3.13.
+test-oldest:
+	$(PYTHON) -m venv build/oldest
+	build/oldest/bin/pip install -e '.[test]' --constraint .ci/oldest.txt
+	build/oldest/bin/pytest
 
 slow: .venv/installed-test
 	$(BIN)/pytest -m slow

@@ -119,22 +119,43 @@ def test_the_first_code_cell_is_the_same_in_all() -> None:
     assert f'ADDRESS = "https://github.com/{project()}"\n' in first.pop()
 
 
-def start(monkeypatch: pytest.MonkeyPatch, machine: str, jax_finds: str) -> list[str]:
-    """Run the first cell where nat_jax is not installed; return what it installs."""
-    installed: list[str] = []
+def start(
+    monkeypatch: pytest.MonkeyPatch, machine: str, jax_finds: str, preinstalled: str = ""
+) -> list[list[str]]:
+    """Run the first cell where nat_jax is not installed; return what it asks pip for, in turn.
+
+    Args:
+        monkeypatch: replaces what the cell looks at.
+        machine: what there is, in words.
+        jax_finds: the backend of JAX once everything is installed.
+        preinstalled: version and backend of a JAX that is there before; pip can keep no 0.4.
+    """
+    asked: list[list[str]] = []
+
+    def call(words: str | list[str], **_: Any) -> int:
+        if words == "nvidia-smi":
+            return int(machine == "broken gpu")
+        asked.append(words[words.index("--quiet") + 1 :])
+        return int(any(word.startswith("jax==0.4") for word in words))
+
+    def run(words: list[str], check: bool = False, **_: Any) -> SimpleNamespace:
+        if check:
+            call(words)
+        return SimpleNamespace(stdout=preinstalled)
+
     jax = SimpleNamespace(__version__="0", default_backend=lambda: jax_finds, devices=list)
     monkeypatch.setitem(sys.modules, "jax", jax)
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     monkeypatch.setattr(shutil, "which", lambda tool: tool if "gpu" in machine else None)
-    monkeypatch.setattr(subprocess, "call", lambda *_, **__: int(machine == "broken gpu"))
-    monkeypatch.setattr(subprocess, "run", lambda words, check: installed.append(words[-1]))
+    monkeypatch.setattr(subprocess, "call", call)
+    monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.setattr(glob, "glob", lambda _: ["accel0"] if machine == "tpu" else [])
     monkeypatch.delenv("TPU_ACCELERATOR_TYPE", raising=False)
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     if machine == "gpu, not wanted":
         monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     exec(code_cells(opened(NOTEBOOKS[0]))[0], {})
-    return installed
+    return asked
 
 
 @pytest.mark.parametrize(
@@ -151,7 +172,23 @@ def test_the_first_cell_installs_what_the_machine_needs(
     monkeypatch: pytest.MonkeyPatch, machine: str, backend: str, extra: str
 ) -> None:
     wanted = f"nat_jax{extra} @ git+https://github.com/{project()}"
-    assert start(monkeypatch, machine, backend) == [wanted]
+    assert start(monkeypatch, machine, backend) == [[wanted]]
+
+
+@pytest.mark.parametrize(
+    ("preinstalled", "asked"),
+    [
+        ("0.7.2 gpu\n", [["nat_jax", "jax==0.7.2"]]),
+        ("0.4.38 gpu\n", [["nat_jax", "jax==0.4.38"], ["nat_jax[cuda12]"]]),
+        ("0.7.2 cpu\n", [["nat_jax[cuda12]"]]),
+    ],
+    ids=["kept", "too old", "without its plugin"],
+)
+def test_the_first_cell_keeps_a_jax_that_sees_the_accelerator(
+    monkeypatch: pytest.MonkeyPatch, preinstalled: str, asked: list[list[str]]
+) -> None:
+    told = start(monkeypatch, "gpu", "gpu", preinstalled)
+    assert [[word.partition(" @ ")[0] for word in words] for words in told] == asked
 
 
 @pytest.mark.parametrize("machine", ["gpu", "tpu"])

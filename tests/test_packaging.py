@@ -76,6 +76,28 @@ def test_everything_imported_is_declared_and_the_other_way_round(
     assert imports(tmp_path) - core - optional == {"undeclared"}
 
 
+def lower_bounds(requirements: list[str]) -> dict[str, str]:
+    """Return the oldest version of each requirement; "" where there is no such bound."""
+    found = {}
+    for line in requirements:
+        bound = re.search(r">=([\d.]+)", line)
+        found[next(iter(names([line])))] = bound[1] if bound else ""
+    return found
+
+
+def test_the_oldest_versions_are_the_lower_bounds(pyproject: dict[str, Any]) -> None:
+    project = pyproject["project"]
+    extras = project["optional-dependencies"]
+    wanted = lower_bounds([*project["dependencies"], *extras["fast"], *extras["tensorboard"]])
+    lines = (ROOT / ".ci" / "oldest.txt").read_text(encoding="utf-8").splitlines()
+    pins = [line for line in lines if not line.startswith("#")]
+    assert all("==" in line for line in pins)
+    oldest = lower_bounds([line.replace("==", ">=") for line in pins])
+    assert oldest == wanted
+    assert oldest != wanted | lower_bounds(["jax>=0.6,<0.12"])
+    assert lower_bounds(["jax<0.12", "Array_record>=0.8"]) == {"jax": "", "array-record": "0.8"}
+
+
 def test_extras_have_the_names_that_jax_gives_them(pyproject: dict[str, Any]) -> None:
     extras = pyproject["project"]["optional-dependencies"]
     assert set(extras) == EXTRAS
