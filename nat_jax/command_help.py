@@ -14,6 +14,7 @@ from nat_jax import config_files
 
 TASKS = {
     "pretrain": "train, judge and write a report; resumes or extends a run that is there",
+    "suite": "run the paper's experiments at a small scale, with a verdict on each claim",
     "report": "write the report of a run again",
     "convert": "turn data.source into array_record shards in convert.to",
     "export": "make a bundle of a run's network, which nat_jax.load opens",

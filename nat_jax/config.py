@@ -33,6 +33,7 @@ def default() -> ConfigDict:
 
     c.data = ConfigDict()
     c.data.source = "digits"  # digits | folder:PATH | arrays:PATH | tfds:NAME | arrayrecord:GLOB
+    c.data.per_class = 0  # of its training images only the first so many of each class; 0: all
     c.data.image_size = 8
     c.data.resize = 0  # shortest side before the crop; 0: scale to image_size, whatever the aspect
     c.data.crop = "random_crop"  # of the resized image | random_resized_crop (Inception's)
@@ -62,7 +63,7 @@ def default() -> ConfigDict:
 
     c.assign = ConfigDict()
     c.assign.solver = "auction"
-    c.assign.reassign_every_epochs = 3  # epochs 0, 3, 6, ... re-match every batch
+    c.assign.reassign_every_epochs = 3  # epochs 0, 3, 6, ... re-match every batch; 0: none
     c.assign.block = config_dict.placeholder(int)  # images matched together; None: the whole batch
     c.assign.placement = "auto"  # who solves: device | host | auto (the host beside GPUs, TPUs)
     c.assign.storage = "auto"  # the permutation: replicated | sharded | auto (sharded from 2**24)
@@ -117,6 +118,10 @@ def default() -> ConfigDict:
     c.log = ConfigDict()
     c.log.every_steps = 10
     c.log.tensorboard = False  # needs the extra nat_jax[tensorboard]
+
+    c.suite = ConfigDict()  # read by the task `suite` alone
+    c.suite.scale = ""  # of the paper's experiments: cifar10 | fashion_mnist | digits
+    c.suite.experiments = ()  # which of configs/paper; (): all
 
     c.convert = ConfigDict()  # read by the task `convert` alone
     c.convert.to = ""  # the folder to write
@@ -227,8 +232,8 @@ def validate(config: ConfigDict, probes: Mapping[str, Any]) -> None:
     at_least(flat, 0, "data.workers")
     if not config.data.timeout > 0:
         raise ValueError(f"data.timeout: expected seconds above 0; got {config.data.timeout}")
-    at_least(flat, 1, "assign.reassign_every_epochs", "checkpoint.keep", "log.every_steps")
-    at_least(flat, 0, "data.resize", "data.pad")
+    at_least(flat, 1, "checkpoint.keep", "log.every_steps")
+    at_least(flat, 0, "assign.reassign_every_epochs", "data.per_class", "data.resize", "data.pad")
     at_least(flat, 0, "optim.momentum", "optim.weight_decay", "optim.gamma")
     at_least(flat, 0, "optim.decay_start")
     if not config.optim.learning_rate > 0 or not math.isfinite(config.optim.learning_rate):

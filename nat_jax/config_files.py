@@ -12,6 +12,12 @@ def packaged() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
 
 
+def default_workdir(path: str) -> str:
+    """Return the folder of a config's runs: "configs/a.py:b,3" has runs/a-b-3."""
+    file, _, argument = path.partition(":")
+    return "-".join([f"runs/{Path(file).stem}", *filter(None, argument.split(","))])
+
+
 def resolve_path(path: str) -> str:
     """Return the config file to load: ``path`` if it exists, else the one that came with us.
 
@@ -19,7 +25,7 @@ def resolve_path(path: str) -> str:
     ``:argument`` behind the file name is kept.
     """
     file, colon, argument = path.partition(":")
-    ours = packaged() / Path(file).name
-    if not Path(file).exists() and Path(file).parent == Path("configs") and ours.exists():
-        file = str(ours)
+    if not Path(file).exists() and Path(file).parts[:1] == ("configs",):
+        ours = packaged().joinpath(*Path(file).parts[1:])
+        file = str(ours) if ours.is_file() else file
     return f"{file}{colon}{argument}"

@@ -61,6 +61,14 @@ def _pretrain(config: ConfigDict, workdir: Path) -> None:
     train.train_and_evaluate(config, workdir)
 
 
+def _suite(config: ConfigDict, workdir: Path) -> None:
+    from nat_jax import user_cache
+    from nat_jax.paper.suite import run_suite
+
+    user_cache.keep_programs()
+    print(f"result: {run_suite(config, workdir)}")
+
+
 def _report(config: ConfigDict, workdir: Path) -> None:
     from nat_jax import report
 
@@ -99,6 +107,7 @@ _JUDGING = ("knn", "linear_probe", "mlp_probe", "low_shot", "retrieval", "filter
 
 TASKS: dict[str, Callable[[ConfigDict, Path], None]] = {
     "pretrain": _pretrain,
+    "suite": _suite,
     "report": _report,
     "convert": _convert,
     "export": _export,
@@ -124,8 +133,8 @@ def main(argv: Sequence[str]) -> None:
     if config.task not in TASKS:
         raise ValueError(f"task: unknown {config.task!r}. Known: {', '.join(TASKS)}")
     _start_up(config.task)
-    file = Path(config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0])
-    TASKS[config.task](config, Path(_WORKDIR.value or f"runs/{file.stem}"))
+    named = config_flags.get_config_filename(flags.FLAGS["config"])
+    TASKS[config.task](config, Path(_WORKDIR.value or config_files.default_workdir(named)))
 
 
 def _start_up(task: str) -> None:

@@ -57,9 +57,10 @@ class Run:
 
         Labels stay with their images.
         """
-        if self.step.supervised:
+        every = self.config.assign.reassign_every_epochs
+        if self.step.supervised or not every:
             return False
-        return step // self.steps_per_epoch % self.config.assign.reassign_every_epochs == 0
+        return step // self.steps_per_epoch % every == 0
 
     def identity(self) -> dict[str, Any]:
         """Return what a checkpoint must have in common with this run."""
@@ -78,7 +79,8 @@ def open_sources(config: ConfigDict) -> Sources:
     Raises:
         ValueError: a source that is unknown, missing or malformed, or fewer records than a batch.
     """
-    train = records.open_source(config.data.source, "train")
+    few = config.data.per_class
+    train = records.open_source(config.data.source, "train", per_class=few)
     input_pipeline.steps_per_epoch(len(train), config.batch_size)
     test_spec = config.eval.source or config.data.source
     test = records.open_source(test_spec, "test")

@@ -155,12 +155,13 @@ def _say_health(run: Run) -> None:
     for row in metrics.read_rows(run.workdir):
         latest |= {name: value for name, value in row.items() if value is not None}
     last_epoch = (run.total_steps - 1) // run.steps_per_epoch
+    every = run.config.assign.reassign_every_epochs
     said = metrics.health(
         latest,
         n=run.step.block or run.config.batch_size,
         dim=run.step.model.dim,
         kind=run.config.targets.kind,
-        matched_epoch=last_epoch - last_epoch % run.config.assign.reassign_every_epochs,
+        matched_epoch=last_epoch - last_epoch % every if every else None,
     )
     workdirs.write_json(run.workdir / "results" / "health.json", said)
     for sentence in said:

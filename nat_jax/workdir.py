@@ -25,6 +25,7 @@ FREE_GROUPS = (
     "log",
     "mesh",
     "network",
+    "suite",
     "task",
 )
 # Keys that may differ too: where the same data lies, how it is read, what ends a run, who solves.
@@ -68,15 +69,19 @@ def of_run(saved: Mapping[str, Any], asked: ConfigDict) -> ConfigDict:
     config = configs.default()
     for key, value in configs.flatten(saved).items():
         if key not in _ASKED and key.split(".")[0] not in _ASKED_GROUPS:
-            _put(config, key, value)
+            put(config, key, value)
     for key, value in configs.flatten(asked).items():
         if key in _ASKED or key.split(".")[0] in _ASKED_GROUPS:
-            _put(config, key, value)
+            put(config, key, value)
     return config
 
 
-def _put(config: ConfigDict, key: str, value: Any) -> None:
-    """Set a flat key; a list becomes a tuple, as configs have them."""
+def put(config: ConfigDict, key: str, value: Any) -> None:
+    """Set a flat key such as "optim.momentum"; a list becomes a tuple, as configs have them.
+
+    Raises:
+        ValueError: the config has no such key.
+    """
     group, _, last = key.rpartition(".")
     node = config
     for name in group.split(".") if group else ():

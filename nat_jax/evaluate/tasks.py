@@ -101,12 +101,13 @@ def _set_up(config: ConfigDict, workdir: Path) -> list[Seed]:
     """Load the networks and open the records; every mistake is found here."""
     images, seeds = ImageCache(), []
     keep = FeatureCache(workdir / "features_cache")
-    opened: dict[tuple[str, str], records.Source] = {}
+    opened: dict[tuple[str, str, int], records.Source] = {}
 
-    def source(spec: str, split: str) -> records.Source:
-        if (spec, split) not in opened:
-            opened[spec, split] = records.open_source(spec, split)
-        return opened[spec, split]
+    def source(spec: str, split: str, per_class: int = 0) -> records.Source:
+        key = (spec, split, per_class)
+        if key not in opened:
+            opened[key] = records.open_source(spec, split, per_class=per_class)
+        return opened[key]
 
     several = seeds_of(config, workdir)
     for seed in several if config.task in SCORED else several[:1]:  # of pictures one is enough
@@ -115,10 +116,13 @@ def _set_up(config: ConfigDict, workdir: Path) -> list[Seed]:
             seeds.append(Seed(seed, contenders, None))
             continue
         settings = contenders.settings
-        test = settings.eval.source or _own_data(config, contenders, source)
+        named = settings.eval.source
+        own = settings.data.source if named else _own_data(config, contenders, source)
+        test = named or own
+        learn = settings.eval.train_source or test
         data = judge.probe_data(
             settings,
-            source(settings.eval.train_source or test, "train"),
+            source(learn, "train", settings.data.per_class if learn == own else 0),
             source(test, "test"),
             seed=seed,
             cache=images,
@@ -134,7 +138,7 @@ def _set_up(config: ConfigDict, workdir: Path) -> list[Seed]:
 
 
 def _own_data(
-    config: ConfigDict, contenders: Contenders, source: Callable[[str, str], records.Source]
+    config: ConfigDict, contenders: Contenders, source: Callable[..., records.Source]
 ) -> str:
     """Return where the data that the network was trained on lies now.
 
@@ -148,7 +152,8 @@ def _own_data(
         return own
     trained_on = contenders.networks[contenders.judged].run.get("data")
     with contextlib.suppress(ValueError):  # what is not there matters only if the other is not
-        if trained_on is not None and source(asked, "train").fingerprint == trained_on:
+        few = contenders.settings.data.per_class
+        if trained_on is not None and source(asked, "train", few).fingerprint == trained_on:
             return asked
     try:
         source(own, "test")

@@ -59,7 +59,8 @@ def write_features(config: ConfigDict, workdir: Path) -> Path:
     spec = settings.features.source or settings.data.source
     place = Path(settings.features.to or Path(workdir) / "features").expanduser()
     for split in settings.features.splits:
-        source = records.open_source(spec, split)
+        few = settings.data.per_class if spec == settings.data.source else 0
+        source = records.open_source(spec, split, per_class=few)
         asked = _protocol(settings, network, source)
         folder = place / split
         if (there := workdirs.read_json(folder / _CARD)) is None:

@@ -5,6 +5,7 @@ import os
 from nat_jax.records.array_record import open_array_record
 from nat_jax.records.arrays import open_arrays
 from nat_jax.records.digits import open_digits
+from nat_jax.records.first_of_class import FirstOfClass
 from nat_jax.records.folder import open_folder
 from nat_jax.records.source import SPLITS, Opener, Record, Source, UnreadableRecord
 from nat_jax.records.tfds import open_tfds
@@ -21,7 +22,7 @@ SOURCES: dict[str, Opener] = {
 _ARGUMENTS = {"digits": "", "tfds": "NAME", "arrayrecord": "GLOB"}  # PATH for the others
 
 
-def open_source(spec: str, split: str = "train") -> Source:
+def open_source(spec: str, split: str = "train", *, per_class: int = 0) -> Source:
     """Open a source of images.
 
     Args:
@@ -29,6 +30,7 @@ def open_source(spec: str, split: str = "train") -> Source:
             "arrays:PATH" (.npz, or a folder of idx files), "tfds:NAME[:VERSION]" (prepared) or
             "arrayrecord:GLOB" (shards by a pattern, a file, or a folder of them).
         split: "train" or "test".
+        per_class: of the training split only the first so many records of each class; 0: all.
 
     Returns:
         A `Source` of that split.
@@ -51,4 +53,5 @@ def open_source(spec: str, split: str = "train") -> Source:
     if not argument and kind != "digits":
         wanted = _ARGUMENTS.get(kind, "PATH")
         raise ValueError(f"source {spec!r} lacks its {wanted}: write {kind}:{wanted}")
-    return SOURCES[kind](argument, split)
+    source = SOURCES[kind](argument, split)
+    return FirstOfClass(source, per_class) if per_class and split == "train" else source
