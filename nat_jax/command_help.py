@@ -94,9 +94,9 @@ def text(known: Iterable[flags.Flag]) -> str:
 def configs() -> list[tuple[str, str]]:
     """Return the packaged configs: ("configs/NAME.py", the first line of its docstring)."""
     found = []
-    for path in sorted(config_files.packaged().glob("[!_]*.py")):
+    for name, path in config_files.known().items():
         words = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or path.stem
-        found.append((f"configs/{path.name}", words.partition("\n")[0]))
+        found.append((name, words.partition("\n")[0]))
     return found
 
 

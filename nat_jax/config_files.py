@@ -12,6 +12,13 @@ def packaged() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
 
 
+def known() -> dict[str, Path]:
+    """Return the packaged configs by name: "configs/digits.py", "configs/paper/suite.py"."""
+    top = packaged()
+    paths = (*sorted(top.glob("[!_]*.py")), *sorted(top.glob("paper/[!_]*.py")))
+    return {f"configs/{path.relative_to(top).as_posix()}": path for path in paths}
+
+
 def default_workdir(path: str) -> str:
     """Return the folder of a config's runs: "configs/a.py:b,3" has runs/a-b-3."""
     file, _, argument = path.partition(":")

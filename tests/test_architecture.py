@@ -50,6 +50,7 @@ LAYERS = (
     {"evaluate", "placement"},
     {"run"},
     {"train"},
+    {"paper"},
     {"main"},
     {"__main__"},
 )
@@ -65,6 +66,10 @@ SEES_CONFIG = {
     "evaluate.scoring",
     "evaluate.tasks",
     "evaluate.write_features",
+    "paper.findings",
+    "paper.members",
+    "paper.scales",
+    "paper.suite",
     "run",
     "train",
     "main",

@@ -48,7 +48,7 @@ def test_every_task_has_its_line() -> None:
 
 
 def test_every_config_has_its_line() -> None:
-    files = {f"configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("[!_]*.py")}
     lines = dict(command_help.configs())
     assert set(lines) == files
     assert lines["configs/cifar10.py"] == "CIFAR-10: 50,000 colour images of 32x32 pixels."
