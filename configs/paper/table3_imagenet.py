@@ -23,5 +23,6 @@ from nat_jax.paper import scales
 def get_config(scale: str = "imagenet") -> ConfigDict:
     c = scales.base(scale)
     c.eval.layers = ("all",)
+    c.eval.probes = ("knn", "linear_probe", "mlp_probe")
     c.eval.baselines = ("pixels",)
     return c

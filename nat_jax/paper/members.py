@@ -29,7 +29,7 @@ EXPERIMENTS = (
 )
 
 # What a run is asked to judge is the union of what its members ask for.
-_JOINED = ("layers", "baselines")
+_JOINED = ("layers", "probes", "baselines")
 
 # Keys of a suite that are its own.
 _OWN = ("task", "suite.scale", "suite.experiments")

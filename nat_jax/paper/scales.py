@@ -42,6 +42,7 @@ def supervised(c: ConfigDict, loss: str) -> None:
     """Train with labels instead, by "softmax" or by the "square" loss on unit features."""
     c.targets.kind = "labels"
     c.model.dim = _CLASSES.get(c.data.source, 10)
+    c.eval.layers = ("z", "last_conv")  # the network's own decisions stand in z
     c.optim.loss = loss
     c.optim.learning_rate = _SUPERVISED_RATES[c.model.name][loss]
 
@@ -91,6 +92,8 @@ def _small(c: ConfigDict) -> None:
     c.optim.schedule = "cosine"
     c.eval.labels_per_class = (0,)
     c.eval.baselines = ()
+    c.eval.layers = ("last_conv",)
+    c.eval.probes = ("linear_probe", "mlp_probe")
     c.eval.linear_fit = "ridge"
     c.eval.mlp_width = 256
     c.eval.mlp_epochs = 10

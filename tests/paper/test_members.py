@@ -75,7 +75,7 @@ def test_an_unknown_argument_is_refused(argument):
 
 
 def test_what_is_trained_alike_is_one_run():
-    runs = members.plan(suite(eval__layers=("z", "last_conv", "conv1")))
+    runs = members.plan(suite(eval__layers=("last_conv", "conv1")))
     served = [member for run in runs for member in run.members]
     assert len(served) == len(set(served))
     trained = [workdirs.training(run.config) for run in runs]
@@ -83,7 +83,8 @@ def test_what_is_trained_alike_is_one_run():
     first = runs[0]
     assert first.folder == "table3_imagenet/seed0"
     assert [m.experiment for m in first.members] == ["table3_imagenet", "fig2_period"]
-    assert first.config.eval.layers == ("all", "z", "last_conv", "conv1")
+    assert first.config.eval.layers == ("all", "last_conv", "conv1")
+    assert first.config.eval.probes == ("knn", "linear_probe", "mlp_probe")
     assert first.config.eval.baselines == ("pixels",)
     clean = next(run for run in runs if run.folder == "table1_softmax/seed2")
     assert [m.experiment for m in clean.members] == ["table1_softmax", "table2_clean"]

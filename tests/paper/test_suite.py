@@ -21,8 +21,8 @@ from nat_jax.preemption import Preempted
 PART = ("table3_imagenet", "fig2_epochs", "table1_softmax", "table1_square")
 
 
-def part(**changes):
-    return suite(suite__experiments=PART, seeds=(0, 1), **changes)
+def part(names=PART[2:], **changes):
+    return suite(suite__experiments=names, seeds=(0, 1), **changes)
 
 
 def trained(config, workdir):
@@ -48,7 +48,7 @@ def lines(captured):
 
 def test_every_run_has_a_line_and_the_result_its_verdicts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train, "train_and_evaluate", trained)
-    path = run_suite(part(), tmp_path)
+    path = run_suite(part(PART), tmp_path)
     captured = capsys.readouterr()
     assert len(lines(captured)) == 7
     assert re.fullmatch(
@@ -63,7 +63,7 @@ def test_every_run_has_a_line_and_the_result_its_verdicts(tmp_path, monkeypatch,
     assert list(verdicts.values()) == [claims.HOLDS, claims.HOLDS, claims.HOLDS]
     assert result["value"] == 3
     three, curve, square = result["claims"]
-    assert three["ours"]["NAT"]["values"] == [0.4, 0.41]
+    assert three["ours"]["NAT"]["values"] == pytest.approx([0.4, 0.41])
     assert three["protocol"].startswith("MLP of width 16, 40 epochs, on conv2; 10,000 training")
     assert [d["of"] for d in curve["differences"]] == [
         "gain of the first half",
@@ -89,8 +89,8 @@ def test_a_failing_run_stops_no_other_and_is_tried_again(tmp_path, monkeypatch, 
     result = json.loads(run_suite(part(), tmp_path).read_text())
     captured = capsys.readouterr()
     assert sum("FAILED: TrainingDiverged: step 3" in line for line in lines(captured)) == 1
-    assert "1 of 7 runs have no result" in captured.out
-    assert result["claims"][2]["ours"]["softmax"]["seeds"] == [0]
+    assert "1 of 4 runs have no result" in captured.out
+    assert result["claims"][0]["ours"]["softmax"]["seeds"] == [0]
     assert "TrainingDiverged" in (tmp_path / "report.html").read_text()
     calls = []
     monkeypatch.setattr(
@@ -98,8 +98,8 @@ def test_a_failing_run_stops_no_other_and_is_tried_again(tmp_path, monkeypatch, 
     )
     result = json.loads(run_suite(part(), tmp_path).read_text())
     assert calls == ["seed1"]
-    assert sum("(done before)" in line for line in lines(capsys.readouterr())) == 6
-    assert result["claims"][2]["ours"]["softmax"]["seeds"] == [0, 1]
+    assert sum("(done before)" in line for line in lines(capsys.readouterr())) == 3
+    assert result["claims"][0]["ours"]["softmax"]["seeds"] == [0, 1]
 
 
 def test_a_stop_goes_through_and_the_same_call_goes_on(tmp_path, monkeypatch, capsys):
@@ -115,10 +115,10 @@ def test_a_stop_goes_through_and_the_same_call_goes_on(tmp_path, monkeypatch, ca
     with pytest.raises(Preempted):
         run_suite(part(), tmp_path)
     result = json.loads((tmp_path / "results" / "suite.json").read_text())
-    assert [run["error"] for run in result["runs"]] == [None] * 2 + ["not run yet"] * 5
-    assert claims.NOTHING in {one["verdict"] for one in result["claims"]}
+    assert [run["error"] for run in result["runs"]] == [None] * 2 + ["not run yet"] * 2
+    assert result["claims"][0]["differences"][0]["seeds"] == [0]
     run_suite(part(), tmp_path)
-    assert calls[3:] == [calls[2], *calls[4:]] and len(calls) == 8
+    assert calls[3:] == [calls[2], *calls[4:]] and len(calls) == 5
     assert "2 runs done before; about" in capsys.readouterr().out
 
 
@@ -132,12 +132,12 @@ def test_other_probes_are_judged_again_and_other_training_is_refused(tmp_path, m
     monkeypatch.setattr(train, "train_and_evaluate", counted)
     run_suite(part(), tmp_path)
     run_suite(part(eval__mlp_epochs=3), tmp_path)
-    assert len(calls) == 14
+    assert len(calls) == 8
     run = members.plan(part())[0]
     workdirs.write_json(tmp_path / run.folder / "config.json", {"epochs": 1.0})
     with pytest.raises(ValueError, match="holds a run with .* = .*; this suite has .*--workdir"):
         run_suite(part(), tmp_path)
-    assert len(calls) == 14
+    assert len(calls) == 8
 
 
 def test_a_mistake_is_found_before_any_run(tmp_path, monkeypatch):
