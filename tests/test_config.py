@@ -42,6 +42,8 @@ def test_every_config_file_is_valid(path):
         ("batch_size", 0, "batch_size: expected at least 1; got 0"),
         ("assign.block", 512, "assign.block: expected at most batch_size = 256; got 512"),
         ("assign.block", 100, "expected a positive divisor of batch_size = 256; got 100"),
+        ("assign.reassign_every_epochs", -1, "every_epochs: expected at least 0; got -1"),
+        ("data.per_class", -1, "data.per_class: expected at least 0; got -1"),
         ("seeds", (1, 1), "seeds: expected distinct integers"),
         ("seeds", (), "seeds: expected distinct integers"),
         ("seeds", (-1,), r"seeds: expected distinct integers in \[0, 2\*\*32\); got"),

@@ -71,6 +71,18 @@ def rows_of(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+def test_a_run_may_never_re_match(tmp_path):
+    c = tiny(epochs=1.0, assign__reassign_every_epochs=0, data__per_class=60)
+    state = train.train_and_evaluate(c, tmp_path)
+    np.testing.assert_array_equal(state.assignment, np.arange(600))
+    assert all("assign/moved" not in row for row in rows_of(tmp_path))
+    assert not any("re-match" in said for said in health_of(tmp_path))
+
+
+def health_of(workdir):
+    return json.loads((workdir / "results" / "health.json").read_text())
+
+
 def test_a_run_leaves_what_it_promises(finished):
     workdir, state = finished
     assert int(state.step) == 15
