@@ -10,7 +10,8 @@ results/suite.json, results/suite.md and report.html. What the command line chan
 every run whose experiment does not set it. The same line goes on after a stop. `:digits` shows in
 under a minute that everything runs; its numbers mean nothing.
 
-Hardware and time: about an hour for `:cifar10` on 2 CPU cores; docs/paper.md says what comes out.
+Hardware and time: 40 runs, for `:cifar10` about an hour on 2 CPU cores that do nothing else (by the
+processor time of single runs); docs/paper.md says what the files hold.
 """
 
 from ml_collections import ConfigDict
