@@ -1,5 +1,6 @@
 """From the runs of a suite to its result: claims with verdicts, sweeps, layers, curves."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -153,9 +154,9 @@ def _score(rows: Sequence[judge.Row], layer: str, probe: str, *, untrained: bool
 def _sweep(
     by_member: Mapping[Member, Done], experiment: str, values: Sequence[str]
 ) -> dict[str, Any]:
-    """Return {value: {probe: spread}} on the last convolution, in the order of the values."""
+    """Return {value: {probe: spread}} on the last convolution, by size; 0, which is never, last."""
     table = {}
-    for value in sorted(values, key=int):
+    for value in sorted(values, key=lambda v: int(v) or math.inf):
         arm = Arm(value, experiment, value)
         found = {probe: _accuracies(by_member, arm, probe) for probe in _PROBES}
         if any(found.values()):

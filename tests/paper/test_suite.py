@@ -170,7 +170,7 @@ def test_a_killed_suite_goes_on_to_the_same_result(tmp_path):
     def kill_in(folder, number):
         run = start("broken")
         deadline = time.monotonic() + 600
-        while not list((tmp_path / "broken" / folder).glob("checkpoints/[0-9]*")):
+        while not list((tmp_path / "broken" / folder).glob("seed0/checkpoints/[0-9]*")):
             if time.monotonic() > deadline or run.processes[0].poll() is not None:
                 break  # there is nothing to cut short: the exit code says so
             time.sleep(0.05)
