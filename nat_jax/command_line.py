@@ -68,8 +68,7 @@ def parse(argv: Sequence[str]) -> Sequence[str]:
 
 def known_configs() -> str:
     """Return a sentence that names the configs that come with the library."""
-    names = sorted(path.name for path in config_files.packaged().glob("[!_]*.py"))
-    return f"Known: {', '.join(f'configs/{name}' for name in names)}, or a file of your own"
+    return f"Known: {', '.join(config_files.known())}, or a file of your own"
 
 
 def stray(argument: str) -> str:
