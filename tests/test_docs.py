@@ -35,7 +35,7 @@ def unknown_keys(text: str) -> list[str]:
 def is_no_key(name: str) -> bool:
     """Say whether a name such as `config.json` or `optim.measured` is a file or a part of ours."""
     module, _, rest = name.partition(".")
-    if rest in ("json", "jsonl", "md", "py", "stablehlo"):
+    if rest in ("json", "jsonl", "md", "py", "stablehlo", "txt"):
         return True
     path = ROOT / "nat_jax" / f"{module}.py"
     return (
