@@ -152,5 +152,5 @@ _CLASSES = {"tfds:imagenet2012": 1000}  # the others have 10
 # By network: what each loss trains well with; see the headers of configs/paper/table1_*.
 _SUPERVISED_RATES = {
     "alexnet": {"softmax": 0.05, "square": 5.12},
-    "convnet": {"softmax": 0.02, "square": 0.3},
+    "convnet": {"softmax": 0.05, "square": 0.1},
 }
