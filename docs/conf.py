@@ -49,6 +49,7 @@ autodoc_typehints_format = "short"
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
+napoleon_attr_annotations = False  # docstrings give dtypes and shapes, which say more
 default_role = "code"  # single backticks, as in Markdown
 add_module_names = False
 python_use_unqualified_type_names = True
