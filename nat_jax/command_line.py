@@ -158,7 +158,8 @@ def _unknown_key(key: str, known: Sequence[str]) -> str:
     close = same or [near[name] for name in difflib.get_close_matches(last, near, n=1)]
     hint = f" Did you mean {close[0]}?" if close else ""
     listed = f" Known there: {', '.join(there)}." if there else ""
-    return f"config: unknown key {key!r}.{hint}{listed}"
+    elsewhere = "" if close or group else " --help lists the keys that matter, with their groups"
+    return f"config: unknown key {key!r}.{hint}{listed}{elsewhere}"
 
 
 def _by_last_part(keys: Iterable[str]) -> dict[str, str]:

@@ -138,8 +138,8 @@ def steps_per_epoch(num_records: int, batch_size: int) -> int:
         )
     if batch_size > num_records:
         raise ValueError(
-            f"batch_size={batch_size} is larger than the data, which has {num_records} records; "
-            f"give at most {num_records}, for instance --config.batch_size="
+            f"batch_size={batch_size} is larger than the training data, which has {num_records} "
+            f"records; give at most {num_records}, for instance --config.batch_size="
             f"{2 ** (num_records.bit_length() - 1)}"
         )
     return num_records // batch_size

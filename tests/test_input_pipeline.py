@@ -523,7 +523,10 @@ def test_a_fault_in_a_transform_names_the_record():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"batch_size": 41}, "batch_size=41 is larger than the data, which has 40 records"),
+        (
+            {"batch_size": 41},
+            "batch_size=41 is larger than the training data, which has 40 records",
+        ),
         ({"seed": -1}, r"seed must be in \[0, 2\*\*32\), got -1"),
         ({"seed": 2**32}, "seed must be in"),
         ({"start_step": -1}, "start_step must be 0 or more, got -1"),

@@ -36,6 +36,10 @@ MISTAKES = [
     ([DIGITS, "--learning_rate=3"], "Did you mean --config.optim.learning_rate?"),
     ([DIGITS, "--config.batchsize=64"], "unknown key 'batchsize'. Did you mean batch_size? Known"),
     ([DIGITS, "--config.optim.lr=1"], "unknown key 'optim.lr'. Known there: optim.decay_start"),
+    (
+        [DIGITS, "--config.lr=1"],
+        "steps, task. --help lists the keys that matter, with their groups",
+    ),
     ([DIGITS, "--config.momentum=1"], "Did you mean optim.momentum?"),
     ([DIGITS, "--config.optim=1"], "'optim' is a group. Set one of its keys: optim.decay_start"),
     ([DIGITS, "--config.model.options.depth=3"], "Set it in a config file of your own"),
