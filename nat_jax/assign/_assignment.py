@@ -48,10 +48,10 @@ class Assignment:
         cost: float32[...]; the sum of the matched costs as given (also under ``maximize``).
         prices: float32[..., m]; dual values p, one per column, up to a constant: the matched
             column of row i minimises c[i, j] + p[j] (under ``maximize``: maximises
-            c[i, j] - p[j]). NaN from solvers that give no dual values.
+            c[i, j] - p[j]).
         gap: float32[...]; upper bound, never negative, on how far the matched total is from the
-            optimum (value - optimum, or optimum - value under ``maximize``). Infinite when nothing
-            is guaranteed, NaN from solvers that certify nothing.
+            optimum (value - optimum, or optimum - value under ``maximize``). Infinite where the
+            status is NONFINITE or INFEASIBLE.
         rounds: int32[...]; steps the solver took, 0 from solvers that do not count.
         status: int32[...]; a `Status` value.
     """
