@@ -126,7 +126,7 @@ def start(
 
     Args:
         monkeypatch: replaces what the cell looks at.
-        machine: what there is, in words.
+        machine: what there is, in words; one that is "cut off" cannot install anything.
         jax_finds: the backend of JAX once everything is installed.
         preinstalled: version and backend of a JAX that is there before; pip can keep no 0.4.
     """
@@ -136,11 +136,9 @@ def start(
         if words == "nvidia-smi":
             return int(machine == "broken gpu")
         asked.append(words[words.index("--quiet") + 1 :])
-        return int(any(word.startswith("jax==0.4") for word in words))
+        return int(machine == "cut off" or any(word.startswith("jax==0.4") for word in words))
 
-    def run(words: list[str], check: bool = False, **_: Any) -> SimpleNamespace:
-        if check:
-            call(words)
+    def run(*_: Any, **__: Any) -> SimpleNamespace:
         return SimpleNamespace(stdout=preinstalled)
 
     jax = SimpleNamespace(__version__="0", default_backend=lambda: jax_finds, devices=list)
@@ -189,6 +187,13 @@ def test_the_first_cell_keeps_a_jax_that_sees_the_accelerator(
 ) -> None:
     told = start(monkeypatch, "gpu", "gpu", preinstalled)
     assert [[word.partition(" @ ")[0] for word in words] for words in told] == asked
+
+
+def test_the_first_cell_says_what_else_to_do_where_pip_fails(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with pytest.raises(AssertionError, match="pip cannot install nat_jax from .* a clone"):
+        start(monkeypatch, "cut off", "cpu")
 
 
 @pytest.mark.parametrize("machine", ["gpu", "tpu"])
