@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from project import ROOT
 
+from nat_jax.paper import pages
 from nat_jax.report import markdown_table
 from nat_jax.report.tables import arrange
 
@@ -115,6 +116,14 @@ def test_the_quick_start_s_numbers_are_what_was_measured() -> None:
     page = (ROOT / "docs" / "quickstart.md").read_text("utf-8")
     assert all(line in page for line in shown_at_once(measured("digits")))
     assert not any(line in page for line in shown_at_once(measured("fashion_mnist")))
+
+
+def test_the_paper_s_claims_are_those_of_the_suite() -> None:
+    tables = pages.markdown(measured("suite_cifar10"))
+    assert (ROOT / "docs" / "results" / "suite_cifar10.md").read_text("utf-8") == tables
+    claims = tables.partition("## Claims\n\n")[2].partition("\n\n")[0]
+    page = (ROOT / "docs" / "paper.md").read_text("utf-8")
+    assert claims.count("\n") == 9 and stands_in([claims], page)
 
 
 def test_another_number_is_noticed() -> None:

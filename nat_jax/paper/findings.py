@@ -154,14 +154,21 @@ def _score(rows: Sequence[judge.Row], layer: str, probe: str, *, untrained: bool
 def _sweep(
     by_member: Mapping[Member, Done], experiment: str, values: Sequence[str]
 ) -> dict[str, Any]:
-    """Return {value: {probe: spread}} on the last convolution, by size; 0, which is never, last."""
+    """Return {value: {probe: spread}} on the last convolution, by size; 0, which is never, last.
+
+    Only probes of all values, as a run that other experiments share may have had more.
+    """
     table = {}
     for value in sorted(values, key=lambda v: int(v) or math.inf):
         arm = Arm(value, experiment, value)
         found = {probe: _accuracies(by_member, arm, probe) for probe in _PROBES}
         if any(found.values()):
             table[value] = {probe: claims.spread(v) for probe, v in found.items() if v}
-    return table
+    common = set.intersection(*map(set, table.values())) if table else set()
+    return {
+        value: {probe: v for probe, v in found.items() if probe in common}
+        for value, found in table.items()
+    }
 
 
 def _layers(by_member: Mapping[Member, Done]) -> dict[int, list[judge.Row]]:

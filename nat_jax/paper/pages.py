@@ -91,10 +91,10 @@ def _protocols(result: Result) -> Iterator[str]:
 
 
 def _sweep(name: str, sweep: Mapping[str, Mapping[str, Any]]) -> Table:
-    probes = list(dict.fromkeys(probe for found in sweep.values() for probe in found))
+    probes = next(iter(sweep.values()))
     head = (_HEADS[name], *map(probe_name, probes))
     rows = [
-        (_value(name, value), *(_spread(found[p]) if p in found else "–" for p in probes))
+        (_value(name, value), *(_spread(found[probe]) for probe in probes))
         for value, found in sweep.items()
     ]
     return head, rows
@@ -221,13 +221,12 @@ def _plot(words: str, draw: Callable[[Any], None]) -> bytes:
 
 def _points(axes: Any, sweep: Mapping[str, Mapping[str, Any]], labels: Sequence[str]) -> None:
     """Draw mean and standard deviation of each probe over the values of a sweep."""
-    probes = list(dict.fromkeys(probe for found in sweep.values() for probe in found))
-    for color, probe in zip(SERIES, probes, strict=False):
-        there = [(x, found[probe]) for x, found in enumerate(sweep.values()) if probe in found]
+    for color, probe in zip(SERIES, next(iter(sweep.values())), strict=False):
+        spreads = [found[probe] for found in sweep.values()]
         axes.errorbar(
-            [x for x, _ in there],
-            [100 * found["mean"] for _, found in there],
-            yerr=[100 * (found["std"] or 0.0) for _, found in there],
+            range(len(spreads)),
+            [100 * spread["mean"] for spread in spreads],
+            yerr=[100 * (spread["std"] or 0.0) for spread in spreads],
             color=color,
             marker="o",
             capsize=3,

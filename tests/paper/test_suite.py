@@ -19,8 +19,8 @@ from nat_jax.preemption import Preempted
 PART = ("table3_imagenet", "fig2_epochs", "table1_softmax", "table1_square")
 
 
-def part(names=PART[2:], **changes):
-    return suite(suite__experiments=names, seeds=(0, 1), **changes)
+def part(names=PART[2:], seeds=(0, 1), **changes):
+    return suite(suite__experiments=names, seeds=seeds, **changes)
 
 
 def trained(config, workdir):
@@ -31,7 +31,7 @@ def trained(config, workdir):
         {"features": layer, "network": network, "probe": probe, "labels": "all", "value": found}
         for network, found in (("untrained", 0.2), ("supervised" if supervised else "nat", value))
         for layer in ("z", "conv2")
-        for probe in ("knn", "mlp_probe", *(["own"] if supervised and layer == "z" else []))
+        for probe in (*config.eval.probes, *(["own"] if supervised and layer == "z" else []))
     ]
     data = {split: {"records": 10_000, "source": "digits"} for split in ("train", "test")}
     workdirs.write_json(workdir / "judged.json", {"rows": rows, "protocol": data})
@@ -75,6 +75,15 @@ def test_every_run_has_a_line_and_the_result_its_verdicts(tmp_path, monkeypatch,
         assert words in page and words in table
     assert "data:image/png;base64," in page and "NAT 40.5 ± 0.7" in table
     assert (tmp_path / "pictures" / "suite_curve.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_sweep_shows_the_probes_that_all_its_runs_have(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "train_and_evaluate", trained)
+    path = run_suite(part(("table3_imagenet", "fig2_period"), seeds=(0,)), tmp_path)
+    result = json.loads(path.read_text())
+    shown = {tuple(found) for found in result["sweeps"]["fig2_period"].values()}
+    assert shown == {("mlp_probe", "linear_probe")}
+    assert any(row["probe"] == "knn" for row in result["layers"])  # of the run that both share
 
 
 def test_a_failing_run_stops_no_other_and_is_tried_again(tmp_path, monkeypatch, capsys):
