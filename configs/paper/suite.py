@@ -10,8 +10,8 @@ results/suite.json, results/suite.md and report.html. What the command line chan
 every run whose experiment does not set it. The same line goes on after a stop. `:digits` shows in
 under a minute that everything runs; its numbers mean nothing.
 
-Hardware and time: 40 runs; `:cifar10` took two hours of processor time, so an hour on 2 CPU cores at
-the best. Expected: three claims hold, four are within noise, one does not hold; see docs/paper.md.
+Hardware and time: 40 runs; `:cifar10` took two hours of processor time, so an hour on 2 CPU cores
+at the best. Expected: three claims hold, four are within noise, one does not; see docs/paper.md.
 """
 
 from ml_collections import ConfigDict
