@@ -15,6 +15,7 @@ NETWORKS = {
     "convnet": dict(image_size=12, widths=(5, 7), pools=1, fc_width=9),
     "alexnet": dict(image_size=67, fc_width=16),
 }
+NAMES = ("convnet", pytest.param("alexnet", marks=pytest.mark.slow))
 
 
 def pictures(size: int, count: int = 12) -> np.ndarray:
@@ -66,7 +67,7 @@ def largest_difference(name: str, **changes) -> tuple[float, models.Model, model
     return worst, folded, plain
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_folding_keeps_every_layer(name):
     worst, folded, plain = largest_difference(name)
     assert worst < 1e-5
@@ -113,7 +114,7 @@ def linear_outputs(model, params, images) -> dict[str, np.ndarray]:
     return {name: np.asarray(x).reshape(-1, x.shape[-1]) for name, x in named.items()}
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_channel_has_unit_variance_after_rescaling(name):
     model, params, images = without_batch_norm(name)
     before = linear_outputs(model, params, images)
@@ -163,7 +164,7 @@ def rates(model, params, images, key) -> np.ndarray:
     return rms[:half] / rms[half:]
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_balanced_layers_learn_at_one_rate_and_features_stay(name):
     model, params, images = without_batch_norm(name)
     key = jax.random.key(3)
