@@ -272,6 +272,8 @@ def stray(name: str, text: str) -> list[str]:
             found.append(f"{name}:{number}: unfinished business")
         if re.search(r"(?<![\w.:/~$}>-])/(home|root|Users|tmp|work|mnt|opt|srv)/\w", line):
             found.append(f"{name}:{number}: a path of one machine")
+        if re.search(r"\bpy" r"pi\.org|\bpython" r"hosted\.org", line):
+            found.append(f"{name}:{number}: the host of a package registry; link to the project")
     return found
 
 
@@ -292,6 +294,7 @@ def test_no_file_has_anything_stray() -> None:
         ("README.md", "TO" + "DO: write"),
         ("README.md", "see " + "/home" + "/someone/data"),
         ("nat_jax/records.py", 'PATH = "' + "/work" + '/data"'),
+        ("docs/data.md", "[a](https://py" + "pi.org/project/a)"),
     ],
 )
 def test_stray_things_are_found(name: str, text: str) -> None:
