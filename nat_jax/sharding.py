@@ -58,9 +58,10 @@ def make_mesh(
     elif model == -1:
         model = count // data
     if data * model != count:
+        fit = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
         raise ValueError(
             f"mesh: expected mesh.data * mesh.model to be the number of devices, {count}; got "
-            f"{asked}. Set --config.mesh.data=-1 and a divisor of {count} as mesh.model"
+            f"{asked}. Set --config.mesh.data=-1 and --config.mesh.model to one of: {fit}"
         )
     rows = np.array(_in_order(devices)).reshape(data, model)
     if any(len({device.process_index for device in row}) > 1 for row in rows):

@@ -187,7 +187,7 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path):
     ("mesh", "message"),
     [
         (dict(data=3), "data \\* mesh.model to be the number of devices, 8; got mesh.data = 3, "),
-        (dict(model=3), "Set --config.mesh.data=-1 and a divisor of 8 as mesh.model"),
+        (dict(model=3), "--config.mesh.model to one of: 1, 2, 4, 8"),
         (dict(data=4, model=4), "got mesh.data = 4, mesh.model = 4"),
     ],
 )
