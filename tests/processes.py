@@ -58,6 +58,8 @@ def environment(devices: int = 1, **more: str) -> dict[str, str]:
         "NPROC": "16",  # threads of XLA's CPU client, which may deadlock with fewer than devices
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",
+        # the oldest grain has messages that an older protobuf compiled, and the new one says so
+        "PYTHONWARNINGS": "ignore::UserWarning:google.protobuf.runtime_version",
         **more,
     }
 
