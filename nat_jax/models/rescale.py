@@ -17,7 +17,7 @@ from nat_jax.models import Model, Params
 logger = logging.getLogger(__name__)
 
 # Of a channel's deviation to the layer's; below, a channel is constant but for rounding.
-_CONSTANT = 1e-6
+_CONSTANT = 1e-5
 HEAD = "head"
 
 
