@@ -1,6 +1,9 @@
 """The config files that come with the library."""
 
+import functools
+import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 
 def packaged() -> Path:
@@ -17,6 +20,21 @@ def known() -> dict[str, Path]:
     top = packaged()
     paths = (*sorted(top.glob("[!_]*.py")), *sorted(top.glob("paper/[!_]*.py")))
     return {f"configs/{path.relative_to(top).as_posix()}": path for path in paths}
+
+
+@functools.cache
+def load(name: str) -> ModuleType:
+    """Return the module of a packaged config: of "alexnet.py" or "paper/fig2_period.py".
+
+    Raises:
+        FileNotFoundError: there is none of that name.
+    """
+    file = packaged() / name
+    spec = importlib.util.spec_from_file_location(f"nat_jax_config_{file.stem}", file)
+    assert spec is not None and spec.loader is not None  # as for every name that ends in .py
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def default_workdir(path: str) -> str:

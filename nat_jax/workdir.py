@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +143,15 @@ def read_json(path: Path) -> Any:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that a killed process leaves the old file or the new one, never half of one."""
+    """Write a value as JSON; see ``write_whole``."""
+    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write so that a killed process leaves the old file or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(value, indent=1) + "\n")
+    partial.write_bytes(data)
     partial.replace(path)
 
 
@@ -159,14 +164,19 @@ def check_same_run(saved: Mapping[str, Any], config: ConfigDict, workdir: Path) 
     Raises:
         ValueError: naming the first other key, both values, and the way out.
     """
+    for key, old, new in other_training(saved, config):
+        if key in LENGTHS and 0 < (old or 0) < new:
+            continue
+        raise ValueError(
+            f"{workdir} holds a run with {key} = {old!r}; this one has {new!r}. "
+            "Choose another folder with --workdir=..., or set the key back"
+        )
+
+
+def other_training(saved: Mapping[str, Any], config: ConfigDict) -> Iterator[tuple[str, Any, Any]]:
+    """Yield (key, saved value, this one's) of what two configs train otherwise, by key."""
     # A key that the run is older than had its default.
     old, new = {**training(configs.default()), **training(saved)}, training(config)
     for key in sorted(old.keys() | new.keys()):
-        if old.get(key) == new.get(key):
-            continue
-        if key in LENGTHS and 0 < old.get(key, 0) < new[key]:
-            continue
-        raise ValueError(
-            f"{workdir} holds a run with {key} = {old.get(key)!r}; this one has {new.get(key)!r}. "
-            "Choose another folder with --workdir=..., or set the key back"
-        )
+        if old.get(key) != new.get(key):
+            yield key, old.get(key), new.get(key)

@@ -17,7 +17,4 @@ from nat_jax.paper import scales
 
 
 def get_config(scale: str = "imagenet") -> ConfigDict:
-    c = scales.base(scale)
-    c.model.frontend = "rgb"
-    scales.supervised(c, "softmax")
-    return c
+    return scales.supervised(scale, "softmax", "rgb")

@@ -1,7 +1,5 @@
 """The runs of a suite: every experiment, value and seed; what is trained alike is one run."""
 
-import functools
-import importlib.util
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -127,12 +125,5 @@ def _folder(member: Member) -> str:
     return str(Path(member.experiment) / f"{value}seed{member.seed}")
 
 
-@functools.cache
 def _load(experiment: str) -> ModuleType:
-    path = config_files.packaged() / "paper" / f"{experiment}.py"
-    spec = importlib.util.spec_from_file_location(f"nat_jax_paper_{experiment}", path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"suite.experiments: there is no file {path}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return config_files.load(f"paper/{experiment}.py")

@@ -3,7 +3,6 @@
 import base64
 import html
 import io
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from nat_jax import report
 from nat_jax.report.charts import FAINT, GRID, INK, SERIES
 from nat_jax.report.style import CSS
 from nat_jax.report.tables import html_table, probe_name
+from nat_jax.workdir import write_whole
 
 Result = Mapping[str, Any]
 Table = tuple[Sequence[str], Sequence[Sequence[str]]]
@@ -20,19 +20,19 @@ Table = tuple[Sequence[str], Sequence[Sequence[str]]]
 _TITLES = {
     "fig2_period": "Re-matching every so many epochs (figure 2, left)",
     "discrete_targets": "Discrete targets (text)",
+    "curve": "Along training (figure 2, right)",
+    "layers": "Layers (table 3)",
 }
 _HEADS = {"fig2_period": "epochs between re-matching", "discrete_targets": "k one-hot targets"}
 
 
 def write(result: Result, workdir: Path) -> None:
     """Write ``results/suite.md``, ``pictures/suite_*.png`` and ``report.html`` into a workdir."""
-    pictures = workdir / "pictures"
-    pictures.mkdir(parents=True, exist_ok=True)
     drawn = dict(_plots(result))
     for name, data in drawn.items():
-        _replace(pictures / f"suite_{name}.png", data)
-    _replace(workdir / "results" / "suite.md", markdown(result).encode())
-    _replace(workdir / "report.html", _page(result, drawn).encode())
+        write_whole(workdir / "pictures" / f"suite_{name}.png", data)
+    write_whole(workdir / "results" / "suite.md", markdown(result).encode())
+    write_whole(workdir / "report.html", _page(result, drawn).encode())
 
 
 def text(result: Result) -> str:
@@ -48,13 +48,10 @@ def markdown(result: Result) -> str:
     parts = [f"# {_title(result)}", result["protocol"]["rule"], "## Claims"]
     parts.append(_markdown(_claims(result)))
     parts += [f"{n}. {line}" for n, line in enumerate(_protocols(result), 1)]
-    for name, sweep in result["sweeps"].items():
-        if sweep:
-            parts += [f"## {_TITLES[name]}", _markdown(_sweep(name, sweep))]
-    if result["curve"]:
-        parts += ["## Along training (figure 2, right)", _markdown(_curve(result["curve"]))]
+    for name, table in _plotted(result):
+        parts += [f"## {_TITLES[name]}", _markdown(table)]
     if result["layers"]:
-        parts += ["## Layers (table 3)", report.markdown_table(result["layers"])]
+        parts += [f"## {_TITLES['layers']}", report.markdown_table(result["layers"])]
     parts += ["## Runs", _markdown(_runs(result))]
     return "\n\n".join(parts) + "\n"
 
@@ -88,6 +85,15 @@ def _protocols(result: Result) -> Iterator[str]:
     for one in result["claims"]:
         seeds = sorted({s for found in one["ours"].values() for s in found["seeds"]})
         yield f"{one['protocol']}; seeds {', '.join(map(str, seeds))}" if seeds else "no runs"
+
+
+def _plotted(result: Result) -> Iterator[tuple[str, Table]]:
+    """Yield name and table of what is drawn too."""
+    for name, sweep in result["sweeps"].items():
+        if sweep:
+            yield name, _sweep(name, sweep)
+    if result["curve"]:
+        yield "curve", _curve(result["curve"])
 
 
 def _sweep(name: str, sweep: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -163,15 +169,11 @@ def _page(result: Result, drawn: Mapping[str, bytes]) -> str:
         f"<section class=claims><h2>Claims</h2><p class=note>{rule}</p>"
         f"{_html(_claims(result))}<ol class=note>{notes}</ol></section>"
     ]
-    for name, sweep in result["sweeps"].items():
-        if sweep:
-            sections.append(_section(_TITLES[name], _html(_sweep(name, sweep)), drawn.get(name)))
-    if result["curve"]:
-        body = _html(_curve(result["curve"]))
-        sections.append(_section("Along training (figure 2, right)", body, drawn.get("curve")))
+    for name, table in _plotted(result):
+        sections.append(_section(_TITLES[name], _html(table), drawn.get(name)))
     if result["layers"]:
         body = f"<div class=scroll>{html_table(result['layers'])}</div>"
-        sections.append(_section("Layers (table 3)", body, None))
+        sections.append(_section(_TITLES["layers"], body, None))
     sections.append(_section("Runs", _html(_runs(result)), None))
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -240,10 +242,3 @@ def _lines(axes: Any, curve: Sequence[Mapping[str, float]]) -> None:
     for color, probe in zip(SERIES, (key for key in curve[-1] if key != "epoch"), strict=False):
         points = [(p["epoch"], 100 * p[probe]) for p in curve if probe in p]
         axes.plot(*zip(*points, strict=True), color=color, marker="o", label=probe_name(probe))
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file so that a killed process leaves the old one or the new one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(data)
-    partial.replace(path)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from nat_jax import config
+from nat_jax import config, config_files
 
 
 def split_argument(argument: str) -> tuple[str, str]:
@@ -31,20 +31,31 @@ def base(scale: str) -> ConfigDict:
     """
     if scale not in SCALES:
         raise ValueError(f"scale: unknown {scale!r}. Known: {', '.join(SCALES)}")
-    c = config.default()
+    c = SCALES[scale]()
     c.assign.reassign_every_epochs = 3
     c.model.frontend = "sobel"
-    SCALES[scale](c)
     return c
 
 
-def supervised(c: ConfigDict, loss: str) -> None:
-    """Train with labels instead, by "softmax" or by the "square" loss on unit features."""
+def supervised(scale: str, loss: str, frontend: str) -> ConfigDict:
+    """Return the same with labels instead of noise.
+
+    Args:
+        scale: a key of SCALES.
+        loss: "softmax", or "square" on unit features.
+        frontend: of the network.
+
+    Raises:
+        ValueError: an unknown scale.
+    """
+    c = base(scale)
+    c.model.frontend = frontend
     c.targets.kind = "labels"
     c.model.dim = _CLASSES.get(c.data.source, 10)
     c.eval.layers = ("z", "last_conv")  # the network's own decisions stand in z
     c.optim.loss = loss
     c.optim.learning_rate = _SUPERVISED_RATES[c.model.name][loss]
+    return c
 
 
 def chosen(value: str, values: tuple[int, ...]) -> int:
@@ -60,28 +71,14 @@ def chosen(value: str, values: tuple[int, ...]) -> int:
     return int(value)
 
 
-def _imagenet(c: ConfigDict) -> None:
-    c.epochs = 100.0
-    c.batch_size = 256
-    c.data.source = "tfds:imagenet2012"
-    c.data.image_size = 224
-    c.data.resize = 256
-    c.data.flip = True
-    c.data.threads = 16
-    c.data.prefetch = 16
-    c.model.name = "alexnet"
-    c.model.dim = 2048
-    c.optim.learning_rate = 5.12
-    c.eval.layers = ("last_conv",)
-    c.eval.labels_per_class = (0,)
-    c.eval.max_train = 100_000
-    c.eval.mlp_epochs = 20
-    c.checkpoint.every_epochs = 1.0
-    c.log.every_steps = 100
+def _imagenet() -> ConfigDict:
+    found: ConfigDict = config_files.load("alexnet.py").get_config()
+    return found
 
 
-def _small(c: ConfigDict) -> None:
-    """Set what the small scales share; momentum and the cosine schedule are beyond the paper."""
+def _small() -> ConfigDict:
+    """Return what the small scales share; momentum and the cosine schedule are beyond the paper."""
+    c = config.default()
     c.seeds = (0, 1, 2)
     c.epochs = 12.0  # the fewest in which "every 10 epochs" is neither "never" nor at the very end
     c.data.per_class = 1000
@@ -100,29 +97,32 @@ def _small(c: ConfigDict) -> None:
     c.checkpoint.every_epochs = 3.0
     c.checkpoint.keep = 1
     c.log.every_steps = 39
+    return c
 
 
-def _cifar10(c: ConfigDict) -> None:
-    _small(c)
+def _cifar10() -> ConfigDict:
+    c = _small()
     c.data.source = "tfds:cifar10"
     c.data.image_size = 32
     c.data.pad = 4
     c.model.dim = 64
     c.model.options.widths = (16, 32, 64, 128)
+    return c
 
 
-def _fashion_mnist(c: ConfigDict) -> None:
-    _small(c)
+def _fashion_mnist() -> ConfigDict:
+    c = _small()
     c.data.source = "tfds:fashion_mnist"
     c.data.image_size = 28
     c.data.pad = 2
     c.model.dim = 32
     c.model.options.widths = (16, 32, 64)
+    return c
 
 
-def _digits(c: ConfigDict) -> None:
-    """Set a scale of seconds, which shows that everything runs; its numbers mean nothing."""
-    _small(c)
+def _digits() -> ConfigDict:
+    """Return a scale of seconds, which shows that everything runs; its numbers mean nothing."""
+    c = _small()
     c.epochs = 2.0
     c.batch_size = 64
     c.data.source = "digits"
@@ -137,9 +137,10 @@ def _digits(c: ConfigDict) -> None:
     c.eval.mlp_epochs = 40
     c.checkpoint.every_epochs = 1.0
     c.log.every_steps = 5
+    return c
 
 
-SCALES: dict[str, Callable[[ConfigDict], None]] = {
+SCALES: dict[str, Callable[[], ConfigDict]] = {
     "imagenet": _imagenet,
     "cifar10": _cifar10,
     "fashion_mnist": _fashion_mnist,

@@ -78,13 +78,11 @@ def _check_folder(folder: Path, config: ConfigDict) -> None:
     saved = workdirs.read_json(folder / "config.json")
     if saved is None:
         return
-    old = {**workdirs.training(configs.default()), **workdirs.training(saved)}
-    for key, value in workdirs.training(config).items():
-        if old.get(key) != value:
-            raise ValueError(
-                f"{folder} holds a run with {key} = {old.get(key)!r}; this suite has {value!r}. "
-                "Choose another folder with --workdir=..., or set the key back"
-            )
+    for key, old, new in workdirs.other_training(saved, config):
+        raise ValueError(
+            f"{folder} holds a run with {key} = {old!r}; this suite has {new!r}. "
+            "Choose another folder with --workdir=..., or set the key back"
+        )
 
 
 def _asked(config: ConfigDict, sources: Sources) -> dict[str, Any]:

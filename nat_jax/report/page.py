@@ -2,7 +2,6 @@
 
 import base64
 import html
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from nat_jax import metrics
 from nat_jax.report import charts, tables
 from nat_jax.report.contents import Contents, read
 from nat_jax.report.style import CSS
+from nat_jax.workdir import write_whole
 
 
 def write_report(workdir: Path) -> Path:
@@ -26,11 +26,8 @@ def write_report(workdir: Path) -> Path:
     Raises:
         ValueError: no such folder, or a file in it that is not what its name says.
     """
-    page = render(read(workdir))
     path = workdir / "report.html"
-    partial = workdir / f".report.html.{os.getpid()}"
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, render(read(workdir)).encode())
     return path
 
 
