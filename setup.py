@@ -8,8 +8,13 @@ setup(
     packages=[
         *find_packages(include=["nat_jax", "nat_jax.*"]),
         "nat_jax.configs",
+        "nat_jax.configs.modern",
         "nat_jax.configs.paper",
     ],
-    package_dir={"nat_jax.configs": "configs", "nat_jax.configs.paper": "configs/paper"},
+    package_dir={
+        "nat_jax.configs": "configs",
+        "nat_jax.configs.modern": "configs/modern",
+        "nat_jax.configs.paper": "configs/paper",
+    },
     package_data={"": ["py.typed", "*.html", "*.css"]},
 )

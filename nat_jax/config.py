@@ -13,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from nat_jax import assign, losses, optim, preprocess, sharding, targets
+from nat_jax.color_jitter import ColorJitter
 from nat_jax.records import SPLITS
 from nat_jax.setting_checks import at_least, check_eval, check_lists, one_of
 
@@ -40,6 +41,8 @@ def default() -> ConfigDict:
     c.data.min_area = 0.08  # smallest share of the image that random_resized_crop takes
     c.data.pad = 0  # shift images that are scaled as a whole by up to this many pixels
     c.data.flip = False  # mirror half of the images
+    c.data.color_jitter = 0.0  # strength of SimCLR's changes of colour; 0.5 suits CIFAR-10
+    c.data.grey = 0.0  # share of the images that lose their colours; 0.2 in SimCLR
     c.data.views = 1  # images made of each record, sharing its target (above 1: beyond the paper)
     c.data.on_bad_record = "grey"  # grey: keep its place, weight 0, 1 % at most | error
     c.data.threads = 2  # decoding threads per process, over all its workers
@@ -254,7 +257,11 @@ def validate(config: ConfigDict, probes: Mapping[str, Any]) -> None:
             f"data.resize: expected 0 or at least data.image_size = {config.data.image_size}; "
             f"got {config.data.resize}"
         )
-    train_transform(config)
+    if train_transform(config).colors and config.data.augment_on == "device":
+        raise ValueError(
+            "data.augment_on: expected 'host' or 'auto' with data.color_jitter or data.grey, as "
+            "colours change on the host; got 'device'"
+        )
     _check_block(config)
     _check_mesh(config)
     _check_solver_options(config)
@@ -279,14 +286,19 @@ def model_arguments(config: ConfigDict) -> dict[str, Any]:
     }
 
 
-def train_transform(config: ConfigDict) -> preprocess.Transform:
+def train_transform(config: ConfigDict, *, colors: bool = True) -> preprocess.Transform:
     """Return what becomes of training images.
+
+    Args:
+        config: the whole config.
+        colors: also what changes their colours, which probes leave out, as SimCLR's do.
 
     Raises:
         ValueError: the settings in group ``data`` do not fit together.
     """
     data = config.data
     try:
+        jitter = ColorJitter(data.color_jitter, data.grey)
         return preprocess.train_transform(
             image_size=data.image_size,
             resize=data.resize,
@@ -294,6 +306,7 @@ def train_transform(config: ConfigDict) -> preprocess.Transform:
             flip=data.flip,
             crop=data.crop,
             min_area=data.min_area,
+            colors=jitter if colors and jitter != ColorJitter() else None,
         )
     except ValueError as error:
         raise ValueError(f"data: {error}") from error

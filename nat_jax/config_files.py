@@ -18,7 +18,7 @@ def packaged() -> Path:
 def known() -> dict[str, Path]:
     """Return the packaged configs by name: "configs/digits.py", "configs/paper/suite.py"."""
     top = packaged()
-    paths = (*sorted(top.glob("[!_]*.py")), *sorted(top.glob("paper/[!_]*.py")))
+    paths = (*sorted(top.glob("[!_]*.py")), *sorted(top.glob("*/[!_]*.py")))
     return {f"configs/{path.relative_to(top).as_posix()}": path for path in paths}
 
 
@@ -38,9 +38,15 @@ def load(name: str) -> ModuleType:
 
 
 def default_workdir(path: str) -> str:
-    """Return the folder of a config's runs: "configs/a.py:b,3" has runs/a-b-3."""
+    """Return the folder of a config's runs: "configs/paper/a.py:b,3" has runs/paper-a-b-3.
+
+    Of files outside a folder "configs" the name alone counts.
+    """
     file, _, argument = path.partition(":")
-    return "-".join([f"runs/{Path(file).stem}", *filter(None, argument.split(","))])
+    *folders, name = Path(file).with_suffix("").parts
+    first = len(folders) - folders[::-1].index("configs") if "configs" in folders else len(folders)
+    words = [*folders[first:], name, *filter(None, argument.split(","))]
+    return f"runs/{'-'.join(words)}"
 
 
 def resolve_path(path: str) -> str:

@@ -171,9 +171,13 @@ class ImageReader:
             self.fill(indices)
             store = self._store
             views = [self._move(store.images[indices], m) for m in moves]
-            images = views[0] if len(views) == 1 else np.stack(views, axis=1)
+            images = views[0][:, None] if len(views) == 1 else np.stack(views, axis=1)
             labels, problems = store.labels[indices], store.problems
             names = [store.names[i] for i in numbers]
+        colors = self.transform.colors
+        if colors is not None:
+            chance = uniform[:, :, -colors.draws :]
+            images = np.stack([colors.apply(images[:, v], u) for v, u in enumerate(chance)], axis=1)
         weight = np.ones(len(numbers), np.float32)
         bad = []
         for row, index in enumerate(numbers if problems else ()):

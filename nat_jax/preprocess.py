@@ -2,9 +2,10 @@
 
 A transform has two halves. Its crop chooses a region of each picture by the picture's size, which
 is decoded and scaled in one go to a square; the moves, a shift and a mirror image, then turn one
-stack of squares into another, on the host or on a device (`nat_jax.device_images`). All chance
-comes in as numbers in [0, 1), `draws` of them for each image: what becomes of an image depends on
-nothing but the image and those numbers.
+stack of squares into another, on the host or on a device (`nat_jax.device_images`). Changes of
+colour (`nat_jax.color_jitter`), where there are any, come last, on the host. All chance comes in as
+numbers in [0, 1), `draws` of them for each image: what becomes of an image depends on nothing but
+the image and those numbers.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
+from nat_jax.color_jitter import ColorJitter
 from nat_jax.decode import SHRINKS, Picture, Pixels
 
 CROPS = ("random_crop", "random_resized_crop")
@@ -165,12 +167,14 @@ class Transform:
         pad: shift by up to this many pixels in each direction; black pixels come in.
         flip: mirror half of the images.
         both_ways: add the mirror images of all crops behind them.
+        colors: how colours change, if they do.
     """
 
     crop: Crop
     pad: int = 0
     flip: bool = False
     both_ways: bool = False
+    colors: ColorJitter | None = None
 
     @property
     def size(self) -> int:
@@ -184,7 +188,11 @@ class Transform:
 
     @property
     def draws(self) -> int:
-        """Numbers that each image needs; the crop's, two for a shift, one for a flip."""
+        """Numbers that each image needs: the crop's, a shift's two, a flip's one, the colours'."""
+        return self._moved + (self.colors.draws if self.colors else 0)
+
+    @property
+    def _moved(self) -> int:
         return self.crop.draws + (2 if self.pad else 0) + (1 if self.flip else 0)
 
     def moves(self, uniform: np.ndarray) -> Moves:
@@ -195,7 +203,7 @@ class Transform:
             corner = (drawn * (2 * self.pad + 1)).astype(np.int32)
         mirrored = np.zeros(len(uniform), bool)
         if self.flip:
-            mirrored = uniform[:, -1] < 0.5
+            mirrored = uniform[:, self._moved - 1] < 0.5
         return Moves(corner, mirrored)
 
 
@@ -207,6 +215,7 @@ def train_transform(
     flip: bool = True,
     crop: str = "random_crop",
     min_area: float = 0.08,
+    colors: ColorJitter | None = None,
 ) -> Transform:
     """Build the transform of training images.
 
@@ -219,6 +228,7 @@ def train_transform(
         crop: "random_crop", or "random_resized_crop" for Inception's, which uses neither `resize`
             nor `pad`.
         min_area: smallest share of the area for "random_resized_crop".
+        colors: how colours change; None leaves them.
 
     Raises:
         ValueError: the settings do not fit together.
@@ -233,11 +243,12 @@ def train_transform(
             f"pad={pad} shifts images that are scaled as a whole, but resize={resize} and "
             f"crop={crop!r} cut out a part already: set pad=0"
         )
+    chosen: Crop = WholeImage(image_size)
     if crop == "random_resized_crop":
-        return Transform(RandomResizedCrop(image_size, min_area), flip=flip)
-    if resize:
-        return Transform(RandomCrop(image_size, resize), flip=flip)
-    return Transform(WholeImage(image_size), pad=pad, flip=flip)
+        chosen = RandomResizedCrop(image_size, min_area)
+    elif resize:
+        chosen = RandomCrop(image_size, resize)
+    return Transform(chosen, pad=pad, flip=flip, colors=colors)
 
 
 def eval_transform(*, image_size: int, resize: int = 0, ten_crops: bool = False) -> Transform:

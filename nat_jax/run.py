@@ -185,9 +185,9 @@ def place_images(run: Run) -> DeviceImages | None:
     """
     data, mesh, source = run.config.data, run.step.mesh, run.sources.train
     on_host = data.augment_on == "auto" and mesh.devices.flat[0].platform == "cpu"
-    if on_host or data.augment_on == "host":
-        return None
     transform = configs.train_transform(run.config)
+    if on_host or data.augment_on == "host" or transform.colors:
+        return None
     images = input_pipeline.read_all(
         source, transform, run.cache, threads=data.threads, timeout=data.timeout
     )

@@ -16,6 +16,7 @@ LAYERS = (
         "agreement",
         "bad_records",
         "c_signals",
+        "color_jitter",
         "config_files",
         "decode",
         "host_random",

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from nat_jax import config, evaluate
+from nat_jax import config, config_files, evaluate
 
-CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("[!_]*.py"))
+FOLDER = Path(__file__).parents[1] / "configs"
+CONFIGS = [*sorted(FOLDER.glob("[!_]*.py")), *sorted(FOLDER.glob("modern/[!_]*.py"))]
 
 
 def valid():
@@ -20,13 +21,14 @@ def test_the_defaults_with_a_length_are_valid():
     config.validate(valid(), evaluate.PROBES)
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(FOLDER)))
 def test_every_config_file_is_valid(path):
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config.validate(module.get_config(), evaluate.PROBES)
-    assert "python -m nat_jax.main --config=configs/" + path.name in module.__doc__
+    name = path.relative_to(FOLDER).as_posix()
+    assert f"python -m nat_jax.main --config=configs/{name}" in module.__doc__
 
 
 @pytest.mark.parametrize(
@@ -44,6 +46,8 @@ def test_every_config_file_is_valid(path):
         ("assign.block", 100, "expected a positive divisor of batch_size = 256; got 100"),
         ("assign.reassign_every_epochs", -1, "every_epochs: expected at least 0; got -1"),
         ("data.per_class", -1, "data.per_class: expected at least 0; got -1"),
+        ("data.color_jitter", 1.5, r"data: color_jitter: expected a number in \[0, 1\], got 1.5"),
+        ("data.grey", -0.1, r"data: grey: expected a number in \[0, 1\], got -0.1"),
         ("seeds", (1, 1), "seeds: expected distinct integers"),
         ("seeds", (), "seeds: expected distinct integers"),
         ("seeds", (-1,), r"seeds: expected distinct integers in \[0, 2\*\*32\); got"),
@@ -97,6 +101,34 @@ def test_tensorboard_without_its_extra_is_refused_at_once(monkeypatch):
     monkeypatch.setattr(config.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"nat_jax\[tensorboard\]"):
         config.validate(c, evaluate.PROBES)
+
+
+@pytest.mark.parametrize("key", ["color_jitter", "grey"])
+def test_colours_change_on_the_host_alone(key):
+    c = valid()
+    c.data.augment_on = "device"
+    config.validate(c, evaluate.PROBES)
+    assert config.train_transform(c).colors is None
+    c.data[key] = 0.5
+    assert config.train_transform(c).colors is not None
+    assert config.train_transform(c, colors=False).colors is None
+    with pytest.raises(
+        ValueError, match="data.augment_on: expected 'host' or 'auto' with data.col"
+    ):
+        config.validate(c, evaluate.PROBES)
+
+
+@pytest.mark.parametrize(
+    ("path", "folder"),
+    [
+        ("configs/digits.py", "runs/digits"),
+        ("elsewhere/configs/paper/suite.py:cifar10,5", "runs/paper-suite-cifar10-5"),
+        ("configs/modern/cifar10.py", "runs/modern-cifar10"),
+        ("my/own.py:a", "runs/own-a"),
+    ],
+)
+def test_each_config_has_a_folder_of_its_own(path, folder):
+    assert config_files.default_workdir(path) == folder
 
 
 def test_options_of_models_and_solvers_are_free_keys():

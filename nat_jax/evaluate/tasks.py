@@ -128,9 +128,8 @@ def _set_up(config: ConfigDict, workdir: Path) -> list[Seed]:
             cache=images,
             keep=keep,
         )
-        asked = Asked(
-            settings.eval, data, seed, configs.train_transform(settings), settings.data.resize
-        )
+        augment = configs.train_transform(settings, colors=False)
+        asked = Asked(settings.eval, data, seed, augment, settings.data.resize)
         _check(config.task, asked)
         _subjects(asked, contenders)  # finds layers that a network does not have
         seeds.append(Seed(seed, contenders, asked))

@@ -1,0 +1,38 @@
+"""Beyond the paper: CIFAR-10 with what later methods found, still pulled to noise.
+
+python -m nat_jax.main --config=configs/modern/cifar10.py
+python -m nat_jax.main --config=configs/modern/cifar10.py --config.data.source=folder:PATH
+"""
+
+from ml_collections import ConfigDict
+
+from nat_jax import config
+
+
+def get_config() -> ConfigDict:
+    c = config.default()
+    c.seeds = (0, 1, 2)
+    c.epochs = 10.0
+    c.data.source = "tfds:cifar10"
+    c.data.image_size = 32
+    c.data.views = 2
+    c.data.crop = "random_resized_crop"
+    c.data.min_area = 0.2
+    c.data.flip = True
+    c.data.color_jitter = 0.5
+    c.data.grey = 0.2
+    c.model.dim = 32
+    c.model.frontend = "rgb"
+    c.model.options.widths = (16, 32, 64, 128, 256)
+    c.model.options.pools = 3
+    c.model.options.fc_width = 256
+    c.assign.reassign_every_epochs = 1
+    c.optim.learning_rate = 0.2
+    c.optim.momentum = 0.9
+    c.optim.schedule = "cosine"
+    c.optim.warmup_epochs = 0.5
+    c.eval.probes = ("knn", "linear_probe")
+    c.eval.labels_per_class = (0,)
+    c.checkpoint.every_epochs = 1.0
+    c.log.every_steps = 39
+    return c

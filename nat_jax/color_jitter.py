@@ -1,0 +1,74 @@
+"""Chance in an image's colours: brightness, contrast, saturation, hue, and grey images.
+
+SimCLR (Chen et al., A simple framework for contrastive learning, 2020, section 3.1 and appendix A)
+has them beside random crops: without them two views of one image are told by their colours alone.
+All changes of an image are one affine map of its colours; values are cut off once, at the end.
+"""
+
+import dataclasses
+
+import numpy as np
+
+# Of SimCLR: the share of images that are changed, and at strength 1 the largest changes of the
+# factors of brightness, contrast and saturation, and of the hue, in turns.
+_SHARE, _FACTOR, _HUE = 0.8, 0.8, 0.2
+_LUMA = np.array([0.299, 0.587, 0.114])  # ITU-R BT.601
+# Luma, then two axes of colour; a hue is an angle between these (NTSC's YIQ).
+_TO_YIQ = np.array([_LUMA, [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+_FROM_YIQ = np.linalg.inv(_TO_YIQ)
+
+
+@dataclasses.dataclass(frozen=True)
+class ColorJitter:
+    """How much the colours of images change.
+
+    Attributes:
+        strength: SimCLR's s, 1 on ImageNet and 0.5 on CIFAR-10: the factors of brightness, contrast
+            and saturation lie in 1 +- 0.8 s, the hue turns by up to 0.2 s of a circle. A fifth of
+            the images stay as they are.
+        grey: share of the images that lose their colours; 0.2 in SimCLR.
+    """
+
+    strength: float = 0.0
+    grey: float = 0.0
+    draws = 6  # numbers in [0, 1) for each image
+
+    def __post_init__(self) -> None:
+        for name, value in (("color_jitter", self.strength), ("grey", self.grey)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
+
+    def apply(self, images: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+        """Change the colours of a stack of images.
+
+        Args:
+            images: uint8 [b, height, width, 3]; stays as it is.
+            uniform: float64 [b, draws] in [0, 1), the chance of each image.
+
+        Returns:
+            uint8 [b, height, width, 3].
+        """
+        pixels = images.reshape(len(images), -1, 3).astype(np.float32)
+        matrix, offset = self._maps(pixels.mean(axis=1), uniform)
+        pixels = pixels @ matrix.astype(np.float32).swapaxes(1, 2)
+        pixels += (offset + 0.5).astype(np.float32)[:, None, None]  # to the nearest
+        np.clip(pixels, 0, 255, out=pixels)
+        return pixels.astype(np.uint8).reshape(images.shape)
+
+    def _maps(self, mean: np.ndarray, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the map of each image, float64 [b, 3, 3], and what it adds, float64 [b].
+
+        Contrast mixes an image with the mean of its luma after the change of brightness.
+        """
+        changed = uniform[:, 0] < _SHARE
+        centred = np.where(changed[:, None], 2 * uniform[:, 1:5] - 1, 0) * self.strength
+        bright, contrast, saturation = (1 + _FACTOR * centred[:, :3]).T
+        angle = 2 * np.pi * _HUE * centred[:, 3]
+        saturation = np.where(uniform[:, 5] < self.grey, 0, saturation)
+        turn = np.zeros((len(uniform), 3, 3))
+        turn[:, 0, 0] = 1
+        turn[:, 1, 1] = turn[:, 2, 2] = saturation * np.cos(angle)
+        turn[:, 2, 1] = saturation * np.sin(angle)
+        turn[:, 1, 2] = -turn[:, 2, 1]
+        matrix = (contrast * bright)[:, None, None] * (_FROM_YIQ @ turn @ _TO_YIQ)
+        return matrix, (1 - contrast) * bright * (mean @ _LUMA)
