@@ -2,7 +2,7 @@
 
     python benchmarks/ablations.py --source folder:PATH --output docs/results/ablations_cifar10.json
 
-Trains the config for a few epochs, then with one choice undone at a time, for each seed, and judges
+Trains the config on half of the images for a few epochs, then with one choice undone at a time, for each seed, and judges
 all by the same probes. Equal work is an equal number of images through the network: one view of
 each image has twice the epochs of two. Several runs share the machine, one on each core; a run that
 is there already is read, one that was stopped goes on. Prints a table and writes it as JSON. Linux
@@ -50,6 +50,7 @@ def command(name: str, seed: int, options: argparse.Namespace) -> list[str]:
     keys = {
         **JUDGED,
         "data.source": options.source,
+        "data.per_class": options.per_class,
         "epochs": options.epochs * (2 / changes.get("data.views", 2)),
         "seeds": (seed,),
         **changes,
@@ -136,7 +137,8 @@ def main() -> None:
     """Run what is missing, then print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--source", required=True, help="images, as data.source")
-    parser.add_argument("--epochs", type=float, default=4.0, help="of the config")
+    parser.add_argument("--per-class", type=int, default=2500, help="images to train on")
+    parser.add_argument("--epochs", type=float, default=3.0, help="of the config")
     parser.add_argument("--seeds", default="0,1", help="separated by commas")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one on each core")
     parser.add_argument("--scratch", type=Path, default=Path("runs/ablations"))
@@ -155,6 +157,7 @@ def main() -> None:
     rows = summary(results)
     written = {
         "config": CONFIG,
+        "per_class": options.per_class,
         "epochs": options.epochs,
         "seeds": seeds,
         "variants": VARIANTS,

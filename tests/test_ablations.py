@@ -19,7 +19,7 @@ def flags(command: list[str]) -> dict[str, str]:
 
 
 def test_each_variant_undoes_one_choice_for_equal_work(tmp_path):
-    options = argparse.Namespace(source="folder:X", epochs=4.0, scratch=tmp_path)
+    options = argparse.Namespace(source="folder:X", per_class=9, epochs=4.0, scratch=tmp_path)
     preset = config.flatten(config_files.load("modern/cifar10.py").get_config())
     work = {}
     for name, changes in ablations.VARIANTS.items():
