@@ -2,11 +2,11 @@
 
     python benchmarks/ablations.py --source folder:PATH --output docs/results/ablations_cifar10.json
 
-Trains the config on half of the images for a few epochs, then with one choice undone at a time, for each seed, and judges
-all by the same probes. Equal work is an equal number of images through the network: one view of
-each image has twice the epochs of two. Several runs share the machine, one on each core; a run that
-is there already is read, one that was stopped goes on. Prints a table and writes it as JSON. Linux
-alone (`taskset`).
+Trains the config on half of the images, then with one choice undone at a time, for each seed, and
+judges all by the same probes. Equal work is an equal number of images through the network: one view
+of each image has twice the epochs of two. Several runs share the machine, one on each core; a run
+that is there already is read, one that was stopped goes on. Prints a table and writes it as JSON.
+Linux alone (`taskset`).
 """
 
 import argparse

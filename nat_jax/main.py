@@ -71,8 +71,12 @@ def _suite(config: ConfigDict, workdir: Path) -> None:
 
 def _report(config: ConfigDict, workdir: Path) -> None:
     from nat_jax import report
+    from nat_jax import workdir as workdirs
+    from nat_jax.paper import pages
 
-    print(f"report: {report.write_report(workdir)}")
+    of_suite = workdirs.read_json(pages.result_file(workdir))
+    page = pages.write(of_suite, workdir) if of_suite else report.write_report(workdir)
+    print(f"report: {page}")
 
 
 def _convert(config: ConfigDict, workdir: Path) -> None:

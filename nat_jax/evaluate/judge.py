@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from nat_jax import __version__, evaluate, preprocess
+from nat_jax import __version__, evaluate, preprocess, report
 from nat_jax import config as configs
 from nat_jax.evaluate import features, neighbours, subjects
 from nat_jax.evaluate.feature_cache import FeatureCache
@@ -154,7 +154,7 @@ class Judge:
         if self.num_classes is None:
             raise ValueError("labels: expected labelled records to score against; got none")
         name = subject.name
-        logger.info("judging %s", name)
+        logger.info("judging %s", report.network_name(name))
         train, test = self._records.sets(subject)
         rows, records = [], len(self._records.train)
         if self.trained != NAT and "z" in test:

@@ -239,7 +239,7 @@ def _scored(seeds: Sequence[Seed], workdir: Path) -> Result:
         for subject in _subjects(one.asked, one.contenders):
             if one is not seeds[0] and subject.name in one.contenders.beside:
                 continue  # it is the same network for every seed
-            logger.info("judging %s", subject.name)
+            logger.info("judging %s", report.network_name(subject.name))
             for drawn, rows in task.score(one.asked, subject).items():
                 tag = f"seed {one.seed}, {drawn}" if drawn else one.seed
                 judged.setdefault(tag, []).extend(rows)

@@ -26,13 +26,23 @@ _TITLES = {
 _HEADS = {"fig2_period": "epochs between re-matching", "discrete_targets": "k one-hot targets"}
 
 
-def write(result: Result, workdir: Path) -> None:
-    """Write ``results/suite.md``, ``pictures/suite_*.png`` and ``report.html`` into a workdir."""
+def result_file(workdir: Path) -> Path:
+    """Return where a suite keeps its result."""
+    return workdir / "results" / "suite.json"
+
+
+def write(result: Result, workdir: Path) -> Path:
+    """Write ``results/suite.md``, ``pictures/suite_*.png`` and ``report.html`` into a workdir.
+
+    Returns:
+        The path of the last.
+    """
     drawn = dict(_plots(result))
     for name, data in drawn.items():
         write_whole(workdir / "pictures" / f"suite_{name}.png", data)
     write_whole(workdir / "results" / "suite.md", markdown(result).encode())
     write_whole(workdir / "report.html", _page(result, drawn).encode())
+    return workdir / "report.html"
 
 
 def text(result: Result) -> str:

@@ -70,7 +70,7 @@ def run_suite(config: ConfigDict, workdir: Path) -> Path:
     result = _publish(workdir, config, runs, records)
     print(pages.text(result), flush=True)
     print(f"report: {workdir / 'report.html'}", flush=True)
-    return workdir / "results" / "suite.json"
+    return pages.result_file(workdir)
 
 
 def _check_folder(folder: Path, config: ConfigDict) -> None:
@@ -221,6 +221,6 @@ def _publish(
         if record is not None
     ]
     result = findings.find(config, done, [run.folder for run in runs])
-    workdirs.write_json(workdir / "results" / "suite.json", result)
+    workdirs.write_json(pages.result_file(workdir), result)
     pages.write(result, workdir)
     return result

@@ -49,7 +49,7 @@ def test_one_step_agrees_with_one_device(shape, targets):
 
 
 @pytest.mark.parametrize(
-    ("shape", "placement"), [((4, 2), "device"), ((2, 4), "host"), later((2, 4), "device")]
+    ("shape", "placement"), [((4, 2), "device"), later((2, 4), "host"), later((2, 4), "device")]
 )
 def test_one_step_agrees_with_a_wide_layer_split(shape, placement):
     found = outcome(shape, network="wide", placement=placement)
@@ -65,7 +65,7 @@ def test_one_step_agrees_with_a_wide_layer_split(shape, placement):
 
 @pytest.mark.parametrize(
     ("block", "storage", "views"),
-    [(None, "sharded", ()), (16, "sharded", (2,)), later(4, "replicated", ())],
+    [(16, "sharded", (2,)), later(None, "sharded", ()), later(4, "replicated", ())],
 )
 def test_the_host_deals_the_same_rows(block, storage, views):
     """One problem for all devices, some for each, and fewer than devices; with bad records."""
@@ -94,6 +94,7 @@ def test_batch_norm_in_parts_agrees_with_one_device(parts):
     assert_agree(outcome(bn_groups=parts), outcome((8, 1), bn_groups=parts))
 
 
+@pytest.mark.slow
 def test_bfloat16_agrees_within_its_precision():
     """Sums in another order are rounded otherwise, and rows with small margins change."""
     one, other = outcome(dtype="bfloat16"), outcome((8, 1), dtype="bfloat16")

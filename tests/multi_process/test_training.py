@@ -90,6 +90,7 @@ def test_a_killed_process_ends_the_others_and_two_go_on(start, two, tmp_path, pr
     same(state(two[0]), state(workdir))
 
 
+@pytest.mark.slow
 def test_a_damaged_copy_is_found_before_it_is_saved(start, tmp_path):
     run = start(tmp_path / "run", processes=2, devices=2, DAMAGE_AT="10")
     assert run.wait() == [2, 2]

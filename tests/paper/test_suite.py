@@ -10,7 +10,7 @@ import pytest
 from processes import Run, environment
 from test_members import suite
 
-from nat_jax import train
+from nat_jax import main, train
 from nat_jax import workdir as workdirs
 from nat_jax.paper import claims, findings, members
 from nat_jax.paper.suite import run_suite
@@ -75,6 +75,9 @@ def test_every_run_has_a_line_and_the_result_its_verdicts(tmp_path, monkeypatch,
         assert words in page and words in table
     assert "data:image/png;base64," in page and "NAT 40.5 ± 0.7" in table
     assert (tmp_path / "pictures" / "suite_curve.png").read_bytes()[:4] == b"\x89PNG"
+    (tmp_path / "report.html").unlink()
+    main.TASKS["report"](part(PART), tmp_path)
+    assert (tmp_path / "report.html").read_text() == page
 
 
 def test_a_sweep_shows_the_probes_that_all_its_runs_have(tmp_path, monkeypatch):
