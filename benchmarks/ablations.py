@@ -15,6 +15,7 @@ import datetime
 import json
 import os
 import queue
+import re
 import statistics
 import subprocess
 import sys
@@ -33,8 +34,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "matched in blocks of 32": {"assign.block": 32},
     "colours as they are": {"data.color_jitter": 0.0, "data.grey": 0.0},
 }
-# Probes on the last convolution and z, quick and the same for all.
-JUDGED: dict[str, Any] = {
+# Re-matching in every epoch, as there are few; probes on the last convolution and z, quick ones.
+COMMON: dict[str, Any] = {
+    "assign.reassign_every_epochs": 1,
     "eval.probes": ("knn", "linear_probe"),
     "eval.layers": ("last_conv", "z"),
     "eval.labels_per_class": (0,),
@@ -48,7 +50,7 @@ def command(name: str, seed: int, options: argparse.Namespace) -> list[str]:
     """Return the command line of one run."""
     changes = VARIANTS[name]
     keys = {
-        **JUDGED,
+        **COMMON,
         "data.source": options.source,
         "data.per_class": options.per_class,
         "epochs": options.epochs * (2 / changes.get("data.views", 2)),
@@ -67,7 +69,8 @@ def command(name: str, seed: int, options: argparse.Namespace) -> list[str]:
 
 def folder(name: str, seed: int, options: argparse.Namespace) -> Path:
     """Return the folder of one run."""
-    return options.scratch / f"{name.replace(' ', '_').replace('=', '')}-{seed}"
+    plain = re.sub(r"\W+", "_", name)
+    return options.scratch / f"{plain}-{seed}"
 
 
 def run(name: str, seed: int, options: argparse.Namespace, cores: queue.Queue) -> dict[str, Any]:
@@ -161,7 +164,7 @@ def main() -> None:
         "epochs": options.epochs,
         "seeds": seeds,
         "variants": VARIANTS,
-        "judged": JUDGED,
+        "common": COMMON,
         "run": next(iter(results.values()))[0]["run"],
         "protocol": next(iter(results.values()))[0]["protocol"],
         "cpu": cpu(),

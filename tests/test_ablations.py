@@ -28,7 +28,7 @@ def test_each_variant_undoes_one_choice_for_equal_work(tmp_path):
         given = flags(ablations.command(name, 1, options))
         assert given["seeds"] == "(1,)" and given["data.source"] == "folder:X"
         c = config_files.load("modern/cifar10.py").get_config()
-        c.update_from_flattened_dict({**ablations.JUDGED, **changes})
+        c.update_from_flattened_dict({**ablations.COMMON, **changes})
         config.validate(c, evaluate.PROBES)
         work[name] = float(given["epochs"]) * c.data.views
         assert given["--workdir"] == str(ablations.folder(name, 1, options))
