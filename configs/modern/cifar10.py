@@ -12,7 +12,7 @@ from nat_jax import config
 def get_config() -> ConfigDict:
     c = config.default()
     c.seeds = (0, 1, 2)
-    c.epochs = 10.0
+    c.epochs = 5.0
     c.data.source = "tfds:cifar10"
     c.data.image_size = 32
     c.data.views = 2
@@ -25,12 +25,13 @@ def get_config() -> ConfigDict:
     c.model.frontend = "rgb"
     c.model.options.widths = (32, 64, 128, 256)
     c.model.options.pools = 3
-    c.assign.reassign_every_epochs = 1
+    c.assign.reassign_every_epochs = 2
     c.optim.learning_rate = 0.1
     c.optim.momentum = 0.9
     c.optim.schedule = "cosine"
     c.eval.probes = ("knn", "linear_probe")
     c.eval.labels_per_class = (0,)
+    c.eval.linear_fit = "ridge"
     c.checkpoint.every_epochs = 1.0
     c.log.every_steps = 39
     return c
