@@ -1,12 +1,12 @@
-"""What each choice of configs/modern/cifar10.py is worth: its runs without it, for equal work.
+"""What four things in configs/modern/cifar10.py are worth: runs without them, for equal work.
 
     python benchmarks/ablations.py --source folder:PATH --output docs/results/ablations_cifar10.json
 
-Trains the config on half of the images, then with one choice undone at a time, for each seed, and
-judges all by the same probes. Equal work is an equal number of images through the network: one view
-of each image has twice the epochs of two. Several runs share the machine, one on each core; a run
-that is there already is read, one that was stopped goes on. Prints a table and writes it as JSON.
-Linux alone (`taskset`).
+Trains the config on half of the images, re-matching in every epoch, then with one thing undone at a
+time, for each seed, and judges all by the same probes. Equal work is an equal number of images
+through the network: one view of each image has twice the epochs of two. Several runs share the
+machine, one on each core; a run that is there already is read, one that was stopped goes on. Prints
+a table and writes it as JSON. Linux alone (`taskset`).
 """
 
 import argparse
@@ -24,11 +24,14 @@ from typing import Any
 
 from hardware import cpu
 
+from nat_jax.report.tables import probe_name
+
 ROOT = Path(__file__).parents[1]
 CONFIG = "configs/modern/cifar10.py"
+VIEWS = 2  # of the config
 # What is undone, by name.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "the config": {},
+    "nothing undone": {},
     "one view": {"data.views": 1},
     "D = 128": {"model.dim": 128},
     "matched in blocks of 32": {"assign.block": 32},
@@ -53,7 +56,7 @@ def command(name: str, seed: int, options: argparse.Namespace) -> list[str]:
         **COMMON,
         "data.source": options.source,
         "data.per_class": options.per_class,
-        "epochs": options.epochs * (2 / changes.get("data.views", 2)),
+        "epochs": options.epochs * (VIEWS / changes.get("data.views", VIEWS)),
         "seeds": (seed,),
         **changes,
     }
@@ -70,7 +73,8 @@ def command(name: str, seed: int, options: argparse.Namespace) -> list[str]:
 def folder(name: str, seed: int, options: argparse.Namespace) -> Path:
     """Return the folder of one run."""
     plain = re.sub(r"\W+", "_", name)
-    return options.scratch / f"{plain}-{seed}"
+    length = f"{options.per_class}x{options.epochs:g}"  # other lengths are other runs
+    return options.scratch / length / f"{plain}-{seed}"
 
 
 def run(name: str, seed: int, options: argparse.Namespace, cores: queue.Queue) -> dict[str, Any]:
@@ -84,7 +88,7 @@ def run(name: str, seed: int, options: argparse.Namespace, cores: queue.Queue) -
                 ["taskset", "--cpu-list", str(core), *command(name, seed, options)],
                 stdout=log,
                 stderr=log,
-                cwd=ROOT,
+                env=os.environ | {"PYTHONPATH": str(ROOT)},
             ).returncode
     finally:
         cores.put(core)
@@ -103,7 +107,7 @@ def summary(results: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
 
 
 def _row(name: str, network: str, found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return {"name": ..., "conv5 knn": {"values": one of each seed, "mean", "std"}, ...}."""
+    """Return {"name": ..., "conv4 knn": {"values": one of each seed, "mean", "std"}, ...}."""
     scores: dict[str, list[float]] = {}
     for result in found:
         for row in result["table"]:
@@ -125,7 +129,9 @@ def _row(name: str, network: str, found: list[dict[str, Any]]) -> dict[str, Any]
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Return the table, in percent."""
     columns = [key for key in rows[0] if key != "name"]
-    lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " ---: |" * len(columns)]
+    words = (key.split() for key in columns)
+    heads = [f"{layer}, {probe_name(probe)}" for layer, probe in words]
+    lines = ["| | " + " | ".join(heads) + " |", "| --- |" + " ---: |" * len(columns)]
     for row in rows:
         cells = [
             f"{100 * row[key]['mean']:.1f}"
@@ -156,7 +162,11 @@ def main() -> None:
             name: [pool.submit(run, name, seed, options, cores) for seed in seeds]
             for name in VARIANTS
         }
-        results = {name: [each.result() for each in found] for name, found in waiting.items()}
+        try:
+            results = {name: [each.result() for each in found] for name, found in waiting.items()}
+        except BaseException:  # Ctrl-C too: what has not begun shall not
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     rows = summary(results)
     written = {
         "config": CONFIG,

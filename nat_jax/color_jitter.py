@@ -1,8 +1,10 @@
 """Chance in an image's colours: brightness, contrast, saturation, hue, and grey images.
 
-SimCLR (Chen et al., A simple framework for contrastive learning, 2020, section 3.1 and appendix A)
-has them beside random crops: without them two views of one image are told by their colours alone.
-All changes of an image are one affine map of its colours; values are cut off once, at the end.
+After SimCLR (Chen et al., A simple framework for contrastive learning, 2020, section 3.1 and
+appendix A), which has them beside random crops: without them two views of one image are told by
+their colours alone. SimCLR draws the order of the changes, turns hues in HSV and cuts values off
+after each. Here the order is fixed and hues turn at constant luma, so that all changes of an image
+are one affine map of its colours; values are cut off once, at the end.
 """
 
 import dataclasses
@@ -34,26 +36,24 @@ class ColorJitter:
     draws = 6  # numbers in [0, 1) for each image
 
     def __post_init__(self) -> None:
-        for name, value in (("color_jitter", self.strength), ("grey", self.grey)):
+        for name, value in (("strength", self.strength), ("grey", self.grey)):
             if not 0 <= value <= 1:
-                raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
+                raise ValueError(f"ColorJitter: expected a {name} in [0, 1], got {value}")
 
-    def apply(self, images: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-        """Change the colours of a stack of images.
+    def apply(self, images: np.ndarray, uniform: np.ndarray) -> None:
+        """Change the colours of a stack of images, in place.
 
         Args:
-            images: uint8 [b, height, width, 3]; stays as it is.
+            images: uint8 [b, height, width, 3], written to.
             uniform: float64 [b, draws] in [0, 1), the chance of each image.
-
-        Returns:
-            uint8 [b, height, width, 3].
         """
-        pixels = images.reshape(len(images), -1, 3).astype(np.float32)
-        matrix, offset = self._maps(pixels.mean(axis=1), uniform)
-        pixels = pixels @ matrix.astype(np.float32).swapaxes(1, 2)
-        pixels += (offset + 0.5).astype(np.float32)[:, None, None]  # to the nearest
-        np.clip(pixels, 0, 255, out=pixels)
-        return pixels.astype(np.uint8).reshape(images.shape)
+        matrix, offset = self._maps(images.mean(axis=(1, 2)), uniform)
+        maps = matrix.astype(np.float32).swapaxes(1, 2), (offset + 0.5).astype(np.float32)
+        # One by one: a stack of photographs in float32 would be the largest array of a batch.
+        for image, turn, shift in zip(images, *maps, strict=True):
+            pixels = image.astype(np.float32).reshape(-1, 3) @ turn
+            pixels += shift  # half a grey level more, so that values become the nearest integers
+            image[:] = np.clip(pixels, 0, 255, out=pixels).reshape(image.shape)
 
     def _maps(self, mean: np.ndarray, uniform: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the map of each image, float64 [b, 3, 3], and what it adds, float64 [b].

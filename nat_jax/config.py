@@ -41,7 +41,7 @@ def default() -> ConfigDict:
     c.data.min_area = 0.08  # smallest share of the image that random_resized_crop takes
     c.data.pad = 0  # shift images that are scaled as a whole by up to this many pixels
     c.data.flip = False  # mirror half of the images
-    c.data.color_jitter = 0.0  # strength of SimCLR's changes of colour; 0.5 suits CIFAR-10
+    c.data.color_jitter = 0.0  # strength of changes of colour, after SimCLR: there 0.5 on CIFAR-10
     c.data.grey = 0.0  # share of the images that lose their colours; 0.2 in SimCLR
     c.data.views = 1  # images made of each record, sharing its target (above 1: beyond the paper)
     c.data.on_bad_record = "grey"  # grey: keep its place, weight 0, 1 % at most | error
@@ -232,6 +232,9 @@ def validate(config: ConfigDict, probes: Mapping[str, Any]) -> None:
     check_eval(flat, probes)
     at_least(flat, 1, "batch_size", "data.image_size", "data.threads", "data.prefetch")
     at_least(flat, 1, "data.views")
+    for key in ("data.color_jitter", "data.grey"):
+        if not 0 <= flat[key] <= 1:
+            raise ValueError(f"{key}: expected a number from 0 to 1; got {flat[key]}")
     at_least(flat, 0, "data.workers")
     if not config.data.timeout > 0:
         raise ValueError(f"data.timeout: expected seconds above 0; got {config.data.timeout}")
@@ -297,8 +300,8 @@ def train_transform(config: ConfigDict, *, colors: bool = True) -> preprocess.Tr
         ValueError: the settings in group ``data`` do not fit together.
     """
     data = config.data
+    jitter = ColorJitter(data.color_jitter, data.grey)
     try:
-        jitter = ColorJitter(data.color_jitter, data.grey)
         return preprocess.train_transform(
             image_size=data.image_size,
             resize=data.resize,

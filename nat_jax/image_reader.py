@@ -176,8 +176,8 @@ class ImageReader:
             names = [store.names[i] for i in numbers]
         colors = self.transform.colors
         if colors is not None:
-            chance = uniform[:, :, -colors.draws :]
-            images = np.stack([colors.apply(images[:, v], u) for v, u in enumerate(chance)], axis=1)
+            for view, chance in enumerate(uniform[:, :, -colors.draws :]):
+                colors.apply(images[:, view], chance)
         weight = np.ones(len(numbers), np.float32)
         bad = []
         for row, index in enumerate(numbers if problems else ()):

@@ -181,7 +181,8 @@ def _judge_run(run: Run, step: int, trained: Network) -> list[judge.Row]:
         "protocol": panel.protocol(),
         "training": {**workdirs.training(run.config), **run.identity()},
     }
-    if (saved := workdirs.read_json(path)) and all(saved.get(k) == v for k, v in asked.items()):
+    saved = workdirs.read_json(path)
+    if workdirs.answers(saved, asked):
         return saved["rows"]
     rows: list[judge.Row] = []
     if panel.has_labels:

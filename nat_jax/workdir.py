@@ -173,10 +173,27 @@ def check_same_run(saved: Mapping[str, Any], config: ConfigDict, workdir: Path) 
         )
 
 
+def answers(saved: Mapping[str, Any] | None, asked: Mapping[str, Any]) -> bool:
+    """Say whether a saved result is one of all that is asked.
+
+    Args:
+        saved: what an earlier call wrote beside its result, None where there is nothing.
+        asked: what it must agree with; ``training`` as ``training`` gives it.
+    """
+    if saved is None:
+        return False
+    older = {**saved, "training": _with_defaults(saved.get("training", {}))}
+    return all(older.get(key) == value for key, value in asked.items())
+
+
+def _with_defaults(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Return saved training keys; one that the run is older than had its default."""
+    return {**training(configs.default()), **flat}
+
+
 def other_training(saved: Mapping[str, Any], config: ConfigDict) -> Iterator[tuple[str, Any, Any]]:
     """Yield (key, saved value, this one's) of what two configs train otherwise, by key."""
-    # A key that the run is older than had its default.
-    old, new = {**training(configs.default()), **training(saved)}, training(config)
+    old, new = _with_defaults(training(saved)), training(config)
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             yield key, old.get(key), new.get(key)

@@ -21,6 +21,7 @@ def flags(command: list[str]) -> dict[str, str]:
 def test_each_variant_undoes_one_choice_for_equal_work(tmp_path):
     options = argparse.Namespace(source="folder:X", per_class=9, epochs=4.0, scratch=tmp_path)
     preset = config.flatten(config_files.load("modern/cifar10.py").get_config())
+    assert preset["data.views"] == ablations.VIEWS
     work = {}
     for name, changes in ablations.VARIANTS.items():
         for key, value in changes.items():
@@ -33,8 +34,9 @@ def test_each_variant_undoes_one_choice_for_equal_work(tmp_path):
         work[name] = float(given["epochs"]) * c.data.views
         assert given["--workdir"] == str(ablations.folder(name, 1, options))
     assert set(work.values()) == {8.0}
-    folders = [ablations.folder(name, 0, options) for name in work]
-    assert len({str(folder) for folder in folders}) == len(work)
+    longer = argparse.Namespace(scratch=tmp_path, per_class=9, epochs=5.0)
+    folders = {ablations.folder(name, 0, o) for name in work for o in (options, longer)}
+    assert len(folders) == 2 * len(work)
 
 
 def test_the_table_has_means_and_deviations():
@@ -48,7 +50,7 @@ def test_the_table_has_means_and_deviations():
 
     rows = ablations.summary({"as it is": [found(0.5), found(0.6)], "other": [found(0.4)]})
     assert ablations.markdown(rows).splitlines() == [
-        "| | z knn |",
+        "| | z, kNN |",
         "| --- | ---: |",
         "| untrained | 25.0 ± 0.0 |",
         "| as it is | 55.0 ± 7.1 |",
@@ -62,7 +64,7 @@ def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(
         ablations, "command", lambda *_: [sys.executable, "-c", "raise SystemExit(3)"]
     )
-    options = argparse.Namespace(scratch=tmp_path)
+    options = argparse.Namespace(scratch=tmp_path, per_class=9, epochs=1.0)
     with pytest.raises(SystemExit, match=r"one view, seed 0: exit 3, see .*one_view-0\.log"):
         ablations.run("one view", 0, options, cores)
     assert cores.get_nowait() == 0

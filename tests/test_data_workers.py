@@ -13,11 +13,12 @@ from faulty_records import SIZE, Faulty
 
 from nat_jax import preprocess
 from nat_jax.bad_records import BadRecordError, BadRecords
+from nat_jax.color_jitter import ColorJitter
 from nat_jax.image_reader import ImageCache
 from nat_jax.input_pipeline import eval_batches, train_batches
 from nat_jax.prefetch import Stalled, WorkerDied
 
-TRANSFORM = preprocess.train_transform(image_size=SIZE)
+TRANSFORM = preprocess.train_transform(image_size=SIZE, colors=ColorJitter(0.5, 0.2))
 
 
 def batches(source: Faulty, **options) -> list[dict[str, np.ndarray]]:

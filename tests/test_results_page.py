@@ -1,11 +1,16 @@
 """The tables that pages repeat are those of the JSON files in docs/results."""
 
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from project import ROOT
+
+sys.path.append(str(ROOT / "benchmarks"))
+
+import ablations
 
 from nat_jax.paper import pages
 from nat_jax.report import markdown_table
@@ -80,10 +85,16 @@ def sizes(result: dict[str, Any]) -> list[str]:
     ]
 
 
+def undone(result: dict[str, Any]) -> list[str]:
+    return ablations.markdown(result["rows"]).splitlines()
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "digits": ("digits", accuracies),
     "fashion_mnist": ("fashion_mnist", accuracies),
     "cifar10": ("cifar10", accuracies),
+    "beyond the paper": ("modern_cifar10", accuracies),
+    "ablations": ("ablations_cifar10", undone),
     "solvers": ("assign", solvers),
     "steps": ("step", steps),
     "loading": ("input_pipeline", loading),

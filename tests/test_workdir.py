@@ -81,3 +81,20 @@ def test_a_folder_without_checkpoints_is_taken_over(tmp_path):
     c.model.dim = 99
     workdir.write_json(tmp_path / "config.json", config.to_dict(valid()))
     workdir.check(tmp_path, c)
+
+
+def test_a_result_answers_what_it_was_asked():
+    asked = {"training": workdir.training(valid()), "step": 5}
+    saved = {**asked, "rows": []}
+    assert workdir.answers(saved, asked)
+    assert not workdir.answers(None, asked)
+    assert not workdir.answers({**saved, "step": 6}, asked)
+    assert not workdir.answers({"rows": []}, asked)
+
+
+def test_a_result_from_before_there_was_a_key_answers_for_its_default():
+    training = workdir.training(valid())
+    older = {"training": {k: v for k, v in training.items() if k != "data.color_jitter"}}
+    assert workdir.answers(older, {"training": training})
+    assert not workdir.answers(older, {"training": {**training, "data.color_jitter": 0.5}})
+    assert not workdir.answers(older, {"training": {**training, "data.views": 2}})

@@ -98,9 +98,9 @@ def _asked(config: ConfigDict, sources: Sources) -> dict[str, Any]:
 def _known(folder: Path, asked: dict[str, Any]) -> Record | None:
     """Return the outcome of a finished run; a failed one is tried again."""
     record = workdirs.read_json(folder / _RECORD)
-    if record is None or record["asked"] != asked or record["error"] is not None:
+    if record is None or record["error"] is not None:
         return None
-    return record
+    return record if workdirs.answers(record["asked"], asked) else None
 
 
 def _train(run: Planned, place: Path, asked: dict[str, Any]) -> Record:
