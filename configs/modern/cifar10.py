@@ -4,9 +4,9 @@
     python -m nat_jax.main --config=configs/modern/cifar10.py --config.data.source=folder:PATH
 
 The first line reads the data set as TFDS prepared it, the second a folder or zip of image files in
-train/<class>/ and test/<class>/. The network is that of configs/cifar10.py. Two random crops of each
-image, with changes of colour, are matched by the direction of their mean and pulled to one row; D is
-32; every second epoch re-matches. What each of these is worth: docs/results.md, "Beyond the paper".
+train/<class>/ and test/<class>/. The network is that of configs/cifar10.py. Two random crops of
+each image, with changes of colour, are matched by the direction of their mean and pulled to one
+row; D is 32; every second epoch re-matches.
 """
 
 from ml_collections import ConfigDict
