@@ -188,7 +188,7 @@ class Transform:
 
     @property
     def draws(self) -> int:
-        """Numbers that each image needs: the crop's, a shift's two, a flip's one, the colours'."""
+        """Numbers that each image needs; the crop's, a shift's two, a flip's one, the colours'."""
         return self._moved + (self.colors.draws if self.colors else 0)
 
     @property
