@@ -37,9 +37,8 @@ def make_batch() -> dict[str, np.ndarray]:
 def run(step: Step, batch: dict[str, np.ndarray], steps: int = 1):
     """Return the parameters before, the state after, and the losses."""
     noise, _ = targets.make_targets("labels", N, CLASSES, jax.random.key(7))
-    state = create_state(
-        step.model, step.optimizer, jnp.arange(N, dtype=jnp.int32), jax.random.key(0)
-    )
+    create = jax.jit(create_state, static_argnums=(0, 1))
+    state = create(step.model, step.optimizer, jnp.arange(N, dtype=jnp.int32), jax.random.key(0))
     before = jax.tree.map(jnp.copy, (state.params, state.batch_stats))
     values = []
     for _ in range(steps):
@@ -61,7 +60,7 @@ def test_a_step_follows_the_gradient_of_the_loss_on_labels(loss):
         z = logits / jnp.linalg.norm(logits, axis=1, keepdims=True)
         return 0.5 * jnp.mean(jnp.sum((z - jnp.eye(CLASSES)[batch["label"]]) ** 2, axis=1))
 
-    expected, slope = jax.value_and_grad(by_hand)(params)
+    expected, slope = jax.jit(jax.value_and_grad(by_hand))(params)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     for old, new, g in zip(*map(jax.tree.leaves, (params, state.params, slope)), strict=True):
         np.testing.assert_allclose(new, old - 0.5 * g, rtol=1e-4, atol=1e-5)

@@ -28,11 +28,10 @@ def noise() -> targets.Targets:
     return targets.make_targets("sphere", N, D, jax.random.key(7))[0]
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def state(step):
-    return create_state(
-        step.model, step.optimizer, jnp.arange(N, dtype=jnp.int32), jax.random.key(0)
-    )
+    create = jax.jit(create_state, static_argnums=(0, 1))
+    return create(step.model, step.optimizer, jnp.arange(N, dtype=jnp.int32), jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +44,26 @@ def batch() -> dict[str, np.ndarray]:
     }
 
 
+MATCH = jax.jit(match, static_argnums=0)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def features_of(model, state, images):
+    return forward(model, state, images).features
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def updated(model, settings, state, images, chosen, weight):
+    plain = dataclasses.replace(state, opt_state=optim.make_optimizer(settings).init(state.params))
+    return update(settings, plain, forward(model, state, images), chosen, weight)
+
+
 def matched(step, noise, state, batch, weight=None):
     """Return features, old rows and new rows of one match."""
-    features = forward(step.model, state, batch["image"]).features
+    features = features_of(step.model, state, batch["image"])
     rows = state.assignment[batch["index"]]
     weight = batch["weight"] if weight is None else weight
-    new_rows, metrics = match(step, features, noise.gather(rows), rows, weight)
+    new_rows, metrics = MATCH(step, features, noise.gather(rows), rows, weight)
     return np.asarray(features), np.asarray(rows), np.asarray(new_rows), metrics
 
 
@@ -94,15 +107,15 @@ def test_gradient_of_the_split_step_equals_that_of_the_whole_loss(step, noise, s
     rows = state.assignment[batch["index"]]
     chosen = noise.gather(rows)
     settings = optim.Optimizer(1.0)
-    result = forward(step.model, state, batch["image"])
-    plain = dataclasses.replace(state, opt_state=optim.make_optimizer(settings).init(state.params))
-    new_state, metrics = update(settings, plain, result, chosen, batch["weight"])
+    new_state, metrics = updated(
+        step.model, settings, state, batch["image"], chosen, batch["weight"]
+    )
 
     def loss(params):
         outputs, _ = step.model.apply(params, state.batch_stats, batch["image"], train=True)
         return 0.5 * jnp.mean(jnp.sum((outputs["z"] - chosen) ** 2, axis=-1))
 
-    value, gradient = jax.value_and_grad(loss)(state.params)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(state.params)
     np.testing.assert_allclose(metrics["train/loss"], value, rtol=1e-6)
     for before, after, slope in zip(
         *map(jax.tree.leaves, (state.params, new_state.params, gradient)), strict=True
@@ -113,19 +126,19 @@ def test_gradient_of_the_split_step_equals_that_of_the_whole_loss(step, noise, s
 def test_views_of_an_image_share_a_row_by_their_mean_direction(step, noise, state, batch):
     rng = np.random.default_rng(1)
     images = np.stack([batch["image"], rng.integers(0, 256, batch["image"].shape, np.uint8)], 1)
-    result = forward(step.model, state, images)
-    assert result.features.shape == (B, 2, D)
-    np.testing.assert_allclose(jnp.linalg.norm(result.features, axis=-1), 1, atol=1e-5)
+    features = features_of(step.model, state, images)
+    assert features.shape == (B, 2, D)
+    np.testing.assert_allclose(jnp.linalg.norm(features, axis=-1), 1, atol=1e-5)
     rows = state.assignment[batch["index"]]
-    new_rows, metrics = match(step, result.features, noise.gather(rows), rows, batch["weight"])
-    mean = np.asarray(result.features).mean(1)
+    new_rows, metrics = MATCH(step, features, noise.gather(rows), rows, batch["weight"])
+    mean = np.asarray(features).mean(1)
     mean /= np.linalg.norm(mean, axis=1, keepdims=True)
     similarity = mean @ np.asarray(noise.gather(rows)).T
     i, j = linear_sum_assignment(similarity, maximize=True)
     np.testing.assert_allclose(metrics["assign/cosine_after"], similarity[i, j].mean(), atol=1e-5)
     assert sorted(new_rows) == sorted(rows)
     for view in range(2):  # neither view alone decides
-        alone = np.asarray(result.features)[:, view] @ np.asarray(noise.gather(rows)).T
+        alone = np.asarray(features)[:, view] @ np.asarray(noise.gather(rows)).T
         k, m = linear_sum_assignment(alone, maximize=True)
         assert alone[k, m].mean() != pytest.approx(similarity[i, j].mean(), abs=1e-4)
 
@@ -135,16 +148,14 @@ def test_every_view_is_pulled_to_the_row(step, noise, state, batch):
     images = np.stack([batch["image"], rng.integers(0, 256, batch["image"].shape, np.uint8)], 1)
     chosen = noise.gather(state.assignment[batch["index"]])
     settings = optim.Optimizer(1.0)
-    plain = dataclasses.replace(state, opt_state=optim.make_optimizer(settings).init(state.params))
-    result = forward(step.model, state, images)
-    new_state, metrics = update(settings, plain, result, chosen, batch["weight"])
+    new_state, metrics = updated(step.model, settings, state, images, chosen, batch["weight"])
 
     def loss(params, flat):
         outputs, _ = step.model.apply(params, state.batch_stats, flat, train=True)
         each = jnp.sum((outputs["z"] - jnp.repeat(chosen, 2, axis=0)) ** 2, axis=-1)
         return 0.5 * jnp.mean(each)
 
-    value, gradient = jax.value_and_grad(loss)(state.params, images.reshape(-1, 8, 8, 3))
+    value, gradient = jax.jit(jax.value_and_grad(loss))(state.params, images.reshape(-1, 8, 8, 3))
     np.testing.assert_allclose(metrics["train/loss"], value, rtol=1e-6)
     for before, after, slope in zip(
         *map(jax.tree.leaves, (state.params, new_state.params, gradient)), strict=True
@@ -191,12 +202,12 @@ def test_spread_measures_collapse(step, noise, state, batch):
     assert 1 <= metrics["features/effective_rank"] <= D
     z = jnp.tile(jnp.eye(D)[:1], (B, 1))
     rows = jnp.arange(B, dtype=jnp.int32)
-    _, collapsed = match(step, z, noise.gather(rows), rows, jnp.ones(B))
+    _, collapsed = MATCH(step, z, noise.gather(rows), rows, jnp.ones(B))
     np.testing.assert_allclose(collapsed["features/effective_rank"], 1, rtol=1e-5)
     np.testing.assert_allclose(collapsed["features/uniformity"], 0, atol=1e-5)
     spread = jnp.concatenate([jnp.eye(D), -jnp.eye(D)])[:B]
     rows = jnp.arange(len(spread), dtype=jnp.int32)
-    _, uniform = match(step, spread, noise.gather(rows), rows, jnp.ones(len(spread)))
+    _, uniform = MATCH(step, spread, noise.gather(rows), rows, jnp.ones(len(spread)))
     np.testing.assert_allclose(uniform["features/effective_rank"], D, rtol=1e-5)
 
 

@@ -148,6 +148,7 @@ def test_the_authors_mlp_learns_from_fresh_crops_and_is_tested_on_ten(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_the_mlp_can_learn_from_one_view_from_gaussian_weights(tmp_path):
     result = judged(tmp_path, "mlp_probe", eval__fresh_crops=False, eval__mlp_init="gaussian")
     assert result["protocol"]["mlp_probe"]["init"] == "gaussian"
