@@ -93,6 +93,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], list[str]]]] = {
     "digits": ("digits", accuracies),
     "fashion_mnist": ("fashion_mnist", accuracies),
     "cifar10": ("cifar10", accuracies),
+    "beyond the paper": ("modern_cifar10", accuracies),
     "ablations": ("ablations_cifar10", undone),
     "solvers": ("assign", solvers),
     "steps": ("step", steps),

@@ -6,7 +6,10 @@
 The first line reads the data set as TFDS prepared it, the second a folder or zip of image files in
 train/<class>/ and test/<class>/. The network is that of configs/cifar10.py. Two random crops of
 each image, with changes of colour, are matched by the direction of their mean and pulled to one
-row; D is 32; every second epoch re-matches.
+row; D is 32; every second epoch re-matches. Momentum, cosine schedule and float32 as there.
+
+Takes 55 minutes on 2 CPU cores for three seeds; on JPEG images kNN on the last convolution reaches
+56.3 % (51.4 % untrained), a linear probe 60.5 % (57.3 %), see docs/results/modern_cifar10.json.
 """
 
 from ml_collections import ConfigDict
