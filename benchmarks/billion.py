@@ -47,10 +47,12 @@ import hardware  # noqa: E402
 import jax  # noqa: E402
 import numpy as np  # noqa: E402
 
-from nat_jax import models, optim, permutation, sharding, targets  # noqa: E402
-from nat_jax.checkpoint import Checkpoints  # noqa: E402
-from nat_jax.placement import compile_step  # noqa: E402
+from nat_jax import models, optim, targets  # noqa: E402
+from nat_jax.runtime import sharding  # noqa: E402
 from nat_jax.train_step import Step, TrainState, create_state, state_shardings  # noqa: E402
+from nat_jax.training import assignment_state  # noqa: E402
+from nat_jax.training.checkpoint import Checkpoints  # noqa: E402
+from nat_jax.training.host_matching import compile_step  # noqa: E402
 
 BATCH = 256
 BLOCK = BATCH // DEVICES
@@ -146,7 +148,7 @@ def to_disk_and_back(step: Step, state: TrainState, scratch: Path | None) -> dic
     """
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         checkpoints, path = Checkpoints(Path(folder)), Path(folder)
-        expected = permutation.checksum(state.assignment)
+        expected = assignment_state.checksum(state.assignment)
         begin = time.perf_counter()
         checkpoints.save(1, state, {})
         standing = time.perf_counter() - begin
@@ -165,7 +167,7 @@ def to_disk_and_back(step: Step, state: TrainState, scratch: Path | None) -> dic
         "seconds_to_save": round(saving, 2),
         "seconds_to_restore": round(restoring, 2),
         "bytes": size,
-        "another_came_back": permutation.checksum(restored.assignment) != expected,
+        "another_came_back": assignment_state.checksum(restored.assignment) != expected,
     }
 
 
@@ -208,14 +210,14 @@ def measure(records: int, steps: int, scratch: Path | None) -> dict:
         faults.append("the images that were touched own other rows than before")
     if not (moved := int(np.sum(owned != images))):
         faults.append("no image moved")
-    if flaw := permutation.flaw(state.assignment):
+    if flaw := assignment_state.flaw(state.assignment):
         faults.append(f"not a permutation: {flaw}")
     state.assignment.delete()
     rows = scattered(length, step)
-    flaw, checking, checking_bytes = timed(permutation.flaw, rows)
+    flaw, checking, checking_bytes = timed(assignment_state.flaw, rows)
     if flaw:
         faults.append(f"a permutation is taken for none: {flaw}")
-    _, summing, summing_bytes = timed(permutation.checksum, rows)
+    _, summing, summing_bytes = timed(assignment_state.checksum, rows)
     checked = peak()
     kept = to_disk_and_back(step, dataclasses.replace(state, assignment=rows), scratch)
     if kept.pop("another_came_back"):

@@ -37,9 +37,10 @@ from collectives_read import Collective, Sizes, in_loops, read, touched
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from nat_jax import models, optim, sharding, targets
-from nat_jax.placement import HostStep, compile_step
+from nat_jax import models, optim, targets
+from nat_jax.runtime import sharding
 from nat_jax.train_step import Step, create_state, state_shardings
+from nat_jax.training.host_matching import HostStep, compile_step
 
 ROOT = Path(__file__).resolve().parents[1]
 IMAGENET = 1_281_167

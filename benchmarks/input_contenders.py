@@ -120,34 +120,35 @@ def limit(spec: dict[str, Any]) -> tuple[dict[str, Any], Turn]:
 
 def use_decoder(name: str) -> None:
     """Make nat_jax decode with one of its two decoders."""
-    import nat_jax.decode
+    import nat_jax.input.decode
 
     if name == "Pillow":
-        nat_jax.decode.simplejpeg = None
-    elif nat_jax.decode.simplejpeg is None:
+        nat_jax.input.decode.simplejpeg = None
+    elif nat_jax.input.decode.simplejpeg is None:
         raise SystemExit("simplejpeg is not installed")
 
 
 def make_transform(crop: str) -> Any:
     """Return nat_jax's transform of that name."""
-    from nat_jax import preprocess
+    from nat_jax.input import transforms
 
     if crop == "center_crop":
-        return preprocess.eval_transform(image_size=SIZE, resize=SHORT)
-    return preprocess.train_transform(image_size=SIZE, resize=SHORT, flip=True, crop=crop)
+        return transforms.eval_transform(image_size=SIZE, resize=SHORT)
+    return transforms.train_transform(image_size=SIZE, resize=SHORT, flip=True, crop=crop)
 
 
 def ours(spec: dict[str, Any]) -> tuple[dict[str, Any], Turn]:
     """Set up nat_jax's batches."""
-    from nat_jax import input_pipeline, records
+    from nat_jax.input import pipeline
+    from nat_jax.input.sources import open_source
 
     use_decoder(spec["decoder"])
-    source = records.open_source(spec["source"], "train")
+    source = open_source(spec["source"], "train")
     transform, size = make_transform(spec["crop"]), spec["batch"]
     done = 0  # batches
 
     def train(stop: int) -> Iterator[dict[str, np.ndarray]]:
-        return input_pipeline.train_batches(
+        return pipeline.train_batches(
             source,
             transform,
             batch_size=size,
@@ -169,7 +170,7 @@ def ours(spec: dict[str, Any]) -> tuple[dict[str, Any], Turn]:
     def passes(count: int) -> int:
         images = 0
         while images < count:
-            batches = input_pipeline.eval_batches(
+            batches = pipeline.eval_batches(
                 source, transform, batch_size=size, threads=spec["threads"]
             )
             images += sum(int((batch["weight"] > 0).sum()) for batch in batches)

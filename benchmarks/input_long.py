@@ -38,10 +38,11 @@ def waiting(spec: dict[str, Any]) -> dict[str, Any]:
     Returns:
         share: of the loop's time that went into waiting for batches; longest_ms: the longest wait.
     """
-    from nat_jax import input_pipeline, records
+    from nat_jax.input import pipeline
+    from nat_jax.input.sources import open_source
 
-    batches: Any = input_pipeline.train_batches(
-        records.open_source(spec["source"], "train"),
+    batches: Any = pipeline.train_batches(
+        open_source(spec["source"], "train"),
         make_transform("random_crop"),
         batch_size=spec["batch"],
         seed=spec["seed"],
@@ -74,12 +75,13 @@ def memory(spec: dict[str, Any]) -> dict[str, Any]:
         rows: batches so far and resident MB of this process and of its children; the slopes are
         MB for 1,000 batches, fitted from a quarter of the way on.
     """
-    from nat_jax import input_pipeline, preprocess, records
+    from nat_jax.input import pipeline, transforms
+    from nat_jax.input.sources import open_source
 
-    source = records.open_source(spec["source"], "train")
-    batches: Any = input_pipeline.train_batches(
+    source = open_source(spec["source"], "train")
+    batches: Any = pipeline.train_batches(
         source,
-        preprocess.train_transform(image_size=32, pad=4),
+        transforms.train_transform(image_size=32, pad=4),
         batch_size=spec["batch"],
         seed=spec["seed"],
         start_step=0,

@@ -15,8 +15,8 @@ import numpy as np
 from input_contenders import SIZE
 from PIL import Image
 
-from nat_jax import decode, host_random, input_pipeline, preprocess, records
-from nat_jax.records import Source
+from nat_jax.input import counter_random, decode, pipeline, transforms
+from nat_jax.input.sources import Source, open_source
 
 _LENGTHS = (1_281_167, 10**9)  # records: ImageNet's, and many
 _BATCH = 256
@@ -64,7 +64,7 @@ def measure(sources: dict[str, str], *, rounds: int, seed: int) -> dict[str, dic
         us for one image, by group and stage.
     """
     rng = np.random.default_rng(seed)
-    opened = {kind: records.open_source(spec, "train") for kind, spec in sources.items()}
+    opened = {kind: open_source(spec, "train") for kind, spec in sources.items()}
     folder = opened["folder"]
     count = min(_BATCH, len(folder))
     chosen = rng.choice(len(folder), count, replace=False).tolist()
@@ -143,7 +143,7 @@ def _cuts(files: list[bytes], rng: np.random.Generator) -> dict[str, Stage]:
 
         def run() -> None:
             for picture, chance, place in zip(pictures, uniform, out, strict=True):
-                preprocess.cut(picture, transform, chance, mirrored, place)
+                transforms.cut(picture, transform, chance, mirrored, place)
 
         return run
 
@@ -176,12 +176,12 @@ def _chances() -> dict[str, Stage]:
     positions = np.arange(_BATCH)
     stages: dict[str, Stage] = {}
     for length in _LENGTHS:
-        key = host_random.stream(0, 0)
+        key = counter_random.stream(0, 0)
         start = length // 2
         of = f"of {length:,} records"
 
         def mine(length: int = length, start: int = start, key: np.ndarray = key) -> Any:
-            return host_random.shuffled(start + positions, length, key)
+            return counter_random.shuffled(start + positions, length, key)
 
         shuffled = grain.MapDataset.range(length).shuffle(seed=0)
 
@@ -197,9 +197,9 @@ def _chances() -> dict[str, Stage]:
         stages[f"order {of}"] = mine
         stages[f"order {of}, grain's"] = theirs
         stages[f"order {of}, grain's, its C++ alone"] = bare
-    key = host_random.stream(0, 0, 1)
-    stages["3 random numbers"] = lambda: host_random.uniform(key, positions, 3)
-    stages["22 random numbers"] = lambda: host_random.uniform(key, positions, 22)
+    key = counter_random.stream(0, 0, 1)
+    stages["3 random numbers"] = lambda: counter_random.uniform(key, positions, 3)
+    stages["22 random numbers"] = lambda: counter_random.uniform(key, positions, 22)
     return stages
 
 
@@ -208,7 +208,7 @@ def _wholes(opened: dict[str, Source], seed: int, count: int) -> dict[str, Stage
 
     def batch(source: Source) -> Stage:
         def run() -> None:
-            batches: Any = input_pipeline.train_batches(
+            batches: Any = pipeline.train_batches(
                 source,
                 transform,
                 batch_size=count,

@@ -23,8 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from nat_jax.checkpoint import Checkpoints
-from nat_jax.metrics import read_rows
+from nat_jax.training.checkpoint import Checkpoints
+from nat_jax.training.metrics import read_rows
 
 ROOT = Path(__file__).parents[1]
 

@@ -95,10 +95,10 @@ def _parted(line: str) -> tuple[str, str, str]:
 
 def opening(spec: dict[str, Any]) -> dict[str, Any]:
     """Open the folder and do nothing else."""
-    from nat_jax import records
+    from nat_jax.input.sources import open_source
 
     begin = time.perf_counter()
-    source = records.open_source(spec["source"], "train")
+    source = open_source(spec["source"], "train")
     opened = time.perf_counter() - begin
     source[0]
     return {"open_seconds": opened, "first_record_seconds": time.perf_counter() - begin}
@@ -110,7 +110,8 @@ def using(spec: dict[str, Any]) -> dict[str, Any]:
     import grain  # noqa: F401 (batches need it, and should not pay for it)
     import numpy as np
 
-    from nat_jax import host_random, input_pipeline, preprocess, records
+    from nat_jax.input import counter_random, pipeline, transforms
+    from nat_jax.input.sources import open_source
 
     points: dict[str, dict[str, float]] = {}
 
@@ -120,17 +121,17 @@ def using(spec: dict[str, Any]) -> dict[str, Any]:
         begin = time.perf_counter()
 
     point("libraries imported")
-    source = records.open_source(spec["source"], "train")
+    source = open_source(spec["source"], "train")
     point("opened", records=len(source))
     count = len(source)
     digest = source.fingerprint
     point("fingerprint")
 
-    order = host_random.stream(spec["seed"], 0)
+    order = counter_random.stream(spec["seed"], 0)
     seen = np.zeros(count, np.uint8)
     for start in range(0, count, _BATCH):
         positions = np.arange(start, min(start + _BATCH, count))
-        seen[host_random.shuffled(positions, count, order)] += 1
+        seen[counter_random.shuffled(positions, count, order)] += 1
     whole = bool((seen == 1).all())
     point("an epoch's order")
 
@@ -139,10 +140,10 @@ def using(spec: dict[str, Any]) -> dict[str, Any]:
     point("random records read", records=len(chosen), bytes=size)
 
     seen[:] = 0
-    steps = input_pipeline.steps_per_epoch(count, _BATCH)
-    batches: Any = input_pipeline.train_batches(
+    steps = pipeline.steps_per_epoch(count, _BATCH)
+    batches: Any = pipeline.train_batches(
         source,
-        preprocess.train_transform(image_size=32),
+        transforms.train_transform(image_size=32),
         batch_size=_BATCH,
         seed=spec["seed"],
         start_step=0,

@@ -37,12 +37,15 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from nat_jax import assign, config_files, input_pipeline, preprocess, sharding
-from nat_jax.image_reader import ImageCache
-from nat_jax.placement import compile_step
-from nat_jax.run import Run, initial_state, open_sources, set_up
+from nat_jax import assign
+from nat_jax.cli import config_files
+from nat_jax.input import pipeline, transforms
+from nat_jax.input.reader import ImageCache
+from nat_jax.runtime import sharding
 from nat_jax.targets import Targets
 from nat_jax.train_step import Step, TrainState, forward
+from nat_jax.training.host_matching import compile_step
+from nat_jax.training.setup import Run, initial_state, open_sources, set_up
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -72,9 +75,9 @@ def problem(
 def batches(run: Run) -> Iterator[dict[str, jax.Array]]:
     """Yield the run's batches, on the devices."""
     data = run.config.data
-    stream = input_pipeline.train_batches(
+    stream = pipeline.train_batches(
         run.sources.train,
-        preprocess.train_transform(
+        transforms.train_transform(
             image_size=data.image_size, resize=data.resize, pad=data.pad, flip=data.flip
         ),
         batch_size=run.config.batch_size,

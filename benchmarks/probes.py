@@ -24,10 +24,10 @@ import jax
 import numpy as np
 
 from nat_jax.evaluate import FeatureSet, protocol
-from nat_jax.evaluate.knn import knn_sweep
-from nat_jax.evaluate.linear_probe import FITS, linear_probe
-from nat_jax.evaluate.mlp_probe import mlp_probe
 from nat_jax.evaluate.patches import learn_patches
+from nat_jax.evaluate.probes.knn import knn_sweep
+from nat_jax.evaluate.probes.linear import FITS, linear_probe
+from nat_jax.evaluate.probes.mlp import mlp_probe
 
 CLASSES = 10
 KS = (1, 5, 10, 20, 50, 100, 200)

@@ -30,10 +30,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nat_jax import assign, config_files
+from nat_jax import assign
+from nat_jax.cli import config_files
 from nat_jax.evaluate import judge
-from nat_jax.metrics import read_rows
-from nat_jax.records import open_source
+from nat_jax.input.sources import open_source
+from nat_jax.training.metrics import read_rows
 
 ARMS: dict[str, tuple[str, dict[str, float]]] = {
     "scipy": ("scipy", {}),

@@ -1,8 +1,9 @@
 """The steps that ``benchmarks/step.py`` compares, and the problems it gives them.
 
 Every step is a function of (state, batch), jitted, its state donated. Those of the library are what
-``nat_jax.placement.compile_step`` returns. The others are written here as anybody would write them:
-the network's ``apply`` under ``jax.value_and_grad``, optax's SGD, and nothing else.
+``nat_jax.training.host_matching.compile_step`` returns. The others are written here as anybody
+would write them: the network's ``apply`` under ``jax.value_and_grad``, optax's SGD, and nothing
+else.
 """
 
 import collections
@@ -18,9 +19,10 @@ import numpy as np
 import optax
 from sklearn.datasets import load_sample_images
 
-from nat_jax import models, optim, sharding, targets
-from nat_jax.placement import SOLVER_SECONDS, compile_step
+from nat_jax import models, optim, targets
+from nat_jax.runtime import sharding
 from nat_jax.train_step import Step, batch_shardings, create_state, state_shardings
+from nat_jax.training.host_matching import SOLVER_SECONDS, compile_step
 
 PLAIN = "NAT"
 BY_HAND = "by hand"

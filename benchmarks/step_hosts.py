@@ -4,8 +4,8 @@ Two processes on this machine, each bound to a core of its own, which imitates t
 over loopback. The costs of K blocks lie on their devices, half of them on each, or for K = 1 on
 both. Taken in turns, from the costs to the solution of all blocks on each device:
 
-    share   what ``nat_jax.placement.HostSolver`` does: each process solves a half, and a sum over
-            the devices brings the solutions together
+    share   what ``nat_jax.training.host_matching.HostSolver`` does: each process solves a half,
+            and a sum over the devices brings the solutions together
     all     the costs of all blocks are gathered, and each process solves all of them
 
     python benchmarks/step_hosts.py ROUNDS
@@ -86,11 +86,13 @@ def compare(blocks: int, rounds: int) -> list[dict[str, Any]]:
     from jax.experimental import multihost_utils
     from step_contenders import PROBLEMS
 
-    from nat_jax import placement, sharding, train_step
+    from nat_jax import train_step
+    from nat_jax.runtime import sharding
+    from nat_jax.training import host_matching
 
     mesh = sharding.make_mesh()
     step = train_step.Step(PROBLEMS["tiny"].model(), PROBLEMS["tiny"].optimizer, mesh)
-    solver, together = placement.HostSolver(step), jax.jit(placement._together)
+    solver, together = host_matching.HostSolver(step), jax.jit(host_matching._together)
     solve = functools.partial(train_step.solve, step)
     everywhere = sharding.replicated(mesh)
     gather = jax.jit(lambda cost: cost, out_shardings=everywhere)

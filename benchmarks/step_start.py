@@ -4,7 +4,7 @@
 
 prints one line of JSON: the seconds of the imports, of making the state, and of the first step of
 each kind, compilation included. Programs are kept where training keeps them
-(``nat_jax.user_cache``).
+(``nat_jax.runtime.cache_dir``).
 """
 
 import json
@@ -53,9 +53,9 @@ def first_steps(name: str) -> dict[str, Any]:
     import jax.numpy as jnp
     from step_contenders import PLAIN, PROBLEMS, make_batches, of_library
 
-    from nat_jax import user_cache
+    from nat_jax.runtime import cache_dir
 
-    user_cache.keep_programs()
+    cache_dir.keep_programs()
     jax.block_until_ready(jnp.zeros(1) + 1)
     lap("imports and JAX")
     problem = PROBLEMS[name]

@@ -15,25 +15,19 @@ __version__ = "0.1.0"
 _SUBMODULES = frozenset(
     {
         "assign",
-        "checkpoint",
         "config",
         "evaluate",
         "export",
-        "input_pipeline",
+        "input",
         "losses",
-        "metrics",
         "models",
-        "network",
         "optim",
-        "preemption",
-        "preprocess",
-        "records",
         "report",
-        "run",
-        "sharding",
+        "runtime",
         "targets",
         "train",
         "train_step",
+        "training",
     }
 )
 

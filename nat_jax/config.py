@@ -12,9 +12,11 @@ from typing import Any
 
 from ml_collections import ConfigDict, config_dict
 
-from nat_jax import assign, losses, optim, preprocess, sharding, targets
-from nat_jax.color_jitter import ColorJitter
-from nat_jax.records import SPLITS
+from nat_jax import assign, losses, optim, targets
+from nat_jax.input import transforms
+from nat_jax.input.color_jitter import ColorJitter
+from nat_jax.input.sources import SPLITS
+from nat_jax.runtime import sharding
 from nat_jax.setting_checks import at_least, check_eval, check_lists, one_of
 
 LABELS_ALL = 0
@@ -227,7 +229,7 @@ def validate(config: ConfigDict, probes: Mapping[str, Any]) -> None:
             f"got {config.targets.kind!r}"
         )
     one_of("data.on_bad_record", config.data.on_bad_record, ("grey", "error"))
-    one_of("data.crop", config.data.crop, preprocess.CROPS)
+    one_of("data.crop", config.data.crop, transforms.CROPS)
     one_of("data.augment_on", config.data.augment_on, ("auto", "host", "device"))
     check_eval(flat, probes)
     at_least(flat, 1, "batch_size", "data.image_size", "data.threads", "data.prefetch")
@@ -289,7 +291,7 @@ def model_arguments(config: ConfigDict) -> dict[str, Any]:
     }
 
 
-def train_transform(config: ConfigDict, *, colors: bool = True) -> preprocess.Transform:
+def train_transform(config: ConfigDict, *, colors: bool = True) -> transforms.Transform:
     """Return what becomes of training images.
 
     Args:
@@ -302,7 +304,7 @@ def train_transform(config: ConfigDict, *, colors: bool = True) -> preprocess.Tr
     data = config.data
     jitter = ColorJitter(data.color_jitter, data.grey)
     try:
-        return preprocess.train_transform(
+        return transforms.train_transform(
             image_size=data.image_size,
             resize=data.resize,
             pad=data.pad,

@@ -15,7 +15,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from nat_jax import command_help, command_line, config_files
+from nat_jax.cli import config_files, help_text, parsing
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "What to run, e.g. configs/digits.py; change a key with --config.key=value."
@@ -55,24 +55,25 @@ _PACKAGE = Path(__file__).parent
 
 
 def _pretrain(config: ConfigDict, workdir: Path) -> None:
-    from nat_jax import train, user_cache
+    from nat_jax import train
+    from nat_jax.runtime import cache_dir
 
-    user_cache.keep_programs()
+    cache_dir.keep_programs()
     train.train_and_evaluate(config, workdir)
 
 
 def _suite(config: ConfigDict, workdir: Path) -> None:
-    from nat_jax import user_cache
-    from nat_jax.paper.suite import run_suite
+    from nat_jax.experiments.suite import run_suite
+    from nat_jax.runtime import cache_dir
 
-    user_cache.keep_programs()
+    cache_dir.keep_programs()
     print(f"result: {run_suite(config, workdir)}")
 
 
 def _report(config: ConfigDict, workdir: Path) -> None:
     from nat_jax import report
-    from nat_jax import workdir as workdirs
-    from nat_jax.paper import pages
+    from nat_jax.experiments import pages
+    from nat_jax.training import workdir as workdirs
 
     of_suite = workdirs.read_json(pages.result_file(workdir))
     page = pages.write(of_suite, workdir) if of_suite else report.write_report(workdir)
@@ -80,7 +81,7 @@ def _report(config: ConfigDict, workdir: Path) -> None:
 
 
 def _convert(config: ConfigDict, workdir: Path) -> None:
-    from nat_jax.records.convert import convert
+    from nat_jax.input.convert import convert
 
     convert(config.data.source, config.convert.to, shard_mb=config.convert.shard_mb)
 
@@ -92,18 +93,18 @@ def _export(config: ConfigDict, workdir: Path) -> None:
 
 
 def _features(config: ConfigDict, workdir: Path) -> None:
-    from nat_jax import user_cache
     from nat_jax.evaluate.write_features import write_features
+    from nat_jax.runtime import cache_dir
 
-    user_cache.keep_programs()
+    cache_dir.keep_programs()
     print(f"features: {write_features(config, workdir)}")
 
 
 def _judge(config: ConfigDict, workdir: Path) -> None:
-    from nat_jax import user_cache
     from nat_jax.evaluate.tasks import judge_task
+    from nat_jax.runtime import cache_dir
 
-    user_cache.keep_programs()
+    cache_dir.keep_programs()
     print(f"result: {judge_task(config, workdir)}")
 
 
@@ -127,10 +128,10 @@ _TOGETHER = {"pretrain"}
 def main(argv: Sequence[str]) -> None:
     """Run the task that the config names."""
     if len(argv) > 1:
-        raise ValueError(command_line.stray(argv[1]))
+        raise ValueError(parsing.stray(argv[1]))
     config = _CONFIG.value
     if not flags.FLAGS["config"].present:
-        raise ValueError(f"--config is missing. {command_line.known_configs()}")
+        raise ValueError(f"--config is missing. {parsing.known_configs()}")
     if not isinstance(config, ConfigDict):
         kind = type(config).__name__
         raise ValueError(f"--config: get_config() must return a ConfigDict; it returned a {kind}")
@@ -143,9 +144,9 @@ def main(argv: Sequence[str]) -> None:
 
 def _start_up(task: str) -> None:
     """Connect to the other processes, if this is one of several; only the first one is chatty."""
-    from nat_jax import distributed
+    from nat_jax.runtime import startup
 
-    place = distributed.find_place(
+    place = startup.find_place(
         _DISTRIBUTED.value,
         coordinator=_COORDINATOR.value,
         num_processes=_NUM_PROCESSES.value,
@@ -159,19 +160,19 @@ def _start_up(task: str) -> None:
             f"task {task!r} runs in one process; this is number {place.index} of {place.count}. "
             "Start it once, with --distributed=off"
         )
-    distributed.connect(
+    startup.connect(
         place, timeout=_DISTRIBUTED_TIMEOUT.value, heartbeat=_DISTRIBUTED_HEARTBEAT.value
     )
     if place.index:
         package = logging.getLogger("nat_jax")
         package.setLevel(logging.WARNING)
-        package.handlers[0].setFormatter(logging.Formatter(f"{distributed.who()}%(message)s"))
+        package.handlers[0].setFormatter(logging.Formatter(f"{startup.who()}%(message)s"))
 
 
 def run() -> None:
     """Parse the flags and run the task; a mistake in the input is one message and exit code 2."""
-    if command_help.is_asked_for(sys.argv[1:]):
-        print(command_help.text([flags.FLAGS[flag.name] for flag in _FLAGS]))
+    if help_text.is_asked_for(sys.argv[1:]):
+        print(help_text.text([flags.FLAGS[flag.name] for flag in _FLAGS]))
         return
     absl_logging.set_verbosity(absl_logging.WARNING)
     if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) == 1:
@@ -184,7 +185,7 @@ def run() -> None:
     package.addHandler(handler)
     package.setLevel(logging.INFO)
     package.propagate = False
-    app.run(_guarded(main), flags_parser=_guarded(command_line.parse))
+    app.run(_guarded(main), flags_parser=_guarded(parsing.parse))
 
 
 def _guarded(function: Callable) -> Callable:
@@ -201,15 +202,15 @@ def _guarded(function: Callable) -> Callable:
         except flags.Error as error:
             _fail(error)
         except Exception as error:
-            from nat_jax import distributed
+            from nat_jax.runtime import startup
 
-            if words := distributed.lost_peer(error):
+            if words := startup.lost_peer(error):
                 _lost(words)
             if _is_message(error):
                 _fail(error)
-            if distributed.who():  # Python's own end would wait for the other processes
+            if startup.who():  # Python's own end would wait for the other processes
                 traceback.print_exc()
-                distributed.leave(1)
+                startup.leave(1)
             raise
 
     return call
@@ -224,24 +225,24 @@ def _is_message(error: Exception) -> bool:
 
 
 def _lost(words: str) -> None:
-    from nat_jax import distributed
+    from nat_jax.runtime import startup
 
     print(
-        f"nat_jax: {distributed.who()}another process of this run has ended or cannot be reached "
+        f"nat_jax: {startup.who()}another process of this run has ended or cannot be reached "
         f"({words}); its own output says why. The same command line, started for all processes, "
         "goes on from the last checkpoint",
         file=sys.stderr,
     )
-    distributed.leave(distributed.LOST)
+    startup.leave(startup.LOST)
 
 
 def _fail(error: Exception) -> None:
-    from nat_jax import distributed
-    from nat_jax.prefetch import Stalled
+    from nat_jax.input.prefetch import Stalled
+    from nat_jax.runtime import startup
 
-    print(f"nat_jax: {distributed.who()}{error}", file=sys.stderr)
+    print(f"nat_jax: {startup.who()}{error}", file=sys.stderr)
     # Python would wait for the thread that hangs
-    distributed.leave(2, at_once=isinstance(error, Stalled))
+    startup.leave(2, at_once=isinstance(error, Stalled))
 
 
 if __name__ == "__main__":

@@ -14,27 +14,21 @@ from pathlib import Path
 import jax
 from ml_collections import ConfigDict
 
-from nat_jax import (
-    agreement,
-    checkpoint,
-    distributed,
-    evaluate,
-    input_pipeline,
-    metrics,
-    preemption,
-    report,
-    sharding,
-)
 from nat_jax import config as configs
-from nat_jax import workdir as workdirs
-from nat_jax.bad_records import BadRecords
+from nat_jax import evaluate, report
 from nat_jax.evaluate import judge
 from nat_jax.export.loading import UNTRAINED, untrained_network
-from nat_jax.image_reader import ImageCache
-from nat_jax.network import Network
-from nat_jax.placement import SOLVER_SECONDS, compile_step
-from nat_jax.preemption import Preempted, StopOnSignal
-from nat_jax.run import (
+from nat_jax.input import pipeline
+from nat_jax.input.bad_records import BadRecords
+from nat_jax.input.reader import ImageCache
+from nat_jax.models.frozen import Network
+from nat_jax.runtime import consistency, preemption, sharding, startup
+from nat_jax.runtime.preemption import Preempted, StopOnSignal
+from nat_jax.train_step import Metrics, TrainState, batch_shardings
+from nat_jax.training import checkpoint, metrics
+from nat_jax.training import workdir as workdirs
+from nat_jax.training.host_matching import SOLVER_SECONDS, compile_step
+from nat_jax.training.setup import (
     Run,
     make_model,
     open_sources,
@@ -42,7 +36,6 @@ from nat_jax.run import (
     restore_or_create,
     set_up,
 )
-from nat_jax.train_step import Metrics, TrainState, batch_shardings
 
 logger = logging.getLogger(__name__)
 
@@ -91,11 +84,11 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> T
     make_model(config, mesh.devices.flat[0].platform)  # mistakes in its settings come first
     workdirs.check(folder, config)
     shared = {k: v for k, v in configs.flatten(config).items() if k not in _OF_EACH_HOST}
-    agreement.check_same(
+    consistency.check_same(
         {"config": shared, "data": sources.train.fingerprint},
         "Start all processes with the same command line, on the same data",
     )
-    agreement.check_shared(folder)
+    consistency.check_shared(folder)
     results, cache = {}, ImageCache()
     for seed in config.seeds:
         place = workdirs.seed_folder(config, folder, seed)
@@ -110,7 +103,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> T
     with preemption.nothing_to_save():
         if jax.process_index() == 0:
             _publish(folder, run, results)
-        agreement.wait_for_all("published")  # however long that took
+        consistency.wait_for_all("published")  # however long that took
     return state
 
 
@@ -121,7 +114,7 @@ def _train(run: Run, folder: Path, began: float) -> TrainState:
     )
     alone = False
     try:
-        agreement.check_same(
+        consistency.check_same(
             {"newest checkpoint": checkpoints.latest_step()},
             f"All hosts must see the same files in {run.workdir}",
         )
@@ -137,7 +130,7 @@ def _train(run: Run, folder: Path, began: float) -> TrainState:
             state = _Loop(run, checkpoints, began).run(state)
         return state
     except Exception as error:
-        alone = distributed.lost_peer(error) is not None
+        alone = startup.lost_peer(error) is not None
         raise
     finally:
         if not alone:  # a save that is under way would wait for the lost process
@@ -276,7 +269,7 @@ class _Loop:
 
     def _batches(self, start: int) -> Generator[dict[str, jax.Array], None, None]:
         run, data = self._run, self._run.config.data
-        return input_pipeline.train_batches(
+        return pipeline.train_batches(
             run.sources.train,
             configs.train_transform(run.config),
             batch_size=run.config.batch_size,
@@ -297,7 +290,7 @@ class _Loop:
             convert=self._to_devices,
         )
 
-    def _to_devices(self, batch: input_pipeline.Batch) -> dict[str, jax.Array]:
+    def _to_devices(self, batch: pipeline.Batch) -> dict[str, jax.Array]:
         local = {k: v for k, v in batch.items() if k != "label" or self._run.step.supervised}
         return sharding.global_batch(local, self._run.step.mesh)
 
@@ -364,7 +357,7 @@ class _Loop:
                 self._judge(done, state)
         if last or asked or done % self._save_every == 0:
             self._read(keep=0)  # nothing that is not finite is ever saved
-            agreement.check_copies(state, f"step {done}")
+            consistency.check_copies(state, f"step {done}")
             meta = {**run.identity(), "config": configs.to_dict(run.config)}
             self._checkpoints.save(done, state, meta)
         if asked:

@@ -8,7 +8,7 @@
 
 ``match`` poses assignment problems (``pose``), solves them (``solve``) and deals out the rows
 (``deal``). Everything here is pure and runs under ``jax.jit`` over the ("data", "model") mesh; how
-it is compiled, and where matching is solved, is the business of ``nat_jax.placement``.
+it is compiled, and where matching is solved, is the business of ``nat_jax.training.host_matching``.
 """
 
 import dataclasses
@@ -22,8 +22,9 @@ import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from nat_jax import assign, losses, optim, sharding
+from nat_jax import assign, losses, optim
 from nat_jax.models import Model, Params
+from nat_jax.runtime import sharding
 from nat_jax.targets import Targets
 
 Metrics = dict[str, jax.Array]

@@ -6,7 +6,7 @@ import time
 
 import numpy as np
 
-from nat_jax.records import Record
+from nat_jax.input.sources import Record
 
 SIZE = 6
 

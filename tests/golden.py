@@ -58,14 +58,16 @@ def train(case: str, workdir: Path) -> Outcome:
     import numpy as np
 
     from nat_jax import config as configs
-    from nat_jax import metrics, models, records
+    from nat_jax import models
+    from nat_jax.input.sources import open_source
     from nat_jax.train import train_and_evaluate
+    from nat_jax.training import metrics
 
     config = smoke_config(CASES.get(case, CASES["table"]))
     state = train_and_evaluate(config, workdir)
     losses = [row["train/loss"] for row in metrics.read_rows(workdir) if "train/loss" in row]
     model = models.make_model(**configs.model_arguments(config), platform="cpu")
-    test = records.open_source("digits", "test")
+    test = open_source("digits", "test")
     images = np.stack(
         [np.broadcast_to(test[i]["image"].reshape(8, 8, -1), (8, 8, 3)) for i in range(16)]
     )

@@ -11,9 +11,10 @@ import numpy as np
 from jax.sharding import Mesh
 from scipy.optimize import linear_sum_assignment
 
-from nat_jax import models, optim, sharding, targets
-from nat_jax.placement import compile_step
+from nat_jax import models, optim, targets
+from nat_jax.runtime import sharding
 from nat_jax.train_step import Step, TrainState, create_state, forward, state_shardings
+from nat_jax.training.host_matching import compile_step
 
 N, B, D = 203, 32, 6  # 203 rows do not divide by 8 devices
 

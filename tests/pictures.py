@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nat_jax import decode
+from nat_jax.input import decode
 
 READERS = ("Pillow", "simplejpeg")
 

@@ -7,7 +7,8 @@ import sys
 import pytest
 from project import ROOT
 
-from nat_jax import config, config_files, evaluate
+from nat_jax import config, evaluate
+from nat_jax.cli import config_files
 
 sys.path.append(str(ROOT / "benchmarks"))
 

@@ -12,53 +12,20 @@ from project import ROOT, project_files
 
 # From the bottom up; a module imports from layers below its own and from its own package.
 LAYERS = (
-    {
-        "agreement",
-        "bad_records",
-        "c_signals",
-        "color_jitter",
-        "config_files",
-        "decode",
-        "host_random",
-        "permutation",
-        "setting_checks",
-        "sharding",
-        "user_cache",
-        "work_log",
-    },
-    {
-        "assign",
-        "command_help",
-        "distributed",
-        "losses",
-        "models",
-        "optim",
-        "preprocess",
-        "records",
-        "targets",
-    },
-    {"config", "image_reader", "network", "preemption", "prefetch"},
-    {
-        "checkpoint",
-        "command_line",
-        "device_images",
-        "input_pipeline",
-        "metrics",
-        "train_step",
-        "workdir",
-    },
+    {"runtime", "setting_checks"},
+    {"assign", "input", "losses", "models", "optim", "targets"},
+    {"config", "train_step"},
+    {"cli", "training"},
     {"export", "report"},
-    {"evaluate", "placement"},
-    {"run"},
+    {"evaluate"},
     {"train"},
-    {"paper"},
+    {"experiments"},
     {"main"},
     {"__main__"},
 )
 SEES_CONFIG = {
-    "command_line",
+    "cli.parsing",
     "config",
-    "workdir",
     "export.loading",
     "export.task",
     "evaluate.contenders",
@@ -67,12 +34,13 @@ SEES_CONFIG = {
     "evaluate.scoring",
     "evaluate.tasks",
     "evaluate.write_features",
-    "paper.findings",
-    "paper.members",
-    "paper.scales",
-    "paper.suite",
-    "run",
+    "experiments.findings",
+    "experiments.members",
+    "experiments.scales",
+    "experiments.suite",
     "train",
+    "training.setup",
+    "training.workdir",
     "main",
 }
 MAX_LINES = 400
@@ -158,33 +126,33 @@ def test_imports_run_one_way() -> None:
 @pytest.mark.parametrize(
     ("module", "line", "complaint"),
     [
-        ("sharding", "from nat_jax import models", "not below"),
-        ("sharding", "import nat_jax.models.convnet", "not below"),
+        ("runtime.sharding", "from nat_jax import models", "not below"),
+        ("runtime.sharding", "import nat_jax.models.convnet", "not below"),
         ("assign._paths", "from nat_jax.targets import Targets", "not below"),
-        ("assign._paths", "def f():\n    from nat_jax import sharding, train", "train"),
-        ("metrics", "from nat_jax import train_step", "not below"),
+        ("assign._paths", "def f():\n    from nat_jax import runtime, train", "train"),
+        ("losses", "from nat_jax import train_step", "not below"),
         ("losses", "from nat_jax import config", "plain arguments"),
         ("losses", "from ml_collections import ConfigDict", "plain arguments"),
         ("", "from nat_jax import assign", "on first use"),
         ("helpers", "import jax", "LAYERS"),
-        ("models.frontend", "from nat_jax.models.network import Network", "cycle"),
+        ("models.frontend", "from nat_jax.models.layers import Network", "cycle"),
     ],
 )
 def test_the_order_can_be_broken(module: str, line: str, complaint: str) -> None:
     modules = {
         "": "",
-        "sharding": "",
+        "runtime": "",
+        "runtime.sharding": "",
         "targets": "class Targets: ...",
         "losses": "",
         "config": "",
-        "models": "from nat_jax.models.network import Network",
+        "models": "from nat_jax.models.layers import Network",
         "models.network": "from nat_jax.models import frontend",
         "models.frontend": "",
         "models.convnet": "",
         "assign": "from nat_jax.assign import _paths",
         "assign._paths": "",
         "train_step": "from nat_jax.targets import Targets",
-        "metrics": "",
         "train": "from nat_jax import train_step, assign",
     }
     assert violations(modules) == []
@@ -206,13 +174,13 @@ def test_assign_imports_nothing_else_of_the_library() -> None:
     if "assign" not in modules:
         pytest.skip("nat_jax.assign does not exist")
     assert assign_is_alone(modules)
-    assert not assign_is_alone(modules | {"assign._new": "from nat_jax import sharding"})
+    assert not assign_is_alone(modules | {"assign._new": "from nat_jax.runtime import sharding"})
 
 
 LOADED = """
 import sys
-import nat_jax
-nat_jax.{module}
+import importlib, nat_jax
+importlib.import_module("nat_jax.{module}") if "{module}" != "__version__" else None
 print(*sorted({{name.partition(".")[0] for name in sys.modules}}))
 """
 
@@ -234,7 +202,7 @@ def loaded_by(module: str) -> set[str]:
     [
         ("__version__", {"jax", "numpy", "flax", "grain", "tensorflow_datasets"}),
         ("assign", {"flax", "grain", "tensorflow_datasets", "orbax", "ml_collections"}),
-        ("records", {"jax", "flax", "tensorflow_datasets", "sklearn"}),
+        ("input", {"jax", "flax", "tensorflow_datasets", "sklearn"}),
     ],
 )
 def test_a_light_import_stays_light(module: str, unwanted: set[str]) -> None:
@@ -246,9 +214,9 @@ def test_a_light_import_stays_light(module: str, unwanted: set[str]) -> None:
 
 
 def test_a_heavy_import_would_be_seen() -> None:
-    if "checkpoint" not in sources():
-        pytest.skip("nat_jax.checkpoint does not exist")
-    assert {"jax", "orbax"} <= loaded_by("checkpoint")
+    if "training.checkpoint" not in sources():
+        pytest.skip("nat_jax.training.checkpoint does not exist")
+    assert {"jax", "orbax"} <= loaded_by("training.checkpoint")
 
 
 def test_tensorflow_is_imported_nowhere() -> None:
@@ -294,12 +262,13 @@ def test_no_file_has_anything_stray() -> None:
         ("nat_jax/long.py", "\n" * (MAX_LINES + 1)),
         ("README.md", "TO" + "DO: write"),
         ("README.md", "see " + "/home" + "/someone/data"),
-        ("nat_jax/records.py", 'PATH = "' + "/work" + '/data"'),
+        ("nat_jax/input/sources.py", 'PATH = "' + "/work" + '/data"'),
         ("docs/data.md", "[a](https://py" + "pi.org/project/a)"),
     ],
 )
 def test_stray_things_are_found(name: str, text: str) -> None:
     assert len(stray(name, text)) == 1
     assert (
-        stray("nat_jax/records.py", "#!/usr/bin/env python\nfolder:PATH, https://x.org/opt/a") == []
+        stray("nat_jax/input/sources.py", "#!/usr/bin/env python\nfolder:PATH, https://x.org/opt/a")
+        == []
     )

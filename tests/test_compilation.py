@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from processes import CONFIG, WORKER, environment, write_images
 
-from nat_jax import config, metrics, train
+from nat_jax import config, train
+from nat_jax.training import metrics
 
 
 def tiny(solves: str):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from nat_jax import config, config_files, evaluate
+from nat_jax import config, evaluate
+from nat_jax.cli import config_files
 
 FOLDER = Path(__file__).parents[1] / "configs"
 CONFIGS = [*sorted(FOLDER.glob("[!_]*.py")), *sorted(FOLDER.glob("modern/[!_]*.py"))]

@@ -91,7 +91,7 @@ def test_there_is_a_recipe_for_each() -> None:
     made = [new_file(block) for block in FILES]
     assert [Path(path).parent.as_posix() for path in made] == [
         "nat_jax/models",
-        "nat_jax/records",
+        "nat_jax/input/sources",
         "nat_jax/assign",
         "nat_jax/evaluate",
         "configs",

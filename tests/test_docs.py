@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from project import ROOT
 
-from nat_jax import command_help, config, metrics
+from nat_jax import config
+from nat_jax.cli import help_text
+from nat_jax.training import metrics
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 KEYS = config.flatten(config.default())
@@ -83,7 +85,7 @@ def test_the_flags_that_the_questions_name_exist():
 def test_every_task_that_the_questions_name_exists():
     text = (ROOT / "docs" / "faq.md").read_text(encoding="utf-8")
     named = set(re.findall(r"--config\.task=(\w+)", text))
-    assert named and named <= set(command_help.TASKS)
+    assert named and named <= set(help_text.TASKS)
 
 
 def health_words() -> list[str]:

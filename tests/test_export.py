@@ -14,10 +14,13 @@ from PIL import Image
 from project import ROOT
 
 import nat_jax
-from nat_jax import config, evaluate, export, input_pipeline, main, models, records, train, workdir
+from nat_jax import config, evaluate, export, main, models, train
 from nat_jax.export import Bundle, BundleError, bundle, loading
 from nat_jax.export.program import PROGRAM, program
-from nat_jax.records import safe_files
+from nat_jax.input import pipeline
+from nat_jax.input.sources import open_source
+from nat_jax.runtime import atomic_files
+from nat_jax.training import workdir
 
 SEEDS = (3, 4)
 
@@ -81,7 +84,7 @@ def untrained():
 
 
 def pixels(network: Bundle) -> np.ndarray:
-    source = records.open_source("digits", "test")
+    source = open_source("digits", "test")
     return np.stack([network.preprocess(source[i]["image"]) for i in range(len(source))])
 
 
@@ -159,7 +162,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_left_alone(run, tmp_path, caplo
     assert "step 5" in caplog.text and "trying an older one" in caplog.text
     assert sorted(path.name for path in place.iterdir()) == before
     shutil.rmtree(place)
-    with pytest.raises(nat_jax.checkpoint.CheckpointError):
+    with pytest.raises(nat_jax.training.checkpoint.CheckpointError):
         loading.load_network(folder, seed=3)
     assert not place.exists()
 
@@ -233,8 +236,8 @@ def rewritten(folder, card: dict | None = None, **weights):
             kept = {k: v for k, v in file.items() if k not in weights}
         np.savez(folder / bundle.WEIGHTS, **kept, **{k: v for k, v in weights.items() if v.size})
     names = (bundle.CARD, bundle.WEIGHTS, PROGRAM)
-    sums = {name: safe_files.sha256(folder / name) for name in names}
-    (folder / bundle.SUMS).write_bytes(safe_files.sums_text(sums))
+    sums = {name: atomic_files.sha256(folder / name) for name in names}
+    (folder / bundle.SUMS).write_bytes(atomic_files.sums_text(sums))
 
 
 @pytest.mark.parametrize("name", [bundle.CARD, bundle.WEIGHTS, bundle.SUMS, PROGRAM])
@@ -288,7 +291,7 @@ def test_a_bundle_replaces_a_bundle_and_nothing_else(untrained, copy, tmp_path, 
     assert not (copy / PROGRAM).exists()
     before = (copy / bundle.WEIGHTS).read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(safe_files, "sha256", lambda path: 1 / 0)
+        patch.setattr(atomic_files, "sha256", lambda path: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             untrained.save(copy)
     nat_jax.load(copy)
@@ -313,8 +316,8 @@ def test_images_are_brought_to_the_network_as_the_judged_ones_are(untrained, tmp
     for i, shape in enumerate(((40, 90), (33, 20), (17, 16))):
         (tmp_path / f"{i}.jpg").write_bytes(jpeg(*shape))
     for split in ("train", "test"):
-        source = records.open_source(f"folder:{tmp_path}", split)
-        (batch,) = input_pipeline.eval_batches(source, untrained.transform, batch_size=4)
+        source = open_source(f"folder:{tmp_path}", split)
+        (batch,) = pipeline.eval_batches(source, untrained.transform, batch_size=4)
         for i in range(len(source)):
             data = source[i]["image"]
             path = tmp_path / "image"
@@ -378,7 +381,7 @@ def test_fingerprints_follow_weights_and_definition(untrained):
     model = models.make_model(**{**untrained.arguments, "frontend": "rgb"})
     assert model.spec == untrained.model.spec  # so that the front end alone differs
     parts = (untrained.params, untrained.batch_stats)
-    assert nat_jax.network.Network(model, *parts).fingerprint() != untrained.fingerprint()
+    assert nat_jax.models.frozen.Network(model, *parts).fingerprint() != untrained.fingerprint()
 
 
 def settings_like(network: Bundle):

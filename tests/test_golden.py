@@ -83,8 +83,8 @@ def _unzip(name: str, folder: Path) -> Path:
 
 
 def test_a_run_of_version_0_1_goes_on(tmp_path: Path) -> None:
-    from nat_jax import metrics
     from nat_jax.train import train_and_evaluate
+    from nat_jax.training import metrics
 
     workdir = _unzip("run_0.1", tmp_path)
     config = golden.smoke_config(golden.CASES["table"])

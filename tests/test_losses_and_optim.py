@@ -6,7 +6,7 @@ import pytest
 
 from nat_jax import optim
 from nat_jax.losses import squared_loss
-from nat_jax.models.network import unit_norm
+from nat_jax.models.layers import unit_norm
 
 
 def test_squared_loss_is_one_minus_cosine_on_the_sphere():

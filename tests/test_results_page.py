@@ -12,7 +12,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import ablations
 
-from nat_jax.paper import pages
+from nat_jax.experiments import pages
 from nat_jax.report import markdown_table
 from nat_jax.report.tables import arrange
 

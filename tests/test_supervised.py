@@ -8,11 +8,12 @@ import numpy as np
 import optax
 import pytest
 
-from nat_jax import config, losses, models, optim, sharding, targets, train
+from nat_jax import config, losses, models, optim, targets, train
 from nat_jax.evaluate import judge
-from nat_jax.models.network import unit_norm
-from nat_jax.placement import compile_step
+from nat_jax.models.layers import unit_norm
+from nat_jax.runtime import sharding
 from nat_jax.train_step import Step, create_state
+from nat_jax.training.host_matching import compile_step
 
 N, B, CLASSES = 48, 16, 5
 

@@ -29,7 +29,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from nat_jax import models, permutation, sharding
-from nat_jax.network import layer_outputs
+from nat_jax.models.frozen import layer_outputs
 
 devices = list(topologies.get_topology_desc(platform="tpu", topology_name=sys.argv[1]).devices)
 processes = 1 + max(device.process_index for device in devices)

@@ -18,10 +18,10 @@ from PIL import Image
 from project import ROOT
 
 from nat_jax import config, train
-from nat_jax.bad_records import BadRecordError
-from nat_jax.checkpoint import CheckpointError, Checkpoints
 from nat_jax.evaluate import judge
-from nat_jax.preemption import Preempted
+from nat_jax.input.bad_records import BadRecordError
+from nat_jax.runtime.preemption import Preempted
+from nat_jax.training.checkpoint import CheckpointError, Checkpoints
 
 
 def tiny(**changes):

@@ -8,9 +8,10 @@ import optax
 import pytest
 from scipy.optimize import linear_sum_assignment
 
-from nat_jax import models, optim, sharding, targets
-from nat_jax.placement import compile_step
+from nat_jax import models, optim, targets
+from nat_jax.runtime import sharding
 from nat_jax.train_step import Step, create_state, forward, match, train_step, update
+from nat_jax.training.host_matching import compile_step
 
 N, B, D = 48, 16, 6
 

@@ -14,7 +14,8 @@ Takes 55 minutes on 2 CPU cores for three seeds; on JPEG images kNN on the last 
 
 from ml_collections import ConfigDict
 
-from nat_jax import config, config_files
+from nat_jax import config
+from nat_jax.cli import config_files
 
 
 def get_config() -> ConfigDict:

@@ -13,7 +13,7 @@ Hardware and time: not run at the paper's scale; `:cifar10` takes minutes a seed
 
 from ml_collections import ConfigDict
 
-from nat_jax.paper import scales
+from nat_jax.experiments import scales
 
 
 def values(scale: str) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ at the best. Expected: three claims hold, four are within noise, one does not; s
 
 from ml_collections import ConfigDict
 
-from nat_jax.paper import scales
+from nat_jax.experiments import scales
 
 
 def get_config(scale: str = "cifar10") -> ConfigDict:

@@ -23,12 +23,15 @@ from matplotlib.patches import FancyArrowPatch, Polygon, Rectangle
 from matplotlib.patheffects import withStroke
 from PIL import Image
 
-from nat_jax import assign, input_pipeline, losses, models, optim, preprocess, records, sharding
+from nat_jax import assign, losses, models, optim
 from nat_jax import targets as noise
-from nat_jax.image_reader import ImageCache
+from nat_jax.input import pipeline, transforms
+from nat_jax.input.reader import ImageCache
+from nat_jax.input.sources import open_source
 from nat_jax.models.frontend import sobel
-from nat_jax.placement import compile_step
+from nat_jax.runtime import sharding
 from nat_jax.train_step import Step, create_state
+from nat_jax.training.host_matching import compile_step
 
 OUTPUT = Path(__file__).with_suffix(".png")
 
@@ -102,9 +105,9 @@ class Drawn(NamedTuple):
 
 def compute(epochs: tuple[int, ...] = SNAPSHOTS) -> Drawn:
     """Train on the digits and look at the features after ``epochs``, an increasing tuple."""
-    source = records.open_source("digits", "train")
-    transform = preprocess.train_transform(image_size=8, pad=1)
-    steps = input_pipeline.steps_per_epoch(len(source), BATCH)
+    source = open_source("digits", "train")
+    transform = transforms.train_transform(image_size=8, pad=1)
+    steps = pipeline.steps_per_epoch(len(source), BATCH)
     model = models.make_model(
         "convnet", dim=DIM, image_size=8, frontend="sobel", widths=(32, 64, 128), pools=2
     )
@@ -120,7 +123,7 @@ def compute(epochs: tuple[int, ...] = SNAPSHOTS) -> Drawn:
     images = _colours([source[i]["image"] for i in range(len(source))])
     labels = np.asarray(source.labels)
 
-    batches = input_pipeline.train_batches(
+    batches = pipeline.train_batches(
         source,
         transform,
         batch_size=BATCH,
@@ -143,7 +146,7 @@ def compute(epochs: tuple[int, ...] = SNAPSHOTS) -> Drawn:
                 state, _ = train_steps[epoch % PERIOD == 0](state, rows, batch)
     batches.close()
 
-    test = records.open_source("digits", "test")
+    test = open_source("digits", "test")
     chosen = np.concatenate([np.flatnonzero(np.asarray(test.labels) == k)[:2] for k in SHOWN])
     new = _colours([test[int(i)]["image"] for i in chosen])
     fresh = noise.sphere_rows(jax.random.fold_in(key, EXAMPLE_NOISE), np.arange(len(new)), DIM)

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 from nat_jax.evaluate.features import FeatureSet
-from nat_jax.evaluate.knn import knn
-from nat_jax.evaluate.linear_probe import fit_options, linear_probe
-from nat_jax.evaluate.mlp_probe import mlp_probe
+from nat_jax.evaluate.probes.knn import knn
+from nat_jax.evaluate.probes.linear import fit_options, linear_probe
+from nat_jax.evaluate.probes.mlp import mlp_probe
 
 __all__ = ["PROBES", "FeatureSet", "Probe", "protocol"]
 

@@ -9,7 +9,6 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from nat_jax import config as configs
-from nat_jax import workdir as workdirs
 from nat_jax.evaluate import judge
 from nat_jax.export import Bundle
 from nat_jax.export.bundle import is_bundle
@@ -20,6 +19,7 @@ from nat_jax.export.loading import (
     task_config,
     untrained_network,
 )
+from nat_jax.training import workdir as workdirs
 
 logger = logging.getLogger(__name__)
 

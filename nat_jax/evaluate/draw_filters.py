@@ -9,7 +9,7 @@ import numpy as np
 from nat_jax import report
 from nat_jax.evaluate.judge import UNTRAINED
 from nat_jax.models.frontend import kernel_of
-from nat_jax.network import Network
+from nat_jax.models.frozen import Network
 
 _PICTURE = "filters_composed.png"
 

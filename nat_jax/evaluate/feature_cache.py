@@ -23,9 +23,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from nat_jax import workdir as workdirs
 from nat_jax.evaluate.features import FeatureSet
-from nat_jax.records.safe_files import sync
+from nat_jax.runtime.atomic_files import sync
+from nat_jax.training import workdir as workdirs
 
 logger = logging.getLogger(__name__)
 

@@ -14,17 +14,18 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from nat_jax import __version__, evaluate, preprocess, report
+from nat_jax import __version__, evaluate, report
 from nat_jax import config as configs
 from nat_jax.evaluate import features, neighbours, subjects
 from nat_jax.evaluate.feature_cache import FeatureCache
 from nat_jax.evaluate.features import FeatureSet
 from nat_jax.evaluate.probe_data import ProbeData, Reading, Subject
 from nat_jax.export.loading import UNTRAINED
-from nat_jax.image_reader import ImageCache
+from nat_jax.input import transforms
+from nat_jax.input.reader import ImageCache
+from nat_jax.input.sources import Source
 from nat_jax.models import Model
-from nat_jax.network import Network, resolve_layers
-from nat_jax.records import Source
+from nat_jax.models.frozen import Network, resolve_layers
 
 # How rows name trained networks: by what they were trained with.
 NAT, SUPERVISED = "nat", {"square": "supervised_square", "softmax": "supervised_softmax"}
@@ -69,7 +70,7 @@ class Judge:
         self._eval, self._data, self._seed = config.eval, config.data, seed
         self.trained = trained_name(config)
         self._records = probe_data(config, train, test, seed=seed, cache=cache)
-        self._transform = preprocess.eval_transform(
+        self._transform = transforms.eval_transform(
             image_size=config.data.image_size, resize=config.data.resize
         )
         self.layers = resolve_layers(config.eval.layers, model)
@@ -201,7 +202,7 @@ def probe_data(
 
 
 def baselines(
-    settings: ConfigDict, data: ProbeData, transform: preprocess.Transform, seed: int
+    settings: ConfigDict, data: ProbeData, transform: transforms.Transform, seed: int
 ) -> list[Subject]:
     """Return the subjects that ``eval.baselines`` names."""
     made = {

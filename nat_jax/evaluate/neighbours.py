@@ -4,8 +4,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nat_jax.evaluate.knn import nearest
 from nat_jax.evaluate.probe_data import TEST, TRAIN, ProbeData, Subject
+from nat_jax.evaluate.probes.knn import nearest
 
 
 class Found(NamedTuple):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nat_jax import host_random
+from nat_jax.input import counter_random
 
 _CONTRAST_FLOOR = 10.0  # added to the variance of a patch, in grey levels squared
 _WHITENING_FLOOR = 0.1  # added to the eigenvalues of the normalised patches' covariance
@@ -172,7 +172,7 @@ def _sample(
     batches: Iterable[np.ndarray], size: int, per_image: int, most: int, seed: int
 ) -> np.ndarray:
     """Return uint8[n, size, size, 3], `per_image` random patches of each image."""
-    key, seen = host_random.stream(seed), 0
+    key, seen = counter_random.stream(seed), 0
     parts: list[np.ndarray] = [np.zeros((0, size, size, 3), np.uint8)]
     for images in batches:
         if seen * per_image >= most:
@@ -180,7 +180,7 @@ def _sample(
         _check_images(images, size)
         numbers = np.arange(seen, seen + len(images))
         seen += len(images)
-        draws = host_random.uniform(key, numbers, 2 * per_image).reshape(-1, per_image, 2)
+        draws = counter_random.uniform(key, numbers, 2 * per_image).reshape(-1, per_image, 2)
         room = np.array(images.shape[1:3]) - size + 1
         top, left = np.moveaxis((draws * room).astype(np.int64), 2, 0)
         windows = np.lib.stride_tricks.sliding_window_view(images, (size, size), axis=(1, 2))

@@ -11,15 +11,16 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from nat_jax import __version__, input_pipeline
-from nat_jax.bad_records import BadRecords
+from nat_jax import __version__
 from nat_jax.evaluate import features
 from nat_jax.evaluate.feature_cache import Entry, FeatureCache, Key, Rows, entry_bytes, fingerprint
 from nat_jax.evaluate.features import Apply
 from nat_jax.evaluate.stream import FeatureBatch, TrainEpoch, featured
-from nat_jax.image_reader import ImageCache
-from nat_jax.preprocess import Transform
-from nat_jax.records import Record, Source
+from nat_jax.input import pipeline
+from nat_jax.input.bad_records import BadRecords
+from nat_jax.input.reader import ImageCache
+from nat_jax.input.sources import Record, Source
+from nat_jax.input.transforms import Transform
 
 Batch = Mapping[str, np.ndarray]
 
@@ -173,10 +174,10 @@ class ProbeData:
             seed: of the chance.
         """
         size = self.stream_batch
-        steps = input_pipeline.steps_per_epoch(len(self.train), size)
+        steps = pipeline.steps_per_epoch(len(self.train), size)
 
         def epoch(number: int) -> Iterator[FeatureBatch]:
-            batches = input_pipeline.train_batches(
+            batches = pipeline.train_batches(
                 self.train,
                 augment,
                 batch_size=size,
@@ -289,7 +290,7 @@ class ProbeData:
     def _batches(
         self, source: Source, transform: Transform, batch_size: int, *, keep: bool
     ) -> Iterable[Batch]:
-        return input_pipeline.eval_batches(
+        return pipeline.eval_batches(
             source,
             transform,
             batch_size=batch_size,

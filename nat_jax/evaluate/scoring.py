@@ -15,11 +15,11 @@ from nat_jax import evaluate
 from nat_jax.evaluate import judge
 from nat_jax.evaluate.features import few_labels
 from nat_jax.evaluate.judge import Row
-from nat_jax.evaluate.knn import knn_sweep
-from nat_jax.evaluate.linear_probe import linear_probe_stream
-from nat_jax.evaluate.mlp_probe import mlp_probe_stream
 from nat_jax.evaluate.probe_data import TEST, TRAIN, ProbeData, Subject
-from nat_jax.preprocess import Transform, eval_transform
+from nat_jax.evaluate.probes.knn import knn_sweep
+from nat_jax.evaluate.probes.linear import linear_probe_stream
+from nat_jax.evaluate.probes.mlp import mlp_probe_stream
+from nat_jax.input.transforms import Transform, eval_transform
 
 _VOTES = {"weighted votes": 0.07, "plain votes": None}
 

@@ -9,8 +9,8 @@ from nat_jax.evaluate import features
 from nat_jax.evaluate.features import Apply
 from nat_jax.evaluate.patches import PatchDictionary, learn_patches
 from nat_jax.evaluate.probe_data import TRAIN, ProbeData, Subject
-from nat_jax.network import Network
-from nat_jax.preprocess import Transform
+from nat_jax.input.transforms import Transform
+from nat_jax.models.frozen import Network
 
 PIXELS, PATCHES = "raw pixels", "k-means patches"
 

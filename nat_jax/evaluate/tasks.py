@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from nat_jax import config as configs
-from nat_jax import evaluate, preprocess, records, report
-from nat_jax import workdir as workdirs
+from nat_jax import evaluate, report
 from nat_jax.evaluate import judge, subjects
 from nat_jax.evaluate.contenders import Contenders, find_contenders, seeds_of
 from nat_jax.evaluate.draw_filters import draw_filters
@@ -25,8 +24,11 @@ from nat_jax.evaluate.probe_data import Subject
 from nat_jax.evaluate.retrieval import draw_neighbours
 from nat_jax.evaluate.scoring import SCORED, Asked, Task
 from nat_jax.export.loading import UNTRAINED
-from nat_jax.image_reader import ImageCache
-from nat_jax.network import resolve_layers
+from nat_jax.input import transforms
+from nat_jax.input.reader import ImageCache
+from nat_jax.input.sources import Source, open_source
+from nat_jax.models.frozen import resolve_layers
+from nat_jax.training import workdir as workdirs
 
 logger = logging.getLogger(__name__)
 
@@ -101,12 +103,12 @@ def _set_up(config: ConfigDict, workdir: Path) -> list[Seed]:
     """Load the networks and open the records; every mistake is found here."""
     images, seeds = ImageCache(), []
     keep = FeatureCache(workdir / "features_cache")
-    opened: dict[tuple[str, str, int], records.Source] = {}
+    opened: dict[tuple[str, str, int], Source] = {}
 
-    def source(spec: str, split: str, per_class: int = 0) -> records.Source:
+    def source(spec: str, split: str, per_class: int = 0) -> Source:
         key = (spec, split, per_class)
         if key not in opened:
-            opened[key] = records.open_source(spec, split, per_class=per_class)
+            opened[key] = open_source(spec, split, per_class=per_class)
         return opened[key]
 
     several = seeds_of(config, workdir)
@@ -136,9 +138,7 @@ def _set_up(config: ConfigDict, workdir: Path) -> list[Seed]:
     return seeds
 
 
-def _own_data(
-    config: ConfigDict, contenders: Contenders, source: Callable[..., records.Source]
-) -> str:
+def _own_data(config: ConfigDict, contenders: Contenders, source: Callable[..., Source]) -> str:
     """Return where the data that the network was trained on lies now.
 
     That is where the command line says, if the same records are there; else where it was.
@@ -193,7 +193,7 @@ def _check(task: str, asked: Asked) -> None:
 def _subjects(asked: Asked, contenders: Contenders) -> list[Subject]:
     """Return the baselines, the untrained network, the one that is judged, and those beside it."""
     settings = contenders.settings
-    transform = preprocess.eval_transform(
+    transform = transforms.eval_transform(
         image_size=settings.data.image_size, resize=settings.data.resize
     )
     chosen = judge.baselines(asked.settings, asked.data, transform, asked.seed)

@@ -19,14 +19,16 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from nat_jax import config as configs
-from nat_jax import evaluate, input_pipeline, records
-from nat_jax import workdir as workdirs
+from nat_jax import evaluate
 from nat_jax.evaluate.features import computed
 from nat_jax.evaluate.probe_data import Selection
 from nat_jax.export import Bundle
 from nat_jax.export.loading import network_of, task_config
-from nat_jax.network import resolve_layers
-from nat_jax.records import safe_files
+from nat_jax.input import pipeline
+from nat_jax.input.sources import Source, open_source
+from nat_jax.models.frozen import resolve_layers
+from nat_jax.runtime import atomic_files
+from nat_jax.training import workdir as workdirs
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ def write_features(config: ConfigDict, workdir: Path) -> Path:
     place = Path(settings.features.to or Path(workdir) / "features").expanduser()
     for split in settings.features.splits:
         few = settings.data.per_class if spec == settings.data.source else 0
-        source = records.open_source(spec, split, per_class=few)
+        source = open_source(spec, split, per_class=few)
         asked = _protocol(settings, network, source)
         folder = place / split
         if (there := workdirs.read_json(folder / _CARD)) is None:
@@ -75,7 +77,7 @@ def write_features(config: ConfigDict, workdir: Path) -> Path:
     return place
 
 
-def _protocol(settings: ConfigDict, network: Bundle, source: records.Source) -> dict[str, Any]:
+def _protocol(settings: ConfigDict, network: Bundle, source: Source) -> dict[str, Any]:
     """Return all that the features depend on."""
     layers = resolve_layers(settings.eval.layers, network.model)
     return {
@@ -97,12 +99,12 @@ def _write(
     asked: Mapping[str, Any],
     settings: ConfigDict,
     network: Bundle,
-    source: records.Source,
+    source: Source,
 ) -> None:
     partial = folder.with_name(f".{folder.name}.partial")
     with ExitStack() as stack:
         busy = f"another process is writing {partial}; wait for it, or choose another"
-        stack.enter_context(safe_files.kept_for_us(partial, "features.to", busy))
+        stack.enter_context(atomic_files.kept_for_us(partial, "features.to", busy))
         progress = workdirs.read_json(partial / _PROGRESS)
         if progress is None or progress["asked"] != asked:
             for leftover in partial.iterdir():
@@ -136,7 +138,7 @@ def _publish(partial: Path, folder: Path, card: Mapping[str, Any]) -> None:
 
 
 def _computed(
-    settings: ConfigDict, network: Bundle, source: records.Source, start: int
+    settings: ConfigDict, network: Bundle, source: Source, start: int
 ) -> Iterator[tuple[dict[str, np.ndarray], list[str]]]:
     """Yield what comes of each batch from a record on: see ``_Files.append``."""
     rest = Selection(source, np.arange(start, len(source))) if start else source
@@ -144,7 +146,7 @@ def _computed(
         return
     layers = resolve_layers(settings.eval.layers, network.model)
     extract = network.extractor(layers, settings.eval.max_features)
-    batches = input_pipeline.eval_batches(
+    batches = pipeline.eval_batches(
         rest,
         network.transform,
         batch_size=settings.eval.batch_size,

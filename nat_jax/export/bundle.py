@@ -20,10 +20,10 @@ from flax import traverse_util
 from PIL import Image
 
 from nat_jax import models
-from nat_jax.decode import open_picture
-from nat_jax.network import Network, resolve_layers
-from nat_jax.preprocess import Transform, cut, eval_transform
-from nat_jax.records import safe_files
+from nat_jax.input.decode import open_picture
+from nat_jax.input.transforms import Transform, cut, eval_transform
+from nat_jax.models.frozen import Network, resolve_layers
+from nat_jax.runtime import atomic_files
 
 FORMAT = 1  # of bundle.json; raised when its meaning changes
 CARD, WEIGHTS, SUMS = "bundle.json", "weights.npz", "SHA256SUMS"
@@ -136,7 +136,7 @@ class Bundle(Network):
             BundleError: the folder holds something else, or cannot be written.
         """
         place = Path(folder).expanduser()
-        files = {CARD: safe_files.as_json(self._card()), WEIGHTS: self._weights()} | dict(
+        files = {CARD: atomic_files.as_json(self._card()), WEIGHTS: self._weights()} | dict(
             extras or {}
         )
         partial, old = (
@@ -149,8 +149,8 @@ class Bundle(Network):
             partial.mkdir(parents=True)
             for name, data in files.items():
                 (partial / name).write_bytes(data)
-            sums = {name: safe_files.sha256(partial / name) for name in files}
-            (partial / SUMS).write_bytes(safe_files.sums_text(sums))
+            sums = {name: atomic_files.sha256(partial / name) for name in files}
+            (partial / SUMS).write_bytes(atomic_files.sums_text(sums))
             if place.exists():
                 place.replace(old)
             partial.replace(place)
@@ -246,9 +246,9 @@ def _check_files(place: Path) -> None:
         for name in (CARD, WEIGHTS, *sums):
             if not (place / name).is_file():
                 raise BundleError(f"{place} is incomplete: {name} is missing. {again}")
-            if sums.get(name) != safe_files.sha256(place / name):
+            if sums.get(name) != atomic_files.sha256(place / name):
                 raise BundleError(f"{place} is damaged: {name} is not what {SUMS} says. {again}")
-        if safe_files.sums_text(sums) != text.encode():
+        if atomic_files.sums_text(sums) != text.encode():
             raise BundleError(f"{place} is damaged: {SUMS} is not what was written. {again}")
     except (OSError, ValueError) as error:  # the text is no UTF-8, or a name is no file's
         raise BundleError(f"{place} cannot be read: {SUMS}: {error}. {again}") from error

@@ -10,11 +10,13 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from nat_jax import checkpoint, models, optim, sharding
 from nat_jax import config as configs
-from nat_jax import workdir as workdirs
+from nat_jax import models, optim
 from nat_jax.export.bundle import Bundle, is_bundle, load
+from nat_jax.runtime import sharding
 from nat_jax.train_step import create_state
+from nat_jax.training import checkpoint
+from nat_jax.training import workdir as workdirs
 
 UNTRAINED = "untrained"
 

@@ -13,7 +13,7 @@ import numpy as np
 from flax import traverse_util
 from jax import export
 
-from nat_jax.network import Network, layer_outputs, resolve_layers
+from nat_jax.models.frozen import Network, layer_outputs, resolve_layers
 
 PROGRAM = "features.stablehlo"
 PLATFORMS = ("cpu", "cuda", "tpu")

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from nat_jax.export.loading import network_of, task_config
 from nat_jax.export.program import PROGRAM, program
-from nat_jax.network import resolve_layers
+from nat_jax.models.frozen import resolve_layers
 
 logger = logging.getLogger(__name__)
 

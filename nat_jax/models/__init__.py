@@ -17,7 +17,7 @@ from flax import nnx
 from nat_jax.models.alexnet import alexnet
 from nat_jax.models.convnet import convnet
 from nat_jax.models.frontend import FRONTENDS
-from nat_jax.models.network import Network, Spec, Watch
+from nat_jax.models.layers import Network, Spec, Watch
 
 MODELS: dict[str, Callable[..., Spec]] = {
     "alexnet": alexnet,

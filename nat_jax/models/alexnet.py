@@ -1,6 +1,6 @@
 """AlexNet with batch norm, as in the paper (section 4) and the authors' alexnet-specs.lua."""
 
-from nat_jax.models.network import Conv, Dense, Spec
+from nat_jax.models.layers import Conv, Dense, Spec
 
 
 def alexnet(*, dropout: float = 0.5, fc_width: int = 4096) -> Spec:

@@ -1,6 +1,6 @@
 """A small network of 3x3 convolutions for images of 8 to 64 pixels (beyond the paper)."""
 
-from nat_jax.models.network import Conv, Dense, Spec
+from nat_jax.models.layers import Conv, Dense, Spec
 
 
 def convnet(

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from nat_jax.models import Model, Params
-from nat_jax.models.network import EPSILON
+from nat_jax.models.layers import EPSILON
 
 
 def fold_batch_norm(model: Model, params: Params, batch_stats: Params) -> tuple[Model, Params]:

@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nat_jax import metrics
 from nat_jax.report import charts, tables
 from nat_jax.report.contents import Contents, read
 from nat_jax.report.style import CSS
-from nat_jax.workdir import write_whole
+from nat_jax.training import metrics
+from nat_jax.training.workdir import write_whole
 
 
 def write_report(workdir: Path) -> Path:

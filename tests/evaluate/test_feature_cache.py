@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nat_jax import records
 from nat_jax.evaluate import feature_cache, probe_data
 from nat_jax.evaluate.feature_cache import FeatureCache, available_memory, entry_bytes
 from nat_jax.evaluate.probe_data import TEST, TRAIN, ProbeData, Reading, Subject
-from nat_jax.image_reader import ImageCache
-from nat_jax.preprocess import eval_transform
+from nat_jax.input.reader import ImageCache
+from nat_jax.input.sources import open_source
+from nat_jax.input.transforms import eval_transform
 
 
 def write(cache, name, count=6, width=3, between=lambda: None):
@@ -272,7 +272,7 @@ class Judged:
     """Digits under a function of two layers, of 4 * 30 and 4 * 20 bytes a record."""
 
     def __init__(self, folder, most_bytes=1 << 30, most_memory=None, name="some"):
-        train, test = (records.open_source("digits", split) for split in (TRAIN, TEST))
+        train, test = (open_source("digits", split) for split in (TRAIN, TEST))
         self.calls = 0
         self.data = ProbeData(
             train,

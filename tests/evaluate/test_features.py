@@ -18,7 +18,7 @@ from nat_jax.evaluate.features import (
     raw_pixels,
     subset_per_class,
 )
-from nat_jax.evaluate.linear_probe import linear_probe
+from nat_jax.evaluate.probes.linear import linear_probe
 from nat_jax.models import make_model
 from nat_jax.models.pooling import PUBLISHED_FEATURES, pool
 

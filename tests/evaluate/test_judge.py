@@ -2,9 +2,10 @@ import jax
 import numpy as np
 import pytest
 
-from nat_jax import config, models, records
+from nat_jax import config, models
 from nat_jax.evaluate import judge
-from nat_jax.image_reader import ImageCache
+from nat_jax.input.reader import ImageCache
+from nat_jax.input.sources import Record
 
 
 class Blocks:
@@ -26,7 +27,7 @@ class Blocks:
     def record_name(self, index: int) -> str:
         return f"{self.split}{index}"
 
-    def __getitem__(self, index: int) -> records.Record:
+    def __getitem__(self, index: int) -> Record:
         return {
             "index": index,
             "name": self.record_name(index),

@@ -11,8 +11,8 @@ from sklearn.cluster import KMeans
 
 from nat_jax.evaluate import patches
 from nat_jax.evaluate.features import extract, raw_pixels
-from nat_jax.evaluate.linear_probe import linear_probe
 from nat_jax.evaluate.patches import PatchDictionary, k_means, learn_patches, nearest_centroid
+from nat_jax.evaluate.probes.linear import linear_probe
 
 
 def _images(count: int, seed: int = 0, side: int = 12) -> np.ndarray:

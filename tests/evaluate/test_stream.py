@@ -7,10 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from nat_jax import input_pipeline, models, preprocess, records
-from nat_jax.evaluate.linear_probe import linear_probe_stream
-from nat_jax.evaluate.mlp_probe import mlp_probe_stream
+from nat_jax import models
+from nat_jax.evaluate.probes.linear import linear_probe_stream
+from nat_jax.evaluate.probes.mlp import mlp_probe_stream
 from nat_jax.evaluate.stream import FeatureBatch, featured
+from nat_jax.input import pipeline, transforms
+from nat_jax.input.sources import open_source
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +35,8 @@ def test_probes_learn_from_augmented_images_through_a_frozen_network(source: str
         "convnet", dim=4, image_size=12, frontend="rgb", widths=(6, 8), pools=1
     )
     weights = model.init(jax.random.key(0))
-    train, test = (records.open_source(source, split) for split in ("train", "test"))
-    steps, crops = input_pipeline.steps_per_epoch(len(train), 64), []
+    train, test = (open_source(source, split) for split in ("train", "test"))
+    steps, crops = pipeline.steps_per_epoch(len(train), 64), []
 
     @jax.jit
     def apply(images: jax.Array) -> dict[str, jax.Array]:
@@ -42,9 +44,9 @@ def test_probes_learn_from_augmented_images_through_a_frozen_network(source: str
         return {layer: outputs[layer] for layer in ("conv1", "conv2")}
 
     def train_epoch(epoch: int) -> Iterator[FeatureBatch]:
-        batches = input_pipeline.train_batches(
+        batches = pipeline.train_batches(
             train,
-            preprocess.train_transform(image_size=12, resize=14),
+            transforms.train_transform(image_size=12, resize=14),
             batch_size=64,
             seed=0,
             start_step=epoch * steps,
@@ -57,8 +59,8 @@ def test_probes_learn_from_augmented_images_through_a_frozen_network(source: str
             yield batch
 
     def ten_crops() -> Iterator[FeatureBatch]:
-        transform = preprocess.eval_transform(image_size=12, resize=14, ten_crops=True)
-        batches = input_pipeline.eval_batches(test, transform, batch_size=32, threads=0)
+        transform = transforms.eval_transform(image_size=12, resize=14, ten_crops=True)
+        batches = pipeline.eval_batches(test, transform, batch_size=32, threads=0)
         return featured(apply, batches)
 
     shapes = [batch.features["conv2"].shape[:2] for batch in ten_crops()]

@@ -310,8 +310,8 @@ def test_a_mistake_is_one_message(tmp_path, task, changes, message):
 
 def test_all_known_names_are_known_to_the_config():
     from nat_jax import setting_checks
-    from nat_jax.evaluate.linear_probe import FITS
-    from nat_jax.evaluate.mlp_probe import INITS
+    from nat_jax.evaluate.probes.linear import FITS
+    from nat_jax.evaluate.probes.mlp import INITS
 
     assert set(setting_checks.LINEAR_FITS) == {"auto", *FITS}
     assert setting_checks.MLP_INITS == INITS

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nat_jax import config, records
+from nat_jax import config
 from nat_jax.evaluate import write_features as module
 from nat_jax.evaluate.write_features import write_features
 from nat_jax.export import loading
+from nat_jax.input.sources import open_source
 
 CLASSES = ("blue", "red")
 
@@ -50,7 +51,7 @@ def test_row_i_is_record_i_as_the_network_gives_it(pictures, tmp_path):
     assert place == tmp_path / "run" / "features"
     network = loading.untrained_network(c, 0)
     for split, count in (("train", 11), ("test", 2)):
-        source, folder = records.open_source(pictures, split), place / split
+        source, folder = open_source(pictures, split), place / split
         found = {file.stem: np.load(file, mmap_mode="r") for file in folder.glob("*.npy")}
         assert sorted(found) == ["conv1", "index", "label", "z"]
         names = [json.loads(line) for line in (folder / "names.jsonl").read_text().splitlines()]

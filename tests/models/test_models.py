@@ -5,7 +5,7 @@ import pytest
 
 from nat_jax import models
 from nat_jax.models import frontend
-from nat_jax.models.network import max_pool, unit_norm
+from nat_jax.models.layers import max_pool, unit_norm
 
 
 @pytest.fixture(scope="module")

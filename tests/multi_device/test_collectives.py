@@ -11,8 +11,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from nat_jax import models, optim, run, sharding, targets
+from nat_jax import models, optim, targets
+from nat_jax.runtime import sharding
 from nat_jax.train_step import Step, state_shardings, train_step
+from nat_jax.training import setup
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
@@ -170,7 +172,7 @@ def first_state_bytes() -> int:
         sources=SimpleNamespace(train=range(N - 1)),  # padded by one entry
         config=SimpleNamespace(targets=SimpleNamespace(kind="sphere")),
     )
-    function = jax.jit(lambda: run.initial_state(beginning), out_shardings=state_shardings(step))
+    function = jax.jit(lambda: setup.initial_state(beginning), out_shardings=state_shardings(step))
     return function.lower().compile(FAST).memory_analysis().temp_size_in_bytes
 
 

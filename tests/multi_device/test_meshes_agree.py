@@ -12,12 +12,14 @@ from jax.sharding import PartitionSpec as P
 from one_step import Outcome, assert_agree, clear, make_state, make_step, one_step
 from project import ROOT
 
-from nat_jax import config, metrics, sharding, train
-from nat_jax.checkpoint import Checkpoints
-from nat_jax.device_images import DeviceImages
-from nat_jax.image_reader import ImageCache
-from nat_jax.run import initial_state, open_sources, set_up
+from nat_jax import config, train
+from nat_jax.input.device_images import DeviceImages
+from nat_jax.input.reader import ImageCache
+from nat_jax.runtime import sharding
 from nat_jax.train_step import state_shardings
+from nat_jax.training import metrics
+from nat_jax.training.checkpoint import Checkpoints
+from nat_jax.training.setup import initial_state, open_sources, set_up
 
 
 def mesh_of(data: int, model: int = 1):

@@ -9,9 +9,10 @@ from jax.sharding import PartitionSpec as P
 from one_step import B, D, make_batch, make_step
 from programs import COLLECTIVES, collectives_in_loops, largest_collective
 
-from nat_jax import sharding, targets
-from nat_jax.placement import HostStep, compile_step
+from nat_jax import targets
+from nat_jax.runtime import sharding
 from nat_jax.train_step import Step, create_state, state_shardings
+from nat_jax.training.host_matching import HostStep, compile_step
 
 N = 4 * sharding.PERMUTATION_UNIT  # 1.7 million: more than anything else in the step
 

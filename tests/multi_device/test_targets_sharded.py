@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from nat_jax import models, optim, sharding, targets
-from nat_jax.placement import compile_step
+from nat_jax import models, optim, targets
+from nat_jax.runtime import sharding
 from nat_jax.targets import SphereTable, Targets
 from nat_jax.train_step import Step, create_state, state_shardings
+from nat_jax.training.host_matching import compile_step
 
 N, B, D = 4 * sharding.PERMUTATION_UNIT, 64, 16  # 1.7 million: larger than all else in the step
 KEY = jax.random.key(7)

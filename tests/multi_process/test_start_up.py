@@ -13,8 +13,8 @@ import jax
 import pytest
 from processes import CONFIG, Run, environment, free_port
 
-from nat_jax import distributed
-from nat_jax.distributed import Place, StartUpError, find_place
+from nat_jax.runtime import startup
+from nat_jax.runtime.startup import Place, StartUpError, find_place
 
 SLURM = {
     "SLURM_JOB_ID": "4097",
@@ -233,16 +233,16 @@ def test_a_cluster_that_does_not_answer_is_given_up(tmp_path):
     ],
 )
 def test_a_lost_process_is_told_from_other_errors(monkeypatch, error, lost):
-    monkeypatch.setattr(distributed.jax.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(startup.jax.distributed, "is_initialized", lambda: True)
     outer = RuntimeError("cannot be saved")
     outer.__cause__ = error
     for raised in (error, outer):
-        assert distributed.lost_peer(raised) == (str(error) if lost else None)
+        assert startup.lost_peer(raised) == (str(error) if lost else None)
 
 
 def test_alone_nothing_is_lost():
     error = jax.errors.JaxRuntimeError("UNAVAILABLE: Socket closed")
-    assert distributed.lost_peer(error) is None and distributed.who() == ""
+    assert startup.lost_peer(error) is None and startup.who() == ""
 
 
 def connect(folder, *places):
@@ -301,7 +301,7 @@ def test_a_port_in_use_is_named(cluster):
     with socket.create_server(("", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(StartUpError, match=f"cannot listen on port {port}: .*in use"):
-            distributed.connect(Place(f"127.0.0.1:{port}", 2, 0, by_hand=True), timeout=5)
+            startup.connect(Place(f"127.0.0.1:{port}", 2, 0, by_hand=True), timeout=5)
 
 
 def test_ctrl_c_ends_a_process_that_waits(tmp_path):

@@ -20,7 +20,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from nat_jax import checkpoint, main, train
+from nat_jax import main, train
+from nat_jax.training import checkpoint
 
 
 def _keep(config, workdir):

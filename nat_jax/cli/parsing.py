@@ -1,0 +1,185 @@
+"""Reads the command line; a mistake in it or in a config file is one message that helps.
+
+Nothing here imports JAX until there is a mistake to explain.
+"""
+
+import difflib
+import traceback
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from nat_jax.cli import config_files
+
+# What a value of each type looks like on the command line.
+_FORMS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    tuple: "values such as \"('a', 'b')\" or \"(1,)\"",
+}
+# What absl raises for a flag that is unknown or malformed, and ml_collections for a key.
+_MISTAKES = (flags.Error, AttributeError, KeyError)
+
+
+def parse(argv: Sequence[str]) -> Sequence[str]:
+    """Parse the flags, ``--config`` and the keys that it changes.
+
+    Args:
+        argv: the program's name and its arguments.
+
+    Returns:
+        The program's name and what is no flag.
+
+    Raises:
+        ValueError: a mistake of the user, in words.
+        Exception: what was raised below a config file's own lines.
+    """
+    arguments = list(argv)
+    for at, argument in enumerate(arguments):
+        if argument in ("--config", "-config"):  # --config FILE is --config=FILE
+            if at + 1 == len(arguments) or arguments[at + 1].startswith("-"):
+                raise ValueError(f"--config: expected a file. {known_configs()}")
+            arguments[at : at + 2] = [f"--config={arguments[at + 1]}"]
+            break
+    file = ""
+    for at, argument in enumerate(arguments):
+        if argument.startswith(("--config=", "-config=")):
+            path = config_files.resolve_path(argument.partition("=")[2])
+            file = path.partition(":")[0]
+            _check_file(file)
+            arguments[at] = f"--config={path}"
+    try:
+        return flags.FLAGS(arguments)
+    except SyntaxError as error:
+        if error.filename != file:
+            raise
+        raise ValueError(f"--config: {file}, line {error.lineno}: {error.msg}") from error
+    except Exception as error:
+        mistake = _in_file(file, error) if file else ""
+        if not mistake and isinstance(error, _MISTAKES):
+            mistake = _explained(arguments, error, has_config=bool(file))
+        if not mistake:
+            raise
+        raise ValueError(mistake) from error
+
+
+def known_configs() -> str:
+    """Return a sentence that names the configs that come with the library."""
+    return f"Known: {', '.join(config_files.known())}, or a file of your own"
+
+
+def stray(argument: str) -> str:
+    """Say what is wrong with an argument that is no flag."""
+    if "=" in argument:
+        return f"unexpected argument {argument!r}; write --{argument}"
+    if argument.endswith(".py"):
+        return f"unexpected argument {argument!r}; write --config={argument}"
+    return f"unexpected argument {argument!r}; write --name=value"
+
+
+def _check_file(file: str) -> None:
+    if not Path(file).is_file():
+        raise ValueError(f"--config: there is no file {file}. {known_configs()}")
+    if not file.endswith(".py"):
+        raise ValueError(f"--config: expected a Python file; got {file}. {known_configs()}")
+
+
+def _in_file(file: str, error: BaseException | None) -> str:
+    """Say what is wrong in a line of a config file; "" if nothing there raised the error.
+
+    Raises:
+        BaseException: what was raised by something that the file calls. ml_collections, which
+            raises for keys that the file sets, counts as the file.
+    """
+    while error is not None:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [at for at, frame in enumerate(frames) if frame.filename == file]
+        if own:
+            break
+        error = error.__context__  # absl and ml_collections put their own around it
+    if error is None:
+        return ""
+    if not all("ml_collections" in frame.filename for frame in frames[own[-1] + 1 :]):
+        raise error
+    place = f"--config: {file}, line {frames[own[-1]].lineno}"
+    if "config is locked" not in str(error):
+        return f"{place}: {type(error).__name__}: {error}"
+    name = str(error).split('"')[1]
+    full = _by_last_part(_known_keys())
+    close = [full[found] for found in difflib.get_close_matches(name, full, n=1)]
+    hint = f"Did you mean {close[0]}? " if close else ""
+    return f"{place}: unknown key {name!r}. {hint}nat_jax/config.py lists all keys"
+
+
+def _explained(arguments: Sequence[str], error: Exception, *, has_config: bool) -> str:
+    """Say in words what is wrong with the command line."""
+    if isinstance(error, flags.UnrecognizedFlagError):
+        if not has_config and error.flagname.startswith("config."):
+            return f"--config is missing. {known_configs()}"
+        return _unknown_flag(error.flagname)
+    if isinstance(error, AttributeError) and "get_config" in str(error):
+        return "--config: the file has no function get_config()"
+    defaults = _known_keys()
+    overrides = [a for a in arguments if a.startswith(("--config.", "-config."))]
+    for key, _, value in (a.partition("config.")[2].partition("=") for a in overrides):
+        if key.startswith(("model.options.", "assign.options.")):
+            if isinstance(error, AttributeError | KeyError):
+                return (
+                    f"{key} is not in this config file, and options can be changed on the command "
+                    "line only where the file sets them. Set it in a config file of your own"
+                )
+        elif key not in defaults:
+            return _unknown_key(key, list(defaults))
+        elif f"--config.{key}=" in str(error) and defaults[key] in _FORMS:
+            return f"{key}: expected {_FORMS[defaults[key]]}; got {value!r}"
+    return str(error)
+
+
+def _unknown_flag(name: str) -> str:
+    keys = _known_keys()
+    known = {last: f"--config.{key}" for last, key in _by_last_part(keys).items()}
+    known |= {key: f"--config.{key}" for key in keys} | {flag: f"--{flag}" for flag in flags.FLAGS}
+    close = difflib.get_close_matches(name.removeprefix("config."), known, n=1)
+    hint = f"Did you mean {known[close[0]]}? " if close else ""
+    return f"unknown flag --{name}. {hint}--help lists the flags and the keys that matter"
+
+
+def _unknown_key(key: str, known: Sequence[str]) -> str:
+    inside = [name for name in known if name.startswith(f"{key}.")]
+    if inside:
+        return f"config: {key!r} is a group. Set one of its keys: {', '.join(inside)}"
+    group, _, last = key.rpartition(".")
+    there = [name for name in known if name.rpartition(".")[0] == group]
+    same = [full for name, full in _by_last_part(known).items() if name == last]
+    near = _by_last_part(there or known)
+    close = same or [near[name] for name in difflib.get_close_matches(last, near, n=1)]
+    hint = f" Did you mean {close[0]}?" if close else ""
+    listed = f" Known there: {', '.join(there)}." if there else ""
+    elsewhere = "" if close or group else " --help lists the keys that matter, with their groups"
+    return f"config: unknown key {key!r}.{hint}{listed}{elsewhere}"
+
+
+def _by_last_part(keys: Iterable[str]) -> dict[str, str]:
+    """Return keys by what stands behind the last dot; of several the outermost, then the first."""
+    ordered = sorted(keys, key=lambda key: (key.count("."), key), reverse=True)
+    return {key.rpartition(".")[2]: key for key in ordered}
+
+
+def _known_keys() -> dict[str, type]:
+    """Return all keys of a config with their types."""
+    from nat_jax import config
+
+    def types(group: ConfigDict, prefix: str = "") -> dict[str, type]:
+        found: dict[str, type] = {}
+        for key in group:
+            inner = group.get_type(key)
+            if issubclass(inner, ConfigDict):
+                found |= types(group[key], f"{prefix}{key}.")
+            else:
+                found[prefix + key] = inner
+        return found
+
+    return types(config.default())

@@ -1,0 +1,1 @@
+"""Probes: functions of two feature sets that return an accuracy."""

@@ -1,0 +1,158 @@
+"""What the paper's experiments share: the data, the network and the schedule of each scale.
+
+``imagenet`` is the paper's setting, that of configs/alexnet.py; the others show on a CPU whether
+its claims hold on a thousandth of the work.
+"""
+
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from nat_jax import config
+from nat_jax.cli import config_files
+
+
+def split_argument(argument: str) -> tuple[str, str]:
+    """Return (scale, value) of what stands behind the colon: "cifar10,5" is ("cifar10", "5").
+
+    The value is empty where there is none.
+    """
+    scale, _, value = argument.partition(",")
+    return scale, value
+
+
+def base(scale: str) -> ConfigDict:
+    """Return NAT as the paper trains it, Sobel front end and re-matching in every third epoch.
+
+    Args:
+        scale: a key of SCALES.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    if scale not in SCALES:
+        raise ValueError(f"scale: unknown {scale!r}. Known: {', '.join(SCALES)}")
+    c = SCALES[scale]()
+    c.assign.reassign_every_epochs = 3
+    c.model.frontend = "sobel"
+    return c
+
+
+def supervised(scale: str, loss: str, frontend: str) -> ConfigDict:
+    """Return the same with labels instead of noise.
+
+    Args:
+        scale: a key of SCALES.
+        loss: "softmax", or "square" on unit features.
+        frontend: of the network.
+
+    Raises:
+        ValueError: an unknown scale.
+    """
+    c = base(scale)
+    c.model.frontend = frontend
+    c.targets.kind = "labels"
+    c.model.dim = _CLASSES.get(c.data.source, 10)
+    c.eval.layers = ("z", "last_conv")  # the network's own decisions stand in z
+    c.optim.loss = loss
+    c.optim.learning_rate = _SUPERVISED_RATES[c.model.name][loss]
+    return c
+
+
+def chosen(value: str, values: tuple[int, ...]) -> int:
+    """Return the value of a sweep that an argument names, the first one where it names none.
+
+    Raises:
+        ValueError: it is not one of the sweep.
+    """
+    if not value:
+        return values[0]
+    if value not in map(str, values):
+        raise ValueError(f"value: expected one of {', '.join(map(str, values))}; got {value!r}")
+    return int(value)
+
+
+def _imagenet() -> ConfigDict:
+    found: ConfigDict = config_files.load("alexnet.py").get_config()
+    return found
+
+
+def _small() -> ConfigDict:
+    """Return what the small scales share; momentum and the cosine schedule are beyond the paper."""
+    c = config.default()
+    c.seeds = (0, 1, 2)
+    c.epochs = 12.0  # the fewest in which "every 10 epochs" is neither "never" nor at the very end
+    c.data.per_class = 1000
+    c.data.flip = True
+    c.model.options.pools = 3
+    c.optim.learning_rate = 0.1
+    c.optim.momentum = 0.9
+    c.optim.schedule = "cosine"
+    c.eval.labels_per_class = (0,)
+    c.eval.baselines = ()
+    c.eval.layers = ("last_conv",)
+    c.eval.probes = ("linear_probe", "mlp_probe")
+    c.eval.linear_fit = "ridge"
+    c.eval.mlp_width = 256
+    c.eval.mlp_epochs = 10
+    c.checkpoint.every_epochs = 3.0
+    c.checkpoint.keep = 1
+    c.log.every_steps = 39
+    return c
+
+
+def _cifar10() -> ConfigDict:
+    c = _small()
+    c.data.source = "tfds:cifar10"
+    c.data.image_size = 32
+    c.data.pad = 4
+    c.model.dim = 64
+    c.model.options.widths = (16, 32, 64, 128)
+    return c
+
+
+def _fashion_mnist() -> ConfigDict:
+    c = _small()
+    c.data.source = "tfds:fashion_mnist"
+    c.data.image_size = 28
+    c.data.pad = 2
+    c.model.dim = 32
+    c.model.options.widths = (16, 32, 64)
+    return c
+
+
+def _digits() -> ConfigDict:
+    """Return a scale of seconds, which shows that everything runs; its numbers mean nothing."""
+    c = _small()
+    c.epochs = 2.0
+    c.batch_size = 64
+    c.data.source = "digits"
+    c.data.per_class = 32
+    c.data.image_size = 8
+    c.data.pad = 1
+    c.data.flip = False
+    c.model.dim = 8
+    c.model.options.widths = (4, 8)
+    c.model.options.pools = 2
+    c.eval.mlp_width = 16
+    c.eval.mlp_epochs = 40
+    c.checkpoint.every_epochs = 1.0
+    c.log.every_steps = 5
+    return c
+
+
+SCALES: dict[str, Callable[[], ConfigDict]] = {
+    "imagenet": _imagenet,
+    "cifar10": _cifar10,
+    "fashion_mnist": _fashion_mnist,
+    "digits": _digits,
+}
+SMALL = ("cifar10", "fashion_mnist", "digits")
+
+_CLASSES = {"tfds:imagenet2012": 1000}  # the others have 10
+
+# By network: what each loss trains well with; see the headers of configs/paper/table1_*.
+_SUPERVISED_RATES = {
+    "alexnet": {"softmax": 0.05, "square": 5.12},
+    "convnet": {"softmax": 0.05, "square": 0.1},
+}

@@ -1,0 +1,1 @@
+"""The way of an image from its source to the device."""

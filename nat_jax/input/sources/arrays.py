@@ -1,0 +1,219 @@
+"""Images that come as arrays: an .npz file, or MNIST's idx files in a folder."""
+
+import functools
+import gzip
+import hashlib
+import math
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nat_jax.input.sources.source import Opener, Record, split_positions
+
+# The names under which .npz files keep (train images, train labels, test images, test labels).
+_NPZ_LAYOUTS = (
+    ("x_train", "y_train", "x_test", "y_test"),
+    ("train_images", "train_labels", "test_images", "test_labels"),
+    ("x", "y", None, None),
+    ("image", "label", None, None),
+    ("images", "labels", None, None),
+)
+_IDX_PREFIX = {"train": "train", "test": "t10k"}
+_IDX_IMAGES = 0x00000803  # unsigned bytes, three dimensions
+_IDX_LABELS = 0x00000801  # unsigned bytes, one dimension
+
+Parts = tuple[np.ndarray, np.ndarray | None]
+
+
+class ArraySource:
+    """Records held in memory as one array of images.
+
+    Args:
+        name, split, class_names: see `Source`.
+        images: uint8 [N, H, W] or [N, H, W, 1|3|4].
+        labels: integers [N], or None when unlabelled.
+        reopen: `(opener, argument)` that gives the same source again; pickling keeps only this.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        split: str,
+        images: np.ndarray,
+        labels: np.ndarray | None,
+        class_names: tuple[str, ...] | None,
+        reopen: tuple[Opener, str],
+    ):
+        self.name = name
+        self.split = split
+        self.images = images
+        self.labels = labels
+        self.class_names = class_names
+        self.num_classes = None if class_names is None else len(class_names)
+        self._reopen = reopen
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(f"{self.split} {self.images.shape}".encode())
+        digest.update(np.ascontiguousarray(self.images).data)
+        if self.labels is not None:
+            digest.update(self.labels.astype("<i8").data)
+        return digest.hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Record:
+        return {
+            "index": index,
+            "name": self.record_name(index),
+            "label": -1 if self.labels is None else int(self.labels[index]),
+            "image": self.images[index],
+        }
+
+    def record_name(self, index: int) -> str:
+        return f"{self.name} {self.split}[{index}]"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        opener, argument = self._reopen
+        return opener, (argument, self.split)
+
+
+def open_arrays(argument: str, split: str) -> ArraySource:
+    """Open `arrays:PATH`: an .npz file, or a folder of idx files named as MNIST's.
+
+    Raises:
+        ValueError: nothing is there, or it is not of the expected form.
+    """
+    path = Path(argument).expanduser()
+    if not path.exists():
+        raise ValueError(f"arrays: no such file or folder: {path}")
+    train, test = _read_idx_folder(path) if path.is_dir() else _read_npz(path)
+    images, labels = train
+    if test is not None:
+        known = [y for _, y in (train, test) if y is not None]
+        images, labels = train if split == "train" else test
+    else:
+        known = [] if labels is None else [labels]
+        positions = split_positions(len(images), split)
+        images = images[positions]
+        labels = None if labels is None else labels[positions]
+    class_names = None
+    if labels is not None:
+        num_classes = max(int(y.max()) for y in known) + 1
+        class_names = tuple(str(c) for c in range(num_classes))
+    return ArraySource(
+        f"arrays:{argument}", split, images, labels, class_names, (open_arrays, argument)
+    )
+
+
+def _read_npz(path: Path) -> tuple[Parts, Parts | None]:
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            keys = tuple(file.files)
+            for x, y, x_test, y_test in _NPZ_LAYOUTS:
+                if x in keys:
+                    test = None
+                    if x_test is not None and x_test in keys:
+                        test = _checked(path, x_test, file[x_test], y_test, _get(file, y_test))
+                    return _checked(path, x, file[x], y, _get(file, y)), test
+    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, TypeError) as error:
+        # numpy gives a bare array, no context manager, for an .npy file.
+        raise ValueError(f"arrays: {path} is not a readable .npz file: {error}") from error
+    except ValueError as error:
+        if "pickle" not in str(error):
+            raise
+        raise ValueError(
+            f"arrays: {path} is not a readable .npz file of plain arrays: {error}"
+        ) from error
+    raise ValueError(
+        f"arrays: {path} holds {', '.join(keys) or 'nothing'}; expected x_train, y_train "
+        "[, x_test, y_test], or x, y, or image, label"
+    )
+
+
+def _get(file: Any, key: str | None) -> np.ndarray | None:
+    return file[key] if key in file.files else None
+
+
+def _checked(
+    path: Path, x_name: str, x: np.ndarray, y_name: str | None, y: np.ndarray | None
+) -> Parts:
+    """Check one split's arrays, and give labels the shape [N]."""
+    if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in (1, 3, 4)):
+        raise ValueError(
+            f"arrays: {x_name} in {path} is {x.dtype}{list(x.shape)}; expected uint8 images "
+            "[N, H, W] or [N, H, W, 1|3|4] with values 0..255"
+        )
+    if x.size == 0:
+        raise ValueError(f"arrays: {x_name} in {path} is empty: {list(x.shape)}")
+    if y is None:
+        return x, None
+    if y.ndim == 2 and y.shape[1] == 1:
+        y = y[:, 0]
+    if y.ndim != 1 or y.dtype.kind not in "iu" or len(y) != len(x):
+        raise ValueError(
+            f"arrays: {y_name} in {path} is {y.dtype}{list(y.shape)}; expected one integer label "
+            f"for each of the {len(x)} images of {x_name}"
+        )
+    if y.min() < 0:
+        raise ValueError(f"arrays: {y_name} in {path} has labels below 0 (lowest {y.min()})")
+    return x, y
+
+
+def _read_idx_folder(path: Path) -> tuple[Parts, Parts | None]:
+    train = _idx_split(path, "train")
+    if train is None:
+        found = sorted(p.name for p in path.iterdir())[:8]
+        raise ValueError(
+            f"arrays: no idx files in {path} (it holds {', '.join(found) or 'nothing'}); expected "
+            "train-images-idx3-ubyte and train-labels-idx1-ubyte [and t10k-...], plain or .gz; "
+            "for a folder of image files use folder:PATH"
+        )
+    return train, _idx_split(path, "test")
+
+
+def _idx_split(path: Path, split: str) -> Parts | None:
+    prefix = _IDX_PREFIX[split]
+    images_path = _idx_path(path, f"{prefix}-images", "idx3-ubyte")
+    if images_path is None:
+        return None
+    images = _read_idx(images_path, _IDX_IMAGES)
+    labels_path = _idx_path(path, f"{prefix}-labels", "idx1-ubyte")
+    labels = None if labels_path is None else _read_idx(labels_path, _IDX_LABELS)
+    label_name = labels_path.name if labels_path else None
+    return _checked(path, images_path.name, images, label_name, labels)
+
+
+def _idx_path(path: Path, stem: str, kind: str) -> Path | None:
+    names = (f"{stem}{dot}{kind}{gz}" for dot in "-." for gz in ("", ".gz"))
+    return next((path / name for name in names if (path / name).is_file()), None)
+
+
+def _read_idx(path: Path, magic: int) -> np.ndarray:
+    """Read one idx file: big-endian magic number, sizes, then the bytes."""
+    try:
+        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"arrays: {path} cannot be read: {error}") from error
+    dims = magic & 0xFF
+    start = 4 + 4 * dims
+    if len(data) < start:
+        raise ValueError(f"arrays: {path} is truncated: {len(data)} bytes")
+    found, *shape = struct.unpack(f">{1 + dims}I", data[:start])
+    if found != magic:
+        raise ValueError(
+            f"arrays: {path} starts with {found:#010x}, not {magic:#010x}: "
+            f"not an idx file of unsigned bytes in {dims} dimension(s)"
+        )
+    size = math.prod(shape)
+    if len(data) - start != size:
+        raise ValueError(
+            f"arrays: {path} is truncated or damaged: its header says {shape}, so {size} bytes, "
+            f"but {len(data) - start} follow"
+        )
+    return np.frombuffer(data, np.uint8, offset=start).reshape(shape)

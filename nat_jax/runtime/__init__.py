@@ -1,0 +1,1 @@
+"""Everything that knows processes, devices and the file system."""

@@ -1,0 +1,1 @@
+"""What surrounds the train step: set-up, host-side matching, checkpoints, metrics."""

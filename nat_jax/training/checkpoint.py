@@ -1,0 +1,389 @@
+"""Checkpoints: the one place that knows orbax.
+
+A checkpoint is the whole training state and a JSON record beside it. Orbax writes both in the
+background into a temporary folder and renames it when all is on disk, so a killed save leaves the
+older checkpoints as they were. Orbax does not notice a flipped bit in array data: the record
+therefore holds a digest of every leaf, and a checkpoint that does not match is never restored. The
+state is hashed on the host before its save goes on in the background, and when it is restored. The
+assignment, the one leaf that grows with the data set, is hashed and proven to be a permutation
+shard by shard (``nat_jax.training.assignment_state``); it never comes together in one place.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from nat_jax.training import assignment_state
+
+PyTree = Any
+
+logger = logging.getLogger(__name__)
+
+# Of the JSON record; raised when its meaning changes.
+_FORMAT = 2
+
+# What orbax calls a checkpoint that is not complete. Its own cleaning ends only at the next save.
+_LEFTOVERS = "*.orbax-checkpoint-tmp*"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written, read, or used by this run."""
+
+
+class _Damaged(CheckpointError):
+    """What is on disk is not what was saved; an older checkpoint may be good."""
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager, which leaves the question whether to stop to the training loop.
+
+    Orbax asks JAX's runtime too, from its background thread with the steps of older saves. The
+    runtime lets the processes stop at the step after the last that it heard of: one that is past,
+    then, and nobody would stop (seen with two processes).
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        return False
+
+
+class Checkpoints:
+    """The checkpoints of one run, newest kept.
+
+    Every process of a run makes the same calls in the same order.
+    """
+
+    def __init__(self, directory: Path, *, keep: int = 2, read_only: bool = False) -> None:
+        """Open a folder of checkpoints; create it, and remove what killed saves left in it.
+
+        Args:
+            directory: where the checkpoints live; made absolute here.
+            keep: how many of the newest to keep; an older one goes only when a newer one is
+                complete. From 2 on, a damaged newest checkpoint is not the end of the run.
+            read_only: touch nothing: another process may be training here.
+
+        Raises:
+            ValueError: if ``keep`` is less than 1.
+            CheckpointError: if the folder cannot be used.
+        """
+        if keep < 1:
+            raise ValueError(f"checkpoint.keep: expected at least 1; got {keep}")
+        self._directory = Path(directory).absolute()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else keep, create=not read_only
+        )
+        try:
+            if not read_only:
+                self._directory.mkdir(parents=True, exist_ok=True)
+            if jax.process_index() == 0 and not read_only:
+                for leftover in self._directory.glob(_LEFTOVERS):
+                    shutil.rmtree(leftover)
+            self._manager = _Manager(self._directory, options=options)
+        except Exception as error:
+            raise CheckpointError(
+                f"cannot use {self._directory} for checkpoints: {error}"
+            ) from error
+
+    def latest_step(self) -> int | None:
+        """Return the newest step that is saved or being saved; None when there is none."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: PyTree, meta: Mapping[str, Any]) -> None:
+        """Start to save a state; returns as soon as the state is copied to the host.
+
+        Saving the newest step again does nothing, so that a last save needs no check.
+
+        Args:
+            step: number of finished training steps; larger than any saved before.
+            state: pytree of arrays; its top level holds ``assignment`` int32[N].
+            meta: what JSON can hold; given back by ``restore``.
+
+        Raises:
+            ValueError: if ``state`` has no ``assignment``, or it is not a permutation.
+            CheckpointError: if this save, or the one before it, fails.
+        """
+        if step == self.latest_step():
+            return
+        leaves = _named_leaves(state)
+        if "assignment" not in leaves:
+            raise ValueError(
+                f"state to save: expected a top-level leaf 'assignment'; got {sorted(leaves)}"
+            )
+        flaw = assignment_state.flaw(leaves["assignment"])
+        if not _all_processes(flaw is None):
+            raise ValueError(
+                f"state to save at step {step}: 'assignment' is not a permutation: "
+                f"{flaw or 'on another process'}; nothing was saved"
+            )
+        record = {
+            "format": _FORMAT,
+            "meta": _as_json(meta),
+            "num_records": int(leaves["assignment"].size),
+            "leaves": {
+                name: _describe(leaf) | {"digest": _digest(name, leaf)}
+                for name, leaf in leaves.items()
+            },
+        }
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state),
+            record=ocp.args.JsonSave({"record": record, "sha256": _json_digest(record)}),
+        )
+        try:
+            saved = self._manager.save(step, args=items)
+        except Exception as error:
+            raise self._error(step, f"cannot be saved: {error}") from error
+        if not saved:
+            raise self._error(
+                step, f"was not saved: the newest one there is of step {self.latest_step()}"
+            )
+
+    def restore(
+        self, abstract_state: PyTree, *, expect: Mapping[str, Any]
+    ) -> tuple[PyTree, dict[str, Any]]:
+        """Restore the newest good checkpoint, onto any number of devices.
+
+        A damaged newer checkpoint is reported in a warning and renamed to ``<step>.damaged``, so
+        that training can go on from the older one.
+
+        Args:
+            abstract_state: the state's pytree with a ``jax.ShapeDtypeStruct`` at every leaf,
+                whose sharding says where the leaf shall live.
+            expect: entries that the checkpoint's ``meta`` must equal.
+
+        Returns:
+            The state and the ``meta`` it was saved with.
+
+        Raises:
+            CheckpointError: if there is no checkpoint, none is good, or the newest readable one
+                differs from ``expect`` or from the shapes of ``abstract_state``.
+        """
+        self.wait()
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                record = self._read_record(step)
+                self._check_meta(step, record["meta"], expect)
+                self._check_leaves(step, record["leaves"], _named_leaves(abstract_state))
+                state = self._read_state(step, record, abstract_state)
+            except _Damaged as error:
+                logger.warning("%s; trying an older one", error)
+                damaged[step] = str(error)
+                continue
+            if damaged:
+                self._set_aside(damaged)
+                logger.warning("restored the older checkpoint of step %d instead", step)
+            return state, record["meta"]
+        if not damaged:
+            raise CheckpointError(f"no checkpoint in {self._directory}")
+        raise CheckpointError(
+            "no usable checkpoint: " + "; ".join(damaged.values()) + ". Nothing was changed on "
+            "disk; restore the files from a copy, or start again with another workdir"
+        )
+
+    def restore_parts(self, abstract: Mapping[str, PyTree]) -> tuple[Any, int, dict[str, Any]]:
+        """Restore some parts of the newest good state, and change nothing on disk.
+
+        Args:
+            abstract: by their names at the state's top level, pytrees with a
+                ``jax.ShapeDtypeStruct`` at every leaf, whose sharding says where it shall live.
+
+        Returns:
+            The parts by name, the step they were saved at, and the ``meta`` saved with them.
+
+        Raises:
+            CheckpointError: there is no checkpoint, none is good, or the newest readable one has
+                other shapes.
+        """
+        reasons = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                record = self._read_record(step)
+                parts = tuple(f"{name}/" for name in abstract)
+                saved = {n: leaf for n, leaf in record["leaves"].items() if n.startswith(parts)}
+                self._check_leaves(step, saved, _named_leaves(abstract))
+                state = self._read_state(step, {**record, "leaves": saved}, abstract, partial=True)
+            except _Damaged as error:
+                logger.warning("%s; trying an older one", error)
+                reasons.append(str(error))
+                continue
+            return state, step, record["meta"]
+        raise CheckpointError("; ".join(reasons) or f"no checkpoint in {self._directory}")
+
+    def digests(self) -> dict[str, str]:
+        """Return a digest of every leaf of the newest checkpoint, by the leaf's name.
+
+        Raises:
+            CheckpointError: there is no checkpoint, or its record is damaged.
+        """
+        step = self.latest_step()
+        if step is None:
+            raise CheckpointError(f"no checkpoint in {self._directory}")
+        leaves = self._read_record(step)["leaves"]
+        return {name: leaf["digest"] for name, leaf in leaves.items()}
+
+    def wait(self) -> None:
+        """Block until a running save is on disk.
+
+        Raises:
+            CheckpointError: if it failed.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise CheckpointError(
+                f"the last checkpoint could not be written to {self._directory}: {error}"
+            ) from error
+
+    def close(self) -> None:
+        """Wait for a running save, then release the background threads."""
+        self.wait()
+        self._manager.close()
+
+    def _read_record(self, step: int) -> dict[str, Any]:
+        reason = None
+        try:
+            item = self._manager.restore(
+                step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
+            ).record
+            if item["sha256"] != _json_digest(item["record"]):
+                reason = "its JSON record does not match its checksum"
+        except Exception as error:
+            reason = f"its JSON record is unreadable ({_first_line(error)})"
+        self._raise_damaged(step, reason)
+        if (there := item["record"].get("format", 1)) != _FORMAT:
+            raise self._error(
+                step,
+                f"was written by another version of nat_jax (format {there}; this one reads "
+                f"{_FORMAT}). Go on with that version, or use another workdir",
+            )
+        return item["record"]
+
+    def _read_state(
+        self, step: int, record: dict[str, Any], abstract_state: PyTree, *, partial: bool = False
+    ) -> PyTree:
+        state = reason = None
+        how: ocp.args.CheckpointArgs = ocp.args.StandardRestore(abstract_state)
+        if partial:
+            places = ocp.checkpoint_utils.construct_restore_args(abstract_state)
+            how = ocp.args.PyTreeRestore(abstract_state, restore_args=places, partial_restore=True)
+        try:
+            state = self._manager.restore(step, args=ocp.args.Composite(state=how)).state
+        except Exception as error:
+            reason = f"its arrays are unreadable ({_first_line(error)})"
+        self._raise_damaged(step, reason)  # the processes look at what they read together, or not
+        leaves = _named_leaves(state)
+        for name, saved in record["leaves"].items():
+            if _digest(name, leaves[name]) != saved["digest"]:
+                reason = f"{name!r} does not match its checksum"
+        if not partial and (flaw := assignment_state.flaw(leaves["assignment"])):
+            reason = f"'assignment' is not a permutation: {flaw}"
+        self._raise_damaged(step, reason)
+        return state
+
+    def _raise_damaged(self, step: int, reason: str | None) -> None:
+        if not _all_processes(reason is None):
+            raise _Damaged(str(self._error(step, f"is damaged: {reason or 'on another process'}")))
+
+    def _check_meta(self, step: int, meta: Mapping[str, Any], expect: Mapping[str, Any]) -> None:
+        expected = _as_json(expect)
+        wrong = [
+            f"{key}: checkpoint {json.dumps(meta.get(key))}, this run {json.dumps(value)}"
+            for key, value in expected.items()
+            if key not in meta or meta[key] != value
+        ]
+        if wrong:
+            raise self._error(
+                step,
+                f"belongs to another run ({'; '.join(wrong)}). "
+                "Use the settings it was made with, or another workdir",
+            )
+
+    def _check_leaves(self, step: int, saved: Mapping[str, Any], wanted: dict[str, Any]) -> None:
+        wrong = []
+        for name in sorted(saved.keys() | wanted.keys()):
+            there = _shape_text(saved[name]) if name in saved else "nothing"
+            here = _shape_text(_describe(wanted[name])) if name in wanted else "nothing"
+            if there != here:
+                wrong.append(f"{name}: checkpoint {there}, this run {here}")
+        if wrong:
+            more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+            raise self._error(
+                step,
+                f"has another model or state ({'; '.join(wrong[:5])}{more}). "
+                "Use the settings it was made with, or another workdir",
+            )
+
+    def _set_aside(self, steps: Mapping[int, str]) -> None:
+        """Rename damaged checkpoints, which would stand in the way of saving their steps again."""
+        if jax.process_index() == 0:
+            for step in steps:
+                target = self._directory / f"{step}.damaged"
+                number = 1
+                while target.exists():
+                    number += 1
+                    target = self._directory / f"{step}.damaged-{number}"
+                (self._directory / str(step)).rename(target)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("nat_jax damaged checkpoints set aside")
+        self._manager.reload()
+
+    def _error(self, step: int, what: str) -> CheckpointError:
+        return CheckpointError(f"checkpoint of step {step} in {self._directory} {what}")
+
+
+def _all_processes(good: bool) -> bool:
+    """Say whether something is true on every process; all must call this."""
+    if jax.process_count() == 1:
+        return good
+    return bool(multihost_utils.process_allgather(np.array(good)).all())
+
+
+def _named_leaves(tree: PyTree) -> dict[str, Any]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _to_host(leaf: Any) -> np.ndarray:
+    if isinstance(leaf, jax.Array):
+        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
+            return multihost_utils.process_allgather(leaf, tiled=True)
+    return np.asarray(leaf)
+
+
+def _describe(leaf: Any) -> dict[str, Any]:
+    return {"dtype": str(leaf.dtype), "shape": list(leaf.shape)}
+
+
+def _digest(name: str, leaf: Any) -> str:
+    if name == "assignment":
+        return f"{assignment_state.checksum(leaf):016x}"
+    # reshape first: a uint8 view needs a last axis, which a scalar has not
+    data = np.ascontiguousarray(_to_host(leaf)).reshape(-1).view(np.uint8)
+    return hashlib.sha256(data.data).hexdigest()
+
+
+def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what reading ``values`` back from JSON gives: lists for tuples, text for keys."""
+    return json.loads(json.dumps(dict(values)))
+
+
+def _json_digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _shape_text(described: Mapping[str, Any]) -> str:
+    return f"{described['dtype']}{described['shape']}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:200] or type(error).__name__

@@ -1,0 +1,233 @@
+"""One seed's run: its records, network, targets and state, made from a config."""
+
+import dataclasses
+import logging
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from nat_jax import config as configs
+from nat_jax import models, optim, targets
+from nat_jax.evaluate import judge
+from nat_jax.input import pipeline
+from nat_jax.input.device_images import DeviceImages
+from nat_jax.input.reader import ImageCache
+from nat_jax.input.sources import Source, open_source
+from nat_jax.runtime import sharding
+from nat_jax.train_step import Step, TrainState, create_state, state_shardings
+from nat_jax.training import checkpoint, host_matching
+from nat_jax.training import workdir as workdirs
+
+logger = logging.getLogger(__name__)
+
+
+class Sources(NamedTuple):
+    """Where images come from: to train on, and for the probes to learn and be judged on."""
+
+    train: Source
+    probe_train: Source
+    probe_test: Source
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One seed's training: what it reads, what it computes, how long, and where it writes."""
+
+    config: ConfigDict
+    seed: int
+    workdir: Path
+    sources: Sources
+    cache: ImageCache
+    panel: judge.Judge
+    step: Step
+    targets: targets.Targets
+    steps_per_epoch: int
+    total_steps: int
+
+    def reassigns(self, step: int) -> bool:
+        """Say whether a step re-matches its batch: those of epochs 0, 3, 6, ... do.
+
+        Labels stay with their images.
+        """
+        every = self.config.assign.reassign_every_epochs
+        if self.step.supervised or not every:
+            return False
+        return step // self.steps_per_epoch % every == 0
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a checkpoint must have in common with this run."""
+        return {
+            "num_records": len(self.sources.train),
+            "dim": self.step.model.dim,
+            "targets": self.config.targets.kind,
+            "seed": self.seed,
+            "data": self.sources.train.fingerprint,
+        }
+
+
+def open_sources(config: ConfigDict) -> Sources:
+    """Open the records to train on and those of the probes.
+
+    Raises:
+        ValueError: a source that is unknown, missing or malformed, or fewer records than a batch.
+    """
+    few = config.data.per_class
+    train = open_source(config.data.source, "train", per_class=few)
+    pipeline.steps_per_epoch(len(train), config.batch_size)
+    test_spec = config.eval.source or config.data.source
+    test = open_source(test_spec, "test")
+    probe_spec = config.eval.train_source or test_spec
+    same = probe_spec == config.data.source
+    probe_train = train if same else open_source(probe_spec, "train")
+    return Sources(train, probe_train, test)
+
+
+def set_up(
+    config: ConfigDict,
+    seed: int,
+    workdir: Path,
+    *,
+    mesh: Mesh,
+    sources: Sources,
+    cache: ImageCache,
+) -> Run:
+    """Turn a config into one seed's run."""
+    steps_per_epoch = pipeline.steps_per_epoch(len(sources.train), config.batch_size)
+    total_steps = configs.steps_from(config, "", steps_per_epoch)
+    settings = config.optim
+    _check_classes(config, sources.train)
+    optimizer = optim.Optimizer(
+        learning_rate=settings.learning_rate,
+        schedule=settings.schedule,
+        decay_start=settings.decay_start,
+        gamma=settings.gamma,
+        warmup_steps=configs.steps_from(config, "optim.warmup_", steps_per_epoch),
+        total_steps=total_steps if settings.schedule == "cosine" else 0,
+        momentum=settings.momentum,
+        weight_decay=settings.weight_decay,
+    )
+    platform = mesh.devices.flat[0].platform
+    model = make_model(config, platform)
+    panel = judge.Judge(  # finds mistakes in the evaluation's settings before training, not after
+        config, sources.probe_train, sources.probe_test, model, seed=seed, cache=cache
+    )
+    step = Step(
+        model=model,
+        optimizer=optimizer,
+        mesh=mesh,
+        loss=config.optim.loss,
+        supervised=config.targets.kind == "labels",
+        solver=config.assign.solver,
+        solver_options=tuple(sorted(config.assign.options.items())),
+        block=config.assign.block,
+        placement=host_matching.resolve(config.assign.placement, platform),
+        storage=sharding.permutation_storage(config.assign.storage, len(sources.train), mesh)[0],
+    )
+    noise, storage = targets.make_targets(
+        config.targets.kind,
+        len(sources.train),
+        config.model.dim,
+        jax.random.fold_in(jax.random.key(seed), 1),
+        storage=config.targets.storage,
+        sharding=sharding.over_data(mesh),
+    )
+    logger.info(
+        "seed %d%s: %s images, %s steps of %d on %d x %s, targets on the %s (%s), in %s",
+        seed,
+        f" ({config.seeds.index(seed) + 1} of {len(config.seeds)})" if config.seeds[1:] else "",
+        f"{len(sources.train):,}",
+        f"{total_steps:,}",
+        config.batch_size,
+        mesh.size,
+        platform,
+        config.targets.kind,
+        storage,
+        workdir,
+    )
+    return Run(
+        config, seed, workdir, sources, cache, panel, step, noise, steps_per_epoch, total_steps
+    )
+
+
+def _check_classes(config: ConfigDict, train: Source) -> None:
+    if config.targets.kind != "labels":
+        return
+    if train.num_classes is None:
+        raise ValueError(
+            f"targets.kind: 'labels' needs a class for every record; {train.name} has none. Train "
+            "without labels: --config.targets.kind=sphere"
+        )
+    if config.model.dim != train.num_classes:
+        raise ValueError(
+            f"model.dim: expected the number of classes of {train.name}, {train.num_classes}, with "
+            f"targets.kind='labels'; got {config.model.dim}"
+        )
+
+
+def make_model(config: ConfigDict, platform: str) -> models.Model:
+    """Return the config's network."""
+    return models.make_model(**configs.model_arguments(config), platform=platform)
+
+
+def place_images(run: Run) -> DeviceImages | None:
+    """Put the training images on the devices, if they are to be augmented there.
+
+    Raises:
+        ValueError: they shall be, but are not kept in memory.
+    """
+    data, mesh, source = run.config.data, run.step.mesh, run.sources.train
+    on_host = data.augment_on == "auto" and mesh.devices.flat[0].platform == "cpu"
+    transform = configs.train_transform(run.config)
+    if on_host or data.augment_on == "host" or transform.colors:
+        return None
+    images = pipeline.read_all(
+        source, transform, run.cache, threads=data.threads, timeout=data.timeout
+    )
+    if images is not None:
+        return DeviceImages(images, transform.pad, mesh)
+    if data.augment_on == "device":
+        raise ValueError(
+            "data.augment_on: expected 'host' or 'auto', as the images of "
+            f"{source.name} are not kept in memory (1 GiB at most, and no random crops); got "
+            "'device'"
+        )
+    return None
+
+
+def initial_state(run: Run) -> TrainState:
+    """Return a run's state before its first step, on the devices of its mesh."""
+    key, number = jax.random.key(run.seed), len(run.sources.train)
+    _, length = sharding.permutation_storage(run.step.storage, number, run.step.mesh)
+
+    def create() -> TrainState:
+        assignment = targets.initial_assignment(
+            run.config.targets.kind, number, jax.random.fold_in(key, 2), length=length
+        )
+        return create_state(
+            run.step.model, run.step.optimizer, assignment, jax.random.fold_in(key, 0)
+        )
+
+    return jax.jit(create, out_shardings=state_shardings(run.step))()
+
+
+def restore_or_create(run: Run, checkpoints: checkpoint.Checkpoints) -> TrainState:
+    """Return the state of the newest good checkpoint, or the initial one if there is none.
+
+    Raises:
+        CheckpointError: the checkpoints are damaged or belong to another run.
+    """
+    if checkpoints.latest_step() is None:
+        return initial_state(run)
+    shapes = jax.eval_shape(lambda: initial_state(run))
+    abstract = sharding.abstract(shapes, state_shardings(run.step))
+    state, meta = checkpoints.restore(abstract, expect=run.identity())
+    workdirs.check_same_run(meta["config"], run.config, run.workdir)
+    done = int(state.step)
+    if done == run.total_steps:
+        logger.info("finished %s: all %d steps are done", run.workdir, done)
+    else:
+        logger.info("resumed %s at step %d of %d", run.workdir, done, run.total_steps)
+    return state

@@ -1,0 +1,156 @@
+"""The paper's MLP probe: what it learns, and its optimiser step by hand."""
+
+import importlib
+
+import jax
+import numpy as np
+import pytest
+
+from nat_jax.evaluate.features import FeatureSet
+from nat_jax.evaluate.probes.linear import linear_probe
+from nat_jax.evaluate.probes.mlp import Mlp, mlp_probe, mlp_probe_stream
+from nat_jax.evaluate.stream import FeatureBatch
+
+module = importlib.import_module("nat_jax.evaluate.probes.mlp")
+SMALL = {"hidden": 32, "batch_size": 64, "epochs": 40}
+NET = Mlp(features=3, hidden=64, classes=2, dropout=0.5, start="torch")
+
+
+def _xor(rows: int, seed: int) -> FeatureSet:
+    x = np.random.default_rng(seed).uniform(-1, 1, (rows, 2)).astype(np.float32)
+    return FeatureSet(x, (x[:, 0] * x[:, 1] > 0).astype(np.int32))
+
+
+def test_learns_what_a_linear_probe_cannot() -> None:
+    train, test = _xor(1000, 0), _xor(500, 1)
+    assert linear_probe(train, test, num_classes=2) < 0.7
+    assert mlp_probe(train, test, num_classes=2, **SMALL) > 0.9
+
+
+def test_learns_a_separable_problem_of_few_records() -> None:
+    rng = np.random.default_rng(0)
+    labels = (np.arange(60) % 3).astype(np.int32)
+    features = 3 * np.eye(3, dtype=np.float32)[labels] + rng.normal(0, 0.3, (60, 3))
+    data = FeatureSet(features.astype(np.float32), labels)
+    assert mlp_probe(data, data, num_classes=3, hidden=32) > 0.95
+    shuffled = FeatureSet(data.features, rng.permutation(labels))
+    assert mlp_probe(shuffled, data, num_classes=3, hidden=32) < 0.7
+
+
+def test_seed_decides() -> None:
+    train, test = _xor(300, 0), _xor(500, 1)
+    options = {**SMALL, "epochs": 3}
+    runs = [mlp_probe(train, test, num_classes=2, seed=s, **options) for s in (0, 0, 1)]
+    assert runs[0] == runs[1] != runs[2]
+
+
+def test_step_by_hand() -> None:
+    rng = np.random.default_rng(0)
+    params = {"kernel": rng.normal(size=(3, 2)), "bias": rng.normal(size=2)}
+    trace = {"kernel": rng.normal(size=(3, 2)), "bias": rng.normal(size=2)}
+    kernel, bias = params["kernel"].copy(), params["bias"].copy()
+    m_kernel, m_bias = trace["kernel"].copy(), trace["bias"].copy()
+    for _ in range(3):
+        grads = {"kernel": rng.normal(size=(3, 2)), "bias": rng.normal(size=2)}
+        params, trace = NET.descend(params, trace, grads, (0.5, 0.9, 0.25))
+        m_kernel = 0.9 * m_kernel + 0.1 * grads["kernel"]
+        m_bias = 0.9 * m_bias + 0.1 * grads["bias"]
+        kernel = (kernel - 0.5 * m_kernel) * 0.75
+        bias = bias - 0.5 * m_bias
+    np.testing.assert_allclose(params["kernel"], kernel, rtol=1e-5)
+    np.testing.assert_allclose(params["bias"], bias, rtol=1e-5)
+
+
+def test_the_rate_follows_the_schedule() -> None:
+    recipe = module._recipe(100, 0.1, 20, 0.3, 0.9, 1e-8)
+    rates = [float(recipe.rates(epoch)[0]) for epoch in (0, 19, 20, 21, 22, 99)]
+    assert rates == pytest.approx([0.1, 0.1, 0.1, 0.1 / 1.3, 0.1 / 1.6, 0.1 / 24.7])
+    assert recipe.rates(50)[1:] == pytest.approx([0.9, 1e-8])
+    assert recipe.epochs == 100
+
+
+def _named(tree) -> dict[str, np.ndarray]:
+    leaves = jax.tree.leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def test_network_is_the_one_described() -> None:
+    net = Mlp(features=50, hidden=400, classes=7, dropout=0.5, start="torch")
+    params, stats = net.init(jax.random.key(0))
+    assert sum(leaf.size for leaf in _named(params).values()) == (
+        50 * 400 + 400 + 400 * 400 + 400 + 400 * 7 + 7 + 4 * 400
+    )
+    assert len(jax.tree.leaves(stats)) == 4
+    for name, values in _named(params).items():
+        if "kernel" in name:
+            bound = values.shape[0] ** -0.5
+            assert 0.9 * bound < np.abs(values).max() <= bound
+            assert abs(values.mean()) < 0.1 * bound
+        if "scale" in name:
+            assert 0 <= values.min() < 0.05 and 0.95 < values.max() <= 1
+
+
+def test_the_papers_gaussian_start() -> None:
+    net = Mlp(features=50, hidden=400, classes=7, dropout=0.5, start="gaussian")
+    for name, values in _named(net.init(jax.random.key(0))[0]).items():
+        if "kernel" in name:
+            assert values.std() == pytest.approx(0.01, rel=0.1)
+            assert np.abs(values).max() > 0.025  # a uniform one of that deviation ends at 0.017
+        else:
+            assert (values == (1 if "scale" in name else 0)).all()
+    train, test = _xor(1000, 0), _xor(500, 1)
+    options = {**SMALL, "epochs": 80}
+    assert mlp_probe(train, test, num_classes=2, init="gaussian", **options) > 0.9
+    few = {**SMALL, "epochs": 2}
+    starts = [mlp_probe(train, test, num_classes=2, init=x, **few) for x in ("torch", "gaussian")]
+    assert starts[0] != starts[1]
+
+
+def test_dropout_and_batch_statistics_only_in_training() -> None:
+    params, stats = NET.init(jax.random.key(0))
+    x = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
+    alone, same = NET.apply(params, stats, x[:1], None)
+    together, _ = NET.apply(params, stats, x, None)
+    np.testing.assert_allclose(alone, together[:1], atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, same, stats)
+    trained = [NET.apply(params, stats, x, jax.random.key(seed)) for seed in (0, 0, 1)]
+    np.testing.assert_array_equal(trained[0][0], trained[1][0])
+    assert np.abs(trained[0][0] - trained[2][0]).max() > 0.01
+    # Torch's momentum of 0.1: a tenth of the way from 0 to the mean of the first layer's outputs.
+    kernel, bias = params["fc1"]["kernel"][...], params["fc1"]["bias"][...]
+    np.testing.assert_allclose(
+        trained[0][1]["bn1"]["mean"][...], 0.1 * (x @ kernel + bias).mean(axis=0), atol=1e-6
+    )
+
+
+def test_a_stream_of_the_same_batches_learns_the_same() -> None:
+    train, test = _xor(300, 0), _xor(200, 1)
+    options = {"hidden": 16, "epochs": 6, "decay_start": 2}
+
+    def epoch(number: int):
+        rows = np.random.default_rng((7, number)).permutation(300)[:256].reshape(4, 64)
+        for now in rows:
+            yield FeatureBatch({"a": train.features[now]}, train.labels[now], np.ones(64))
+
+    whole = FeatureBatch({"a": test.features}, test.labels, np.ones(200))
+    streamed = mlp_probe_stream(epoch, [whole], num_classes=2, seed=7, **options)
+    cached = mlp_probe(train, test, num_classes=2, seed=7, batch_size=64, **options)
+    assert streamed == {"a": pytest.approx(cached, abs=1.5 / 200)}
+    options["learning_rate"] = 1e-5
+    assert mlp_probe_stream(epoch, [whole], num_classes=2, seed=7, **options) != streamed
+
+
+def test_rejects() -> None:
+    data = _xor(20, 0)
+    for option in ({"hidden": 0}, {"epochs": 0}, {"batch_size": 0}):
+        with pytest.raises(ValueError, match="at least 1, got 0"):
+            mlp_probe(data, data, num_classes=2, **option)
+    for option in ({"dropout": 1.0}, {"momentum": -0.1}):
+        with pytest.raises(ValueError, match=r"\[0, 1\)"):
+            mlp_probe(data, data, num_classes=2, **option)
+    with pytest.raises(ValueError, match="unknown init 'he'; known: torch, gaussian"):
+        mlp_probe(data, data, num_classes=2, init="he")
+    with pytest.raises(ValueError, match="epochs: expected at least 1"):
+        mlp_probe_stream(lambda _: [], [], num_classes=2, epochs=0)
+    with pytest.raises(ValueError, match="diverged"):
+        mlp_probe(data, data, num_classes=2, hidden=4, epochs=30, learning_rate=1e30)

@@ -1,0 +1,131 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sample_files import idx, images, labels, npz, write_idx_folder, write_tree
+
+from nat_jax.input.sources import open_source
+from nat_jax.input.sources.source import split_positions
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        ("x_train", "y_train", "x_test", "y_test"),
+        ("train_images", "train_labels", "test_images", "test_labels"),
+    ],
+)
+def test_npz_with_a_test_split(tmp_path: Path, keys: tuple[str, ...]):
+    x, y = images(12, 5, 6, 3), np.arange(12)[:, None] % 4  # Keras gives labels as a column
+    parts = dict(zip(keys, (x[:9], y[:9], x[9:], y[9:]), strict=True))
+    spec = npz(tmp_path / "a.npz", unrelated=np.zeros(3), **parts)
+    train, test = open_source(spec), open_source(spec, "test")
+    assert np.array_equal(train[8]["image"], x[8]) and np.array_equal(test[2]["image"], x[11])
+    assert labels(train) + labels(test) == y[:, 0].tolist()
+    assert train.class_names == test.class_names == ("0", "1", "2", "3")
+
+
+@pytest.mark.parametrize("keys", [("x", "y"), ("image", "label"), ("x_train", "y_train")])
+def test_npz_without_a_test_split_holds_a_tenth_out(tmp_path: Path, keys: tuple[str, str]):
+    x, y = images(40, 4, 4), np.arange(40)
+    spec = npz(tmp_path / "a.npz", **{keys[0]: x, keys[1]: y})
+    train, test = open_source(spec), open_source(spec, "test")
+    assert labels(test) == split_positions(40, "test").tolist()
+    assert sorted(labels(train) + labels(test)) == list(range(40))
+    assert all(np.array_equal(train[i]["image"], x[train[i]["label"]]) for i in range(len(train)))
+
+
+def test_npz_without_labels(tmp_path: Path):
+    source = open_source(npz(tmp_path / "a.npz", x=images(20, 4, 4, 1)))
+    assert source.class_names is None and labels(source) == [-1] * 18
+
+
+def test_array_fingerprints_see_every_pixel_and_label(tmp_path: Path):
+    x, y = images(10, 4, 4), np.arange(1, 11)
+    found = {open_source(npz(tmp_path / "a.npz", x=x, y=y)).fingerprint}
+    found.add(open_source(npz(tmp_path / "b.npz", x=x, y=y)).fingerprint)
+    assert len(found) == 1
+    first, second = split_positions(10, "train")[:2]
+    x[first, 1, 2] ^= 1
+    found.add(open_source(npz(tmp_path / "c.npz", x=x, y=y)).fingerprint)
+    y[second] = 0
+    found.add(open_source(npz(tmp_path / "d.npz", x=x, y=y)).fingerprint)
+    assert len(found) == 3
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"pictures": images(4, 2, 2)}, r"holds pictures; expected x_train, y_train"),
+        ({"x": images(4, 2, 2) / 255}, r"x in .* is float64\[4, 2, 2\]; expected uint8"),
+        ({"x": images(4, 8)}, r"x in .* is uint8\[4, 8\]; expected uint8 images \[N, H, W\]"),
+        ({"x": images(4, 2, 2, 2)}, r"uint8\[4, 2, 2, 2\]; expected uint8 images"),
+        ({"x": images(0, 2, 2)}, r"x in .* is empty: \[0, 2, 2\]"),
+        ({"x": images(4, 2, 2), "y": np.arange(3)}, r"y in .* is int64\[3\]; expected one integer"),
+        ({"x": images(4, 2, 2), "y": np.ones(4)}, r"y in .* is float64\[4\]; expected one integer"),
+        ({"x": images(4, 2, 2), "y": np.arange(4) - 1}, r"labels below 0 \(lowest -1\)"),
+        ({"x": np.array([None] * 4)}, r"not a readable \.npz file of plain arrays"),
+    ],
+)
+def test_unfit_npz_files_are_named_with_what_was_expected(tmp_path: Path, arrays, message: str):
+    with pytest.raises(ValueError, match=message):
+        open_source(npz(tmp_path / "a.npz", **arrays))
+
+
+def test_files_that_are_no_npz(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"no such file or folder: .*nowhere"):
+        open_source(f"arrays:{tmp_path}/nowhere.npz")
+    (tmp_path / "text.npz").write_text("hello")
+    np.save(tmp_path / "one.npy", images(4, 2, 2))
+    whole = npz(tmp_path / "whole.npz", x=images(40, 9, 9)).removeprefix("arrays:")
+    (tmp_path / "cut.npz").write_bytes(Path(whole).read_bytes()[:900])
+    for name in ("text.npz", "one.npy", "cut.npz"):
+        with pytest.raises(ValueError, match=rf"{name} is not a readable \.npz file"):
+            open_source(f"arrays:{tmp_path}/{name}")
+
+
+def test_idx_folder_plain_and_packed(tmp_path: Path):
+    spec = write_idx_folder(tmp_path / "idx")
+    train, test = open_source(spec), open_source(spec, "test")
+    x = images(12, 5, 6)
+    assert np.array_equal(train[8]["image"], x[8]) and np.array_equal(test[0]["image"], x[9])
+    assert labels(train) + labels(test) == [0, 1, 2] * 4
+    (tmp_path / "idx/train-labels-idx1-ubyte").unlink()
+    assert open_source(spec).class_names is None
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:-1], r"truncated or damaged: its header says \[9\], so 9 bytes, but 8"),
+        (lambda data: data + b"x", r"so 9 bytes, but 10 follow"),
+        (lambda data: b"\0\0\x0d\x01" + data[4:], r"starts with 0x00000d01, not 0x00000801"),
+        (lambda data: data[:5], r"truncated: 5 bytes"),
+        (lambda data: idx(np.zeros(8, np.uint8)), r"uint8\[8\]; expected one integer label for"),
+    ],
+)
+def test_damaged_idx_files(tmp_path: Path, damage, message: str):
+    spec = write_idx_folder(tmp_path / "idx")
+    path = tmp_path / "idx/train-labels-idx1-ubyte"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=message):
+        open_source(spec)
+
+
+def test_damaged_gzip_and_a_folder_without_idx_files(tmp_path: Path):
+    spec = write_idx_folder(tmp_path / "idx")
+    path = tmp_path / "idx/train-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte\.gz cannot be read"):
+        open_source(spec)
+    write_tree(tmp_path / "other", ["0.jpg"])
+    with pytest.raises(ValueError, match=r"no idx files in .*other \(it holds 0\.jpg\).*folder:"):
+        open_source(f"arrays:{tmp_path}/other")
+
+
+def test_real_fashion_mnist(shared_data: Path):
+    train = open_source(f"arrays:{shared_data}/fashion_mnist")
+    test = open_source(f"arrays:{shared_data}/fashion_mnist", "test")
+    assert (len(train), len(test)) == (60_000, 10_000)
+    assert np.bincount(train.labels).tolist() == [6000] * 10
+    assert abs(train.images.mean() / 255 - 0.2860) < 1e-4

@@ -1,0 +1,227 @@
+import io
+import logging
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sample_files import labels, names, write_tree, zip_tree
+
+from nat_jax.input.sources import Source, UnreadableRecord, open_source
+
+
+def test_folder_splits_share_one_sorted_list_of_classes(tree: Path):
+    (tree / "test/dog/0.jpg").rename(tree / "test/0.tmp")
+    write_tree(tree, ["test/bee/0.jpg"])
+    train, test = (open_source(f"folder:{tree}", s) for s in ("train", "test"))
+    assert train.class_names == test.class_names == ("ant", "bee", "cat", "dog")
+    assert labels(train) == [0] * 4 + [2] * 4 + [3] * 4
+    assert names(test)[:3] == ["test/ant/0.jpg", "test/ant/1.jpg", "test/bee/0.jpg"]
+    assert test[2]["image"] == (tree / "test/bee/0.jpg").read_bytes()
+
+
+def test_val_stands_in_for_test_and_gives_way_to_it(tree: Path, caplog):
+    (tree / "test").rename(tree / "val")
+    assert len(open_source(f"folder:{tree}", "test")) == 6
+    write_tree(tree, ["test/ant/0.jpg"])
+    with caplog.at_level(logging.INFO):
+        assert names(open_source(f"folder:{tree}", "test")) == ["test/ant/0.jpg"]
+    assert "left out 6 image(s) outside train/ and test/" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("train", "test"), [("train", "validation"), ("Train", "Test"), ("TRAIN", "valid")]
+)
+def test_other_spellings_of_the_splits(tmp_path: Path, train: str, test: str):
+    root = write_tree(tmp_path, [f"{train}/a/0.jpg", f"{train}/b/0.jpg", f"{test}/a/1.jpg"])
+    assert names(open_source(f"folder:{root}")) == [f"{train}/a/0.jpg", f"{train}/b/0.jpg"]
+    held_out = open_source(f"folder:{root}", "test")
+    assert names(held_out) == [f"{test}/a/1.jpg"] and held_out.class_names == ("a", "b")
+
+
+def test_a_class_may_be_called_train(tmp_path: Path):
+    root = write_tree(tmp_path, [f"{name}/{i}.jpg" for name in ("train", "boat") for i in range(9)])
+    assert open_source(f"folder:{root}").class_names == ("boat", "train")
+
+
+def test_which_of_two_links_counts_does_not_depend_on_the_file_system(tmp_path: Path):
+    elsewhere = write_tree(tmp_path / "elsewhere", ["0.jpg", "1.jpg", "2.jpg"])
+    found = []
+    for order in ("pq", "qp"):
+        root = write_tree(tmp_path / order, ["a/0.jpg"])
+        for link in order:
+            (root / link).symlink_to(elsewhere, target_is_directory=True)
+        source = open_source(f"folder:{root}")
+        found.append((source.class_names, source.fingerprint))
+    assert found[0] == found[1] and found[0][0] == ("a", "p")
+
+
+def test_a_notebook_may_change_its_folder(tmp_path: Path, monkeypatch):
+    write_tree(tmp_path / "data", [f"{i}.jpg" for i in range(4)])
+    monkeypatch.chdir(tmp_path)
+    source = open_source("folder:data")
+    (tmp_path / "data" / "sub").mkdir()
+    monkeypatch.chdir(tmp_path / "data" / "sub")
+    assert source[0]["image"]
+
+
+def test_class_folders_without_splits_hold_a_tenth_out(tmp_path: Path):
+    write_tree(tmp_path, [f"{c}/{i:02d}.jpg" for c in "ab" for i in range(20)])
+    train, test = (open_source(f"folder:{tmp_path}", s) for s in ("train", "test"))
+    assert (len(train), len(test)) == (36, 4)
+    assert train.class_names == test.class_names == ("a", "b")
+    everything = sorted(names(train) + names(test))
+    assert everything == [f"{c}/{i:02d}.jpg" for c in "ab" for i in range(20)]
+    for source in (train, test):
+        assert labels(source) == ["ab".index(n[0]) for n in names(source)]
+
+
+def test_a_flat_folder_is_unlabelled(tmp_path: Path):
+    write_tree(tmp_path, [f"{i}.jpg" for i in range(10)])
+    train, test = (open_source(f"folder:{tmp_path}", s) for s in ("train", "test"))
+    assert (len(train), len(test)) == (9, 1)
+    assert train.class_names is None and train.num_classes is None
+    assert labels(train) == [-1] * 9
+
+
+def test_a_flat_test_folder_beside_a_labelled_one_is_unlabelled(tmp_path: Path):
+    write_tree(tmp_path, ["train/a/0.jpg", "train/b/0.jpg", "test/0.jpg"])
+    assert open_source(f"folder:{tmp_path}").class_names == ("a", "b")
+    test = open_source(f"folder:{tmp_path}", "test")
+    assert test.class_names is None and labels(test) == [-1]
+
+
+def test_zip_and_folder_of_one_tree_are_the_same_data(tree: Path, tmp_path: Path):
+    spec = f"folder:{zip_tree(tree, tmp_path / 'tree.zip')}"
+    for split in ("train", "test"):
+        folder, archive = (
+            open_source(f"folder:{tree}", split),
+            open_source(spec, split),
+        )
+        assert archive.fingerprint == folder.fingerprint
+        assert [archive[i] for i in range(len(archive))] == [folder[i] for i in range(len(folder))]
+
+
+def test_a_common_top_folder_is_looked_through(tree: Path, tmp_path: Path):
+    archive = zip_tree(tree, tmp_path / "deep.zip", prefix="some/where/")
+    with zipfile.ZipFile(archive, "a") as file:
+        file.writestr("__MACOSX/train/._0.jpg", b"no")
+    source = open_source(f"folder:{archive}", "test")
+    assert (len(source), source.num_classes) == (6, 3)
+    assert source[0]["name"] == "some/where/test/ant/0.jpg"
+
+
+def test_hidden_files_are_skipped_and_other_suffixes_counted(tree: Path, caplog):
+    write_tree(tree, ["train/cat/.hidden.jpg", ".cache/a/1.jpg", "__MACOSX/a/2.jpg"])
+    write_tree(tree, ["train/cat/UPPER.JPEG", "train/cat/deeper/5.Png"])
+    (tree / "train/cat/notes.txt").write_text("no image")
+    (tree / "README.md").write_text("no image")
+    with caplog.at_level(logging.INFO):
+        source = open_source(f"folder:{tree}")
+    assert len(source) == 12 + 2
+    assert {"train/cat/UPPER.JPEG", "train/cat/deeper/5.Png"} <= set(names(source))
+    assert "left out 2 file(s)" in caplog.text
+
+
+def test_links_are_followed_and_loops_end(tree: Path, tmp_path: Path):
+    linked = tmp_path / "linked"
+    (linked / "train").mkdir(parents=True)
+    for name in ("ant", "cat", "dog"):
+        (linked / "train" / name).symlink_to(tree / "train" / name)
+    (linked / "test").symlink_to(tree / "test")
+    (tree / "train/cat/loop").symlink_to(linked)
+    assert len(open_source(f"folder:{linked}")) == 12
+
+
+def test_mistakes_with_folders_have_one_clear_message(tree: Path, tmp_path: Path):
+    with pytest.raises(ValueError, match=r"no such folder or \.zip: .*nowhere"):
+        open_source(f"folder:{tmp_path}/nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no images in .*empty \(0 other files\); expected files"):
+        open_source(f"folder:{tmp_path}/empty")
+    (tmp_path / "empty/a.txt").write_text("no image")
+    with pytest.raises(ValueError, match=r"no images in .*empty \(1 other files\)"):
+        open_source(f"folder:{tmp_path}/empty")
+    with pytest.raises(ValueError, match=r"neither a folder nor a readable \.zip"):
+        open_source(f"folder:{tree}/train/cat/0.jpg")
+    write_tree(tree, ["train/loose.jpg"])
+    with pytest.raises(ValueError, match=r"mixes 1 loose images \(such as train/loose.jpg\)"):
+        open_source(f"folder:{tree}")
+
+
+def test_a_zip_with_a_password_is_refused_at_once(tree: Path, tmp_path: Path):
+    archive = zip_tree(tree, tmp_path / "locked.zip")
+    data = bytearray(archive.read_bytes())
+    for signature, offset in ((b"PK\x01\x02", 8), (b"PK\x03\x04", 6)):
+        at = data.find(signature)
+        data[at + offset] |= 1
+    archive.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match="protected by a password"):
+        open_source(f"folder:{archive}")
+
+
+def test_files_that_vanish_or_break_later_keep_name_and_label(tree: Path, tmp_path: Path):
+    source = open_source(f"folder:{tree}")
+    (tree / "train/cat/0.jpg").unlink()
+    with pytest.raises(UnreadableRecord, match=r"train/cat/0\.jpg: .*No such file") as info:
+        source[4]
+    assert (info.value.name, info.value.label) == ("train/cat/0.jpg", 1)
+
+    archive = zip_tree(tree, tmp_path / "damaged.zip")
+    content = (tree / "train/dog/2.jpg").read_bytes()
+    data = archive.read_bytes()
+    archive.write_bytes(data.replace(content, content[:-9] + b"x" + content[-8:]))
+    damaged = open_source(f"folder:{archive}")
+    bad = names_that_fail(damaged)
+    assert bad == ["train/dog/2.jpg: Bad CRC-32 for file 'train/dog/2.jpg'"]
+
+
+def names_that_fail(source: Source) -> list[str]:
+    failures = []
+    for index in range(len(source)):
+        try:
+            source[index]
+        except UnreadableRecord as error:
+            failures.append(str(error))
+    return failures
+
+
+def test_threads_may_read_one_zip_at_once(tree: Path, tmp_path: Path):
+    source = open_source(f"folder:{zip_tree(tree, tmp_path / 'tree.zip')}")
+    wanted = [source[i % 12]["image"] for i in range(600)]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda i: source[i % 12]["image"], range(600))) == wanted
+
+
+def test_fingerprints_see_names_sizes_and_order(tree: Path):
+    before = open_source(f"folder:{tree}").fingerprint
+    assert open_source(f"folder:{tree}").fingerprint == before
+    (tree / "train/cat/0.jpg").rename(tree / "train/cat/9.jpg")
+    renamed = open_source(f"folder:{tree}").fingerprint
+    with (tree / "train/ant/0.jpg").open("ab") as file:
+        file.write(b"\0")
+    longer = open_source(f"folder:{tree}").fingerprint
+    assert len({before, renamed, longer}) == 3
+
+
+def test_real_imagenette_zip_uses_val_as_test(shared_data: Path):
+    train = open_source(f"folder:{shared_data}/imagenette_like.zip")
+    test = open_source(f"folder:{shared_data}/imagenette_like.zip", "test")
+    assert (len(train), len(test), train.num_classes) == (1920, 450, 6)
+    assert test[0]["name"].startswith("val/n01440764/")
+
+
+def test_real_cifar10_zip_agrees_with_the_exact_pixels(shared_data: Path):
+    lossy = open_source(f"folder:{shared_data}/cifar10.zip", "test")
+    exact = open_source(f"arrays:{shared_data}/cifar10_exact_subset.npz", "test")
+    assert (len(lossy), lossy.num_classes, lossy.class_names[9]) == (10_000, 10, "truck")
+    seen: dict[int, int] = {}
+    for i in range(100):
+        label, image = exact[i]["label"], exact[i]["image"].astype(float)
+        record = lossy[1000 * label + seen.get(label, 0)]
+        seen[label] = seen.get(label, 0) + 1
+        decoded = np.asarray(Image.open(io.BytesIO(record["image"])))
+        assert record["label"] == label
+        assert np.square(decoded - image).mean() < 255**2 / 10**2.2  # 22 dB

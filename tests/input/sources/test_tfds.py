@@ -1,0 +1,258 @@
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sample_files import example, examples, jpeg, labels, write_data_set
+
+from nat_jax.input.sources import open_source
+
+
+def test_tfds_gives_encoded_records_and_validation_as_test(prepared: Path):
+    train = open_source("tfds:tiny_shapes:1.2.0")
+    test = open_source("tfds:tiny_shapes", "test")
+    assert (len(train), len(test), train.class_names) == (9, 4, ("round", "square"))
+    for source in (train, test):
+        for i in range(len(source)):
+            record = source[i]
+            pixels = np.asarray(Image.open(io.BytesIO(record["image"])))
+            assert pixels.shape == (6, 7, 3) and pixels[0, 0, 0] % 2 == record["label"]
+    assert test[1]["name"] == "tfds:tiny_shapes validation[1]"
+
+
+@pytest.mark.parametrize("extra", ["test", "other"])
+def test_tfds_test_images_without_labels_give_way_to_validation(
+    prepare: Callable[..., Path], monkeypatch, extra: str
+):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(prepare(extra)))
+    test = open_source("tfds:tiny_shapes", "test")
+    assert sorted(labels(test)) == [0, 0, 1, 1]
+
+
+def prepared_as(root: Path, monkeypatch, splits, features=None, **identity) -> None:
+    name, config = identity.get("name", "made"), identity.get("config", "")
+    monkeypatch.setenv("TFDS_DATA_DIR", str(root))
+    folder = root / name / config / identity.get("version", "1.2.3")
+    write_data_set(folder, splits, features, **identity)
+
+
+def test_tfds_fingerprints_never_change(tmp_path: Path, monkeypatch):
+    # Literals from the first release: with another fingerprint nobody's run goes on.
+    train, validation = [examples(3), examples(2, 3)], [examples(2, 5)]
+    prepared_as(tmp_path, monkeypatch, {"train": train, "validation": validation}, name="fixed")
+    left = {"train": [examples(2)], "test": [examples(1)]}
+    prepared_as(tmp_path, monkeypatch, left, name="other", config="left", version="2.0.0")
+    expected = {
+        ("tfds:fixed", "train"): "a640662aef9e4bfa25af826f9d92b9e6ecc8edc62b1c3ca304aa2da2cbbeb984",
+        ("tfds:fixed", "test"): "3da68858e5acb50f495f05dde9645bfa1fa6a86857b88e4d83111ccab7b08527",
+        ("tfds:other/left", "train"): (
+            "fc1043791bf41ce2a4791198743f7f27688d742cce48c9c9db382e69a95501d9"
+        ),
+        ("tfds:other/left", "test"): (
+            "37970736156619a850cc45719c679c1cb5e9e61bee0889110409d1926464baa0"
+        ),
+    }
+    for (spec, split), fingerprint in expected.items():
+        assert open_source(spec, split).fingerprint == fingerprint
+
+
+def test_tfds_gives_what_its_own_parser_gives(prepared: Path):
+    import tensorflow_datasets as tfds
+
+    source = open_source("tfds:tiny_shapes")
+    builder = tfds.builder_from_directory(prepared / "tiny_shapes/1.2.0")
+    decoders = {"image": tfds.decode.SkipDecoding()}
+    theirs = builder.as_data_source("train", decoders=decoders)
+    assert len(source) == len(theirs) == 9
+    for i in range(len(theirs)):
+        assert source[i]["image"] == theirs[i]["image"]
+        assert source[i]["label"] == theirs[i]["label"]
+
+
+def feature(kind: str, **options):
+    import tensorflow_datasets as tfds
+
+    return getattr(tfds.features, kind)(**options)
+
+
+def test_tfds_image_and_label_may_have_other_names(tmp_path: Path, monkeypatch):
+    features = {
+        "photo": feature(
+            "FeaturesDict", feature_dict={"grey": feature("Image", shape=(28, 28, 1))}
+        ),
+        "kind": feature("ClassLabel", num_classes=3),
+        "file_name": feature("Text"),
+        "height": feature("Scalar", dtype=np.int64),
+    }
+    file = io.BytesIO()
+    Image.fromarray(np.arange(784, dtype=np.uint8).reshape(28, 28)).save(file, "PNG")
+    record = example(photo__grey=file.getvalue(), kind=2, file_name=b"a/\xff.png", height=28)
+    prepared_as(tmp_path, monkeypatch, {"train": [[record]]}, features)
+    source = open_source("tfds:made")
+    assert source.class_names == ("0", "1", "2")
+    name = b"a/\xff.png".decode(errors="surrogateescape")
+    image = file.getvalue()
+    assert source[0] == {"index": 0, "name": name, "label": 2, "image": image}
+    assert np.asarray(Image.open(io.BytesIO(source[0]["image"]))).shape == (28, 28)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "message"),
+    [
+        (
+            {"text": ("Text", {})},
+            r"no feature 'image' in this data set \(it has text\).*text: Text",
+        ),
+        (
+            {"left": ("Image", {}), "right": ("Image", {})},
+            r"several images in each record of this data set \(left, right\)",
+        ),
+        (
+            {"image": ("Image", {"dtype": np.uint16, "encoding_format": "png"})},
+            r"feature 'image' holds images of uint16; expected uint8",
+        ),
+        (
+            {"image": ("Tensor", {"shape": (4, 4, 3), "dtype": np.uint8})},
+            r"expected one encoded Image; got image: Tensor",
+        ),
+    ],
+)
+def test_tfds_that_has_no_images_says_what_it_has(tmp_path: Path, monkeypatch, kinds, message):
+    features = {key: feature(kind, **options) for key, (kind, options) in kinds.items()}
+    prepared_as(tmp_path, monkeypatch, {"train": [[example(text=b"x")]]}, features)
+    with pytest.raises(ValueError, match=message):
+        open_source("tfds:made")
+
+
+def test_tfds_features_that_need_tensorflow_are_refused_without_it(tmp_path: Path, monkeypatch):
+    prepared_as(tmp_path, monkeypatch, {"train": [[example(clip=b"x")]]}, {"clip": feature("Text")})
+    path = tmp_path / "made/1.2.3/features.json"
+    path.write_text(path.read_text().replace("text_feature.Text", "video_feature.Video"))
+    message = r"no feature 'image' in this data set \(it has clip\).*got clip: Video"
+    with pytest.raises(ValueError, match=message):
+        open_source("tfds:made")
+    assert "tensorflow" not in sys.modules
+
+
+def test_tfds_features_of_kinds_that_nobody_knows_are_passed_over(tmp_path: Path, monkeypatch):
+    features = {"image": feature("Image"), "other": feature("Text"), "label": feature("Text")}
+    record = example(image=jpeg(0), other=b"x", label=b"y")
+    prepared_as(tmp_path, monkeypatch, {"train": [[record]]}, features)
+    path = tmp_path / "made/1.2.3/features.json"
+    path.write_text(path.read_text().replace("core.features.text_feature.Text", "no.such.Kind"))
+    source = open_source("tfds:made")
+    assert source[0]["image"] == jpeg(0) and source[0]["label"] == -1
+    assert source.class_names is None and source.num_classes is None
+
+
+def test_tfds_names_of_classes_that_are_too_few_give_way_to_numbers(
+    tmp_path: Path, monkeypatch, caplog
+):
+    prepared_as(tmp_path, monkeypatch, {"train": [examples(2)]})
+    (tmp_path / "made/1.2.3/label.labels.txt").write_text("round\n\n")
+    assert open_source("tfds:made").class_names == ("0", "1")
+    assert "label.labels.txt names 1 classes of 2; it is left out" in caplog.text
+
+
+def test_tfds_without_a_split_says_which_there_are(tmp_path: Path, monkeypatch):
+    prepared_as(tmp_path, monkeypatch, {"train": [examples(2)], "extra": [examples(1)]})
+    assert len(open_source("tfds:made")) == 2
+    with pytest.raises(ValueError, match="tfds:made: no test or validation split; prepared: train"):
+        open_source("tfds:made", "test")
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("features.json", None, "by an old TFDS, without features.json; prepare it once more"),
+        ("features.json", "{", "features.json is damaged, or not of a TFDS that"),
+        ("dataset_info.json", "{", "dataset_info.json is damaged"),
+        ("dataset_info.json", "[1]", "dataset_info.json is damaged"),
+        ("made-train.array_record-00001-of-00002", None, "1 of 2 shards are missing in"),
+        ("made-train.array_record-00001-of-00002", "x" * 99, "is damaged, cut off or not an arr"),
+    ],
+)
+def test_tfds_that_is_damaged_says_so_when_it_is_opened(
+    tmp_path: Path, monkeypatch, file: str, content: str | None, message: str
+):
+    prepared_as(tmp_path, monkeypatch, {"train": [examples(2), examples(2, 2)]})
+    path = tmp_path / "made/1.2.3" / file
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        open_source("tfds:made")
+
+
+def test_tfds_prepared_in_two_formats_is_read(tmp_path: Path, monkeypatch):
+    prepared_as(tmp_path, monkeypatch, {"train": [examples(2)]})
+    path = tmp_path / "made/1.2.3/dataset_info.json"
+    info = json.loads(path.read_text())
+    both = {"fileFormat": "tfrecord", "alternativeFileFormats": ["array_record"]}
+    path.write_text(json.dumps(info | both))
+    assert len(open_source("tfds:made")) == 2
+
+
+@pytest.mark.parametrize("then", ["", "import tensorflow"])
+def test_tfds_never_imports_tensorflow(prepared: Path, tmp_path: Path, then: str):
+    (tmp_path / "tensorflow").mkdir()
+    (tmp_path / "tensorflow/__init__.py").write_text("import os; os._exit(7)")
+    code = (
+        "from nat_jax import records\n"
+        "assert len(records.open_source('tfds:tiny_shapes')[8]['image'])\n" + then
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
+    command = [sys.executable, "-c", code]
+    status = subprocess.run(command, env=environment, timeout=120).returncode
+    assert status == (7 if then else 0)
+
+
+def refused(spec: str) -> str:
+    """Open what cannot be opened; give the message, which must come without trying to download."""
+    start = time.monotonic()
+    with pytest.raises(ValueError) as info:
+        open_source(spec)
+    assert time.monotonic() - start < 30, "took as long as a download that is tried again and again"
+    assert "tensorflow" not in sys.modules
+    return str(info.value)
+
+
+def test_tfds_that_is_not_prepared_says_how(prepared: Path):
+    message = refused("tfds:mnist")
+    assert f"mnist is not prepared in {prepared}" in message
+    assert f"tfds.builder('mnist', data_dir='{prepared}', file_format='array_record')" in message
+    assert ".download_and_prepare()" in message
+
+
+def test_tfds_unknown_names_and_versions(prepared: Path):
+    assert "TFDS does not know that name (known: mnist" in refused("tfds:mnits")
+    message = refused("tfds:tiny_shapes:9.9.9")
+    assert "not prepared in version 9.9.9; prepared: 1.2.0" in message
+
+
+def fake(data: Path, path: str, content: str) -> None:
+    (data / path).mkdir(parents=True)
+    (data / path / "dataset_info.json").write_text(content)
+
+
+def test_tfds_in_another_format_says_how_to_prepare_it(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    fake(tmp_path, "mnist/3.0.1", '{"fileFormat": "tfrecord"}')
+    message = refused("tfds:mnist")
+    assert "is prepared as tfrecord" in message and "file_format='array_record'" in message
+
+
+def test_tfds_takes_the_newest_version_and_asks_for_the_configuration(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    fake(tmp_path, "a/2.0.0", '{"fileFormat": "older"}')
+    fake(tmp_path, "a/10.0.0", '{"fileFormat": "newer"}')
+    assert "10.0.0 is prepared as newer" in refused("tfds:a")
+    fake(tmp_path, "b/left/1.0.0", "{}")
+    fake(tmp_path, "b/right/1.0.0", "{}")
+    assert "name one: tfds:b/left, tfds:b/right" in refused("tfds:b")
+    assert "left/1.0.0 is prepared as tfrecord" in refused("tfds:b/left")

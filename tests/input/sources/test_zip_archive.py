@@ -1,0 +1,308 @@
+"""A .zip read in place: every way of packing, and every kind of damage."""
+
+import gc
+import io
+import os
+import pickle
+import shutil
+import struct
+import threading
+import tracemalloc
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from sample_files import jpeg, names, zip_tree
+
+from nat_jax.input.sources import (
+    UnreadableRecord,
+    file_listing,
+    index_cache,
+    open_source,
+    zip_archive,
+)
+
+IMAGES = {f"{c}/{i}.jpg": jpeg(i) * (1 + 20 * i) for c in "ab" for i in range(4)} | {
+    "b/empty.jpg": b"",
+    "b/one.jpg": b"\xff",
+}
+METHODS = [
+    zipfile.ZIP_STORED,
+    zipfile.ZIP_DEFLATED,
+    zipfile.ZIP_BZIP2,
+    zipfile.ZIP_LZMA,
+]
+
+
+def pack(path: Path, method: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(path, "w", method) as file:
+        for name, image in IMAGES.items():
+            file.writestr(name, image)
+    return path
+
+
+def content(archive: Path) -> dict[str, bytes]:
+    splits = [open_source(f"folder:{archive}", split) for split in ("train", "test")]
+    return {r["name"]: r["image"] for source in splits for r in source}
+
+
+def failure(archive: Path, name: str) -> str:
+    """Give the reason why one record cannot be read, after all others were."""
+    reasons = []
+    for split in ("train", "test"):
+        source = open_source(f"folder:{archive}", split)
+        for i in range(len(source)):
+            try:
+                record = source[i]
+                assert record["image"] == IMAGES[record["name"]]
+            except UnreadableRecord as error:
+                assert (error.name, error.label) == (name, "ab".index(name[0]))
+                reasons.append(error.reason)
+    assert len(reasons) == 1
+    return reasons[0]
+
+
+def local_header(archive: Path, name: str) -> int:
+    with zipfile.ZipFile(archive) as file:
+        return file.getinfo(name).header_offset
+
+
+def overwrite(path: Path, at: int, data: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(at)
+        file.write(data)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_gives_the_bytes_that_were_packed(method: int, tmp_path: Path):
+    assert content(pack(tmp_path / "a.zip", method)) == IMAGES
+
+
+def test_methods_may_be_mixed(tmp_path: Path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        for number, (name, image) in enumerate(IMAGES.items()):
+            file.writestr(name, image, compress_type=METHODS[number % 4])
+    assert content(tmp_path / "a.zip") == IMAGES
+
+
+def test_local_headers_with_fields_of_their_own_are_stepped_over(tmp_path: Path):
+    # Their ZIP64 fields stand in the local headers only.
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        for name, image in IMAGES.items():
+            with file.open(name, "w", force_zip64=True) as member:
+                member.write(image)
+    assert content(tmp_path / "a.zip") == IMAGES
+
+
+def test_zip64_archives_are_read(tmp_path: Path, monkeypatch):
+    # As one beyond 4 GiB has them: offsets and sizes in extra fields of the directory too.
+    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 100)
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 3)
+    archive = pack(tmp_path / "a.zip", zipfile.ZIP_DEFLATED)
+    assert b"PK\x06\x06" in archive.read_bytes()
+    assert content(archive) == IMAGES
+
+
+def test_a_sparse_archive_beyond_4_gib_is_read(tmp_path: Path):
+    path = tmp_path / "a.zip"
+    with path.open("wb") as file:
+        try:
+            file.seek(2**32 + 12345)  # a hole
+            file.write(b"\0")
+        except OSError:
+            pytest.skip("this file system has no files of 4 GiB")
+        with zipfile.ZipFile(file, "a") as archive:
+            for name, image in IMAGES.items():
+                archive.writestr(name, image)
+    source = open_source(f"folder:{path}")
+    assert int(source._index.files.members["offset"].min()) > 2**32
+    assert content(path) == IMAGES
+
+
+def test_streamed_archives_are_read(tmp_path: Path):
+    class Pipe(io.FileIO):
+        def seekable(self) -> bool:
+            return False
+
+        def tell(self) -> int:
+            raise OSError("a pipe has no position")
+
+        seek = tell
+
+    pipe = Pipe(tmp_path / "a.zip", "w")
+    with pipe, zipfile.ZipFile(pipe, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, image in IMAGES.items():
+            with file.open(name, "w") as member:
+                member.write(image)
+    with zipfile.ZipFile(tmp_path / "a.zip") as file:
+        assert file.getinfo("a/1.jpg").flag_bits & 8
+    assert content(tmp_path / "a.zip") == IMAGES
+
+
+def test_an_archive_behind_a_program_is_read(tmp_path: Path):
+    packed = pack(tmp_path / "plain.zip", zipfile.ZIP_DEFLATED).read_bytes()
+    (tmp_path / "a.zip").write_bytes(b"#!/bin/sh\nexit 1\n" * 50 + packed)
+    assert content(tmp_path / "a.zip") == IMAGES
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_of_a_name_that_stands_twice_the_later_content_counts(tmp_path: Path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        for data in (b"x" * 10_000, b"first", b"second and last"):
+            file.writestr("a/0.jpg", data)
+    source = open_source(f"folder:{tmp_path / 'a.zip'}")
+    assert [r["image"] for r in source] == [b"second and last"] * 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_damaged_member_is_one_unreadable_record(method: int, tmp_path: Path):
+    archive = pack(tmp_path / "a.zip", method)
+    start = local_header(archive, "b/3.jpg") + 30 + len("b/3.jpg")
+    overwrite(archive, start + 60, b"\x55" * 40)
+    reason = failure(archive, "b/3.jpg")
+    if method == zipfile.ZIP_STORED:
+        assert reason == "Bad CRC-32 for file 'b/3.jpg'"
+    else:
+        assert reason
+
+
+def test_a_flipped_bit_is_found_by_the_checksum(tmp_path: Path):
+    archive = pack(tmp_path / "a.zip")
+    at = local_header(archive, "a/2.jpg") + 30 + len("a/2.jpg") + 5
+    byte = archive.read_bytes()[at]
+    overwrite(archive, at, bytes([byte ^ 1]))
+    assert failure(archive, "a/2.jpg") == "Bad CRC-32 for file 'a/2.jpg'"
+
+
+def test_a_damaged_local_header_is_one_unreadable_record(tmp_path: Path):
+    archive = pack(tmp_path / "a.zip")
+    at = local_header(archive, "a/2.jpg")
+    overwrite(archive, at, b"XX")
+    assert failure(archive, "a/2.jpg") == f"no file begins at byte {at} of the .zip"
+
+
+def in_directory(archive: Path, name: str) -> int:
+    """Give where the entry of a member begins in the directory of the archive."""
+    return archive.read_bytes().rindex(name.encode()) - 46
+
+
+def test_a_method_that_python_lacks_is_one_unreadable_record(tmp_path: Path):
+    archive = pack(tmp_path / "a.zip")
+    for at in (in_directory(archive, "a/2.jpg") + 10, local_header(archive, "a/2.jpg") + 8):
+        overwrite(archive, at, struct.pack("<H", 99))
+    assert "compression" in failure(archive, "a/2.jpg")
+
+
+@pytest.mark.parametrize("method", METHODS[:2])
+def test_a_directory_that_claims_gigabytes_costs_no_memory(method: int, tmp_path: Path):
+    archive = pack(tmp_path / "a.zip", method)
+    at = in_directory(archive, "a/2.jpg")
+    overwrite(archive, at + 20, struct.pack("<2I", 2**32 - 2, 2**32 - 2))
+    tracemalloc.start()
+    try:
+        assert "beyond the end" in failure(archive, "a/2.jpg")
+        # Now the bytes in the archive are few, but not those that they inflate to.
+        overwrite(archive, at + 20, struct.pack("<I", 100))
+        assert failure(archive, "a/2.jpg")
+        assert tracemalloc.get_traced_memory()[1] < 2**24
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_archive_without_its_end_is_refused(tmp_path: Path):
+    archive = pack(tmp_path / "a.zip")
+    os.truncate(archive, archive.stat().st_size // 2)
+    with pytest.raises(ValueError, match=r"nor a readable \.zip: .*is it complete\?"):
+        open_source(f"folder:{archive}")
+
+
+def test_a_file_in_place_of_a_folder_is_refused(tmp_path: Path):
+    (tmp_path / "a.jpg").write_bytes(b"not an archive")
+    with pytest.raises(ValueError, match=f"nor a readable .*name the folder: {tmp_path}$"):
+        open_source(f"folder:{tmp_path / 'a.jpg'}")
+
+
+def test_an_archive_that_is_cut_or_overwritten_while_it_is_read_says_so(tmp_path: Path):
+    archive = pack(tmp_path / "a.zip")
+    source = open_source(f"folder:{archive}")
+    os.truncate(archive, 100)
+    with pytest.raises(UnreadableRecord, match=r"was changed after it was listed, start"):
+        source[5]
+    pickled = pickle.dumps(source)
+    with pytest.raises(ValueError, match="was changed after it was listed; start again"):
+        pickle.loads(pickled)
+    archive.unlink()
+    with pytest.raises(ValueError, match=r"cannot open .*a\.zip: .*No such file"):
+        pickle.loads(pickled)
+
+
+def test_who_reads_an_archive_that_is_replaced_goes_on_with_the_old_one(tree: Path, tmp_path: Path):
+    archive = zip_tree(tree, tmp_path / "tree.zip")
+    old = open_source(f"folder:{archive}")
+    before = [old[i] for i in range(len(old))]
+    os.replace(pack(tmp_path / "new.zip"), archive)
+    assert [old[i] for i in range(len(old))] == before
+    assert content(archive) == IMAGES
+
+
+def test_threads_read_at_the_same_time(tmp_path: Path, monkeypatch):
+    source = open_source(f"folder:{pack(tmp_path / 'a.zip', zipfile.ZIP_DEFLATED)}")
+    wanted = list(source)
+    together = threading.Barrier(4, timeout=20)
+    pread = os.pread
+
+    def meet(*args: int) -> bytes:
+        together.wait()  # breaks unless four threads are inside at once
+        return pread(*args)
+
+    monkeypatch.setattr(os, "pread", meet)
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(source.__getitem__, [0, 1, 2, 3] * 5)) == wanted[:4] * 5
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_worker_does_not_read_the_directory_of_the_archive_again(
+    kept: bool, tmp_path: Path, monkeypatch
+):
+    if kept:
+        monkeypatch.setattr(index_cache, "KEPT_FROM", 1)
+        monkeypatch.setattr(file_listing, "SETTLED_NS", 0)
+    source = open_source(f"folder:{pack(tmp_path / 'a.zip')}")
+    wanted, pickled = list(source), pickle.dumps(source)
+    assert (b"a/1.jpg" in pickled) != kept
+    index_cache._recent.clear()
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("parsed again")
+
+    monkeypatch.setattr(zipfile, "ZipFile", refuse)
+    assert list(pickle.loads(pickled)) == wanted
+
+
+def test_the_file_is_closed_with_its_last_source(tmp_path: Path):
+    source = open_source(f"folder:{pack(tmp_path / 'a.zip')}")
+    file = source._archive._file
+    os.fstat(file)
+    del source
+    gc.collect()
+    with pytest.raises(OSError):
+        os.fstat(file)
+
+
+def test_a_zip_of_hidden_and_other_files_lists_the_images(tmp_path: Path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        for name in ("__MACOSX/x/._0.jpg", ".git/0.jpg", "a/.0.jpg", "a/notes.txt", "a/", "a/b/"):
+            file.writestr(name, b"")
+        for name in IMAGES:
+            file.writestr(f"top/{name}", b"")
+    listing = zip_archive.list_zip(str(tmp_path / "a.zip"))
+    assert listing.others == 1
+    assert sorted(g.prefix for g in listing.groups) == ["top/a/", "top/b/"]
+
+
+def test_copies_of_one_archive_are_the_same_data(tmp_path: Path):
+    archive = pack(tmp_path / "a.zip")
+    shutil.copy(archive, tmp_path / "b.zip")
+    one, other = (open_source(f"folder:{tmp_path / n}") for n in ("a.zip", "b.zip"))
+    assert one.fingerprint == other.fingerprint and names(one) == names(other)

@@ -1,0 +1,153 @@
+"""Changes of colour: each alone is Pillow's, together they are one affine map, chance comes in."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from faulty_records import SIZE, Faulty
+from pictures import noise
+from PIL import Image, ImageEnhance
+
+from nat_jax.input import transforms
+from nat_jax.input.color_jitter import ColorJitter
+from nat_jax.input.reader import GREY, ImageCache, ImageReader
+from nat_jax.input.work_log import WorkLog
+
+LAST = 1 - 2**-53
+ALONE = {"brightness": 1, "contrast": 2, "saturation": 3}
+PILLOWS = {
+    "brightness": ImageEnhance.Brightness,
+    "contrast": ImageEnhance.Contrast,
+    "saturation": ImageEnhance.Color,
+}
+
+
+def images(count: int = 20, side: int = 12) -> np.ndarray:
+    return np.stack([noise(side, side, seed) for seed in range(count)])
+
+
+def chance(count: int, **numbers: float) -> np.ndarray:
+    """Return the numbers that change nothing, but for those that are named."""
+    columns = ("changed", "brightness", "contrast", "saturation", "hue", "grey")
+    uniform = np.tile([0.0, 0.5, 0.5, 0.5, 0.5, LAST], (count, 1))
+    for name, number in numbers.items():
+        uniform[:, columns.index(name)] = number
+    return uniform
+
+
+def jittered(jitter: ColorJitter, images: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+    changed = images.copy()
+    jitter.apply(changed, uniform)
+    return changed
+
+
+def differences(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return np.abs(one.astype(int) - other.astype(int))
+
+
+@pytest.mark.parametrize("number", [0.0, 0.3, LAST])
+@pytest.mark.parametrize("name", PILLOWS)
+def test_each_change_alone_is_pillows(name: str, number: float):
+    before = images()
+    found = jittered(ColorJitter(0.5), before, chance(20, **{name: number}))
+    factor = 1 + 0.4 * (2 * number - 1)
+    pillows = [PILLOWS[name](Image.fromarray(x)).enhance(factor) for x in before]
+    assert differences(found, np.stack([np.asarray(x) for x in pillows])).max() <= 1
+    assert differences(found, before).mean() > 2  # which is no comparison of two equal images
+
+
+def test_grey_images_are_pillows():
+    before = images()
+    found = jittered(ColorJitter(grey=0.2), before, chance(20, grey=0.19, changed=LAST))
+    pillows = np.stack([np.asarray(Image.fromarray(x).convert("L")) for x in before])
+    assert differences(found, pillows[..., None]).max() <= 1
+    kept = jittered(ColorJitter(grey=0.2), before, chance(20, grey=0.2))
+    assert np.array_equal(kept, before)
+
+
+def test_a_hue_turns_colours_and_keeps_their_luma():
+    before = (images() // 3 + 80).astype(np.uint8)  # nothing is cut off
+    luma = np.array([0.299, 0.587, 0.114])
+    there = jittered(ColorJitter(1.0), before, chance(20, hue=LAST))
+    assert differences(there, before).mean() > 10
+    assert np.abs(there @ luma - before @ luma).max() < 1
+    back = jittered(ColorJitter(1.0), there, chance(20, hue=0.0))
+    assert differences(back, before).max() <= 2
+    # A fifth of a circle five times is a whole one.
+    fifths = before
+    for _ in range(5):
+        fifths = jittered(ColorJitter(1.0), fifths, chance(20, hue=LAST))
+    assert differences(fifths, before).max() <= 6 < differences(there, before).max()
+
+
+def test_without_strength_nothing_changes():
+    before = images()
+    uniform = np.random.default_rng(0).random((20, 6))
+    assert np.array_equal(jittered(ColorJitter(), before, uniform), before)
+    assert not np.array_equal(jittered(ColorJitter(0.5, 0.2), before, uniform), before)
+
+
+def test_a_fifth_stays_and_a_fifth_is_grey():
+    before = images(2000, 4)
+    after = jittered(ColorJitter(0.5, 0.2), before, np.random.default_rng(0).random((2000, 6)))
+    grey = (differences(after, after[..., :1]).max(axis=(1, 2, 3)) <= 1).mean()
+    same = (after == before).all(axis=(1, 2, 3)).mean()
+    assert abs(grey - 0.2) < 0.03 and abs(same - 0.2 * 0.8) < 0.03
+
+
+def test_the_strength_bounds_the_changes():
+    grey = np.full((2000, 2, 2, 3), 100, np.uint8)
+    uniform = np.random.default_rng(0).random((2000, 6))
+    found = jittered(ColorJitter(0.5), grey, uniform)[:, 0, 0, 0]
+    assert found.min() == 60 and found.max() == 140  # brightness alone: contrast has none here
+    assert np.array_equal(
+        jittered(ColorJitter(0.5), grey, chance(2000, hue=0.1, saturation=0.0)), grey
+    )
+
+
+def test_values_are_cut_off_not_wrapped():
+    white = np.full((1, 2, 2, 3), 250, np.uint8)
+    assert (jittered(ColorJitter(1.0), white, chance(1, brightness=LAST)) == 255).all()
+    assert (jittered(ColorJitter(1.0), white, chance(1, brightness=0.0)) == 50).all()
+
+
+@pytest.mark.parametrize("settings", [{"strength": -0.1}, {"strength": 1.5}, {"grey": 2.0}])
+def test_settings_out_of_range_are_refused(settings: dict[str, float]):
+    with pytest.raises(
+        ValueError, match=r"ColorJitter: expected a (strength|grey) in \[0, 1\], got"
+    ):
+        ColorJitter(**settings)
+
+
+@pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.parametrize("crop", ["random_crop", "random_resized_crop"])
+def test_each_view_of_a_batch_has_colours_of_its_own(views: int, crop: str):
+    """Kept in memory or decoded anew; the rest of the transform draws what it drew without.
+
+    A bad record is grey all the same, and what is kept stays as it is.
+    """
+    plain = transforms.train_transform(image_size=SIZE, crop=crop)
+    jitter = ColorJitter(0.5, 0.2)
+    colored = dataclasses.replace(plain, colors=jitter)
+    assert colored.draws == plain.draws + jitter.draws
+    uniform = np.random.default_rng(0).random((views, 8, colored.draws))
+    numbers = np.arange(8)
+    options = {"views": views, "log": WorkLog()}
+    cache = ImageCache()
+
+    def batch(transform: transforms.Transform, uniform: np.ndarray) -> np.ndarray:
+        reader = ImageReader(Faulty(8, "broken", 3), transform, cache=cache, **options)
+        found = reader.batch(numbers, uniform)
+        assert found["weight"].tolist() == [1, 1, 1, 0, 1, 1, 1, 1]
+        return found["image"].reshape(8, views, SIZE, SIZE, 3)
+
+    before = batch(plain, uniform[..., : plain.draws])
+    after = batch(colored, uniform)
+    for view in range(views):
+        expected = jittered(jitter, before[:, view], uniform[view, :, plain.draws :])
+        expected[3] = GREY
+        np.testing.assert_array_equal(after[:, view], expected)
+    np.testing.assert_array_equal(batch(plain, uniform[..., : plain.draws]), before)
+    assert not np.array_equal(before, after)
+    if views == 2:
+        assert not np.array_equal(after[:, 0], after[:, 1])

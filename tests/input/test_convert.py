@@ -1,0 +1,577 @@
+import fcntl
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sample_files import SPLIT_TREE, flip_bit, jpeg, write_tree, zip_tree
+
+from nat_jax import config
+from nat_jax.input import convert as conversion
+from nat_jax.input.convert import convert
+from nat_jax.input.read_ahead import read_ahead
+from nat_jax.input.sources import Record, Source, UnreadableRecord, open_source
+from nat_jax.runtime.atomic_files import ConversionError
+from nat_jax.training import workdir
+
+ROOT = Path(__file__).parents[2]
+SPLITS = ("train", "test")
+
+
+@pytest.fixture(autouse=True)
+def tiny_shards(monkeypatch) -> None:
+    """A "MiB" is 1500 bytes, so that a few small images fill several shards."""
+    monkeypatch.setattr(conversion, "_MIB", 1500)
+
+
+@pytest.fixture
+def said(caplog) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, "nat_jax")
+    return caplog
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def shard_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.array_record-*"))
+
+
+def assert_same(spec: str, folder: Path) -> None:
+    for split in SPLITS:
+        before, after = (open_source(s, split) for s in (spec, f"arrayrecord:{folder}"))
+        assert after.fingerprint == before.fingerprint and len(after) == len(before)
+        assert after.class_names == before.class_names
+        assert after.num_classes == before.num_classes
+        assert np.array_equal(after.labels, before.labels)
+        assert [after[i] for i in range(len(after))] == [before[i] for i in range(len(before))]
+
+
+def layouts(tmp_path: Path) -> dict[str, str]:
+    flat = [f"{i:02}.jpg" for i in range(30)]
+    odd = [f"{name}/{i}.jpg" for name in (" a ", "Größe", "b") for i in range(9)]
+    trees = {"split": SPLIT_TREE, "flat": flat, "held_out": [f"all/{n}" for n in odd]}
+    trees["half"] = [f"train/{i}.jpg" for i in range(12)] + [f"val/x/{i}.jpg" for i in range(3)]
+    specs = {n: f"folder:{write_tree(tmp_path / n, tree)}" for n, tree in trees.items()}
+    return specs | {"zip": f"folder:{zip_tree(tmp_path / 'split', tmp_path / '2024-x y.zip')}"}
+
+
+@pytest.mark.parametrize("layout", ["split", "flat", "held_out", "half", "zip"])
+def test_the_same_records_labels_names_and_fingerprint(tmp_path: Path, layout: str):
+    spec = layouts(tmp_path)[layout]
+    folder = convert(spec, str(tmp_path / "out/put"), shard_mb=2)
+    assert len(shard_files(folder)) >= 3
+    assert_same(spec, folder)
+    name = {"zip": "images_2024_x_y"}.get(layout, layout)
+    assert shard_files(folder)[-1].name.startswith(f"{name}-train.array_record-00")
+
+
+@pytest.mark.parametrize("layout", ["split", "flat", "held_out"])
+def test_tfds_reads_it_without_tensorflow(tmp_path: Path, layout: str):
+    import tensorflow_datasets as tfds
+
+    spec = layouts(tmp_path)[layout]
+    folder = convert(spec, str(tmp_path / "out"), shard_mb=2)
+    for split in SPLITS:
+        source = open_source(spec, split)
+        builder = tfds.builder_from_directory(folder)
+        decoders = {"image": tfds.decode.SkipDecoding()}
+        theirs = builder.as_data_source(split, decoders=decoders)
+        assert len(theirs) == len(source)
+        for i in range(len(source)):
+            assert theirs[i]["image"] == source[i]["image"]
+            assert theirs[i]["file_name"].decode() == source[i]["name"]
+            assert theirs[i].get("label", -1) == source[i]["label"]
+        assert builder.as_data_source(split)[0]["image"].shape == (8, 8, 3)
+        if layout == "split":
+            assert builder.info.features["label"].names == ["ant", "cat", "dog"]
+    assert "tensorflow" not in sys.modules
+
+
+def test_it_is_also_read_by_name_as_tfds_data(tmp_path: Path, monkeypatch):
+    spec = layouts(tmp_path)["split"]
+    convert(spec, str(tmp_path / "data/split/1.0.0"))
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
+    for split in SPLITS:
+        ours, theirs = open_source("tfds:split", split), open_source(spec, split)
+        assert ours.fingerprint == theirs.fingerprint and ours[0] == theirs[0]
+
+
+def test_real_photographs(tmp_path: Path, shared_data: Path, monkeypatch):
+    monkeypatch.setattr(conversion, "_MIB", 2**20)
+    spec = f"folder:{shared_data}/imagenette_like.zip"
+    folder = convert(spec, str(tmp_path / "out"), shard_mb=8)
+    assert_same(spec, folder)
+    sizes = [path.stat().st_size / 2**20 for path in shard_files(folder)]
+    assert len(sizes) == 4 and max(sizes) < 8
+
+
+@pytest.mark.skipif(shutil.which("sha256sum") is None, reason="needs sha256sum")
+def test_sha256sum_accepts_the_checksums(tmp_path: Path):
+    folder = convert(layouts(tmp_path)["split"], str(tmp_path / "out"), shard_mb=2)
+
+    def check() -> subprocess.CompletedProcess:
+        command = ["sha256sum", "-c", "SHA256SUMS"]
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+
+    assert check().returncode == 0
+    assert check().stdout.count(": OK") == len(contents(folder)) - 1
+    flip_bit(shard_files(folder)[1], 200)
+    assert f"{shard_files(folder)[1].name}: FAILED" in check().stdout
+
+
+def test_running_again_verifies_and_changes_nothing(tmp_path: Path, said):
+    spec = layouts(tmp_path)["split"]
+    folder = convert(spec, str(tmp_path / "out"), shard_mb=2)
+    before = contents(folder)
+    times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    said.clear()
+    convert(spec, str(folder), shard_mb=2)
+    assert f"({len(shard_files(folder))} verified: every checksum holds)" in said.text
+    assert "made again" not in said.text
+    assert contents(folder) == before
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut", "gone"])
+@pytest.mark.parametrize("which", range(12))
+def test_whatever_is_damaged_is_named_and_made_again(tmp_path: Path, said, damage: str, which: int):
+    spec = layouts(tmp_path)["split"]
+    folder = convert(spec, str(tmp_path / "out"), shard_mb=2)
+    before = contents(folder)
+    paths = [path for path in sorted(folder.iterdir()) if path.name != "conversion.json"]
+    if which >= len(paths):
+        assert which >= 9, "there are at least nine files to damage"
+        return
+    path = paths[which]
+    if damage == "bit":
+        flip_bit(path, path.stat().st_size // 2)
+    elif damage == "cut":
+        os.truncate(path, path.stat().st_size - 1)
+    else:
+        path.unlink()
+    said.clear()
+    convert(spec, str(folder), shard_mb=2)
+    assert contents(folder) == before
+    if path in shard_files(folder):
+        word = "missing" if damage == "gone" else "damaged"
+        assert f"{path} is {word}" in said.text and "it is made again" in said.text
+        assert "1 written, " in said.text
+    elif damage != "gone" and path.name != "SHA256SUMS":
+        assert f"{path} is damaged" in said.text
+
+
+def test_a_damaged_manifest_is_refused(tmp_path: Path):
+    spec = layouts(tmp_path)["split"]
+    folder = convert(spec, str(tmp_path / "out"), shard_mb=2)
+    for text in ("{", "[]", '{"format": 9}', '{"format": 1, "splits": {}, "shards": {"a": {}}}'):
+        (folder / "conversion.json").write_text(text)
+        with pytest.raises(ValueError, match="conversion.json is damaged .* or delete"):
+            convert(spec, str(folder), shard_mb=2)
+        with pytest.raises(ValueError, match="conversion.json is damaged"):
+            open_source(f"arrayrecord:{folder}")
+
+
+def test_a_changed_fingerprint_in_the_manifest_is_seen(tmp_path: Path):
+    spec = layouts(tmp_path)["split"]
+    folder = convert(spec, str(tmp_path / "out"), shard_mb=2)
+    fingerprint = open_source(spec).fingerprint
+    path = folder / "conversion.json"
+    path.write_text(path.read_text().replace(fingerprint, "0" * 64))
+    for call in (lambda: convert(spec, str(folder), shard_mb=2), lambda: reopened(folder)):
+        with pytest.raises(ValueError, match="its checksum is not that in SHA256SUMS"):
+            call()
+
+
+def reopened(folder: Path) -> Source:
+    return open_source(f"arrayrecord:{folder}")
+
+
+# Converts in children that kill themselves, as kill -9 does, at their first, second, ... chance:
+# after each record or file is written, synced, renamed or removed. A second child goes on; the
+# parent compares.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from nat_jax.input.sources import convert as conversion, safe_files
+import google.protobuf.json_format, tensorflow_datasets as tfds, tqdm.contrib.logging
+tfds.features.Image(), tfds.features.Text(), conversion._features({})  # or every child imports it
+from array_record.python import array_record_module
+
+conversion._MIB = 1500
+spec, whole, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+
+
+def child(chances):
+    process = os.fork()
+    if process:
+        return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    left = [chances]
+
+    def chance(*_):
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def watch(owner, name):
+        function = getattr(owner, name)
+        def call(*arguments, **options):
+            result = function(*arguments, **options)
+            chance()
+            return result
+        setattr(owner, name, call)
+
+    write = Path.write_bytes
+
+    def write_in_halves(path, data):
+        write(path, data[: len(data) // 2])
+        chance()
+        return write(path, data)
+
+    Path.write_bytes = write_in_halves
+    for owner, name in [
+        (safe_files.RecordWriter, "write"), (safe_files.RecordWriter, "close"),
+        (safe_files, "publish"), (conversion, "publish"), (safe_files, "sync"),
+        (Path, "write_bytes"), (Path, "replace"), (Path, "unlink"), (Path, "mkdir"),
+    ]:
+        watch(owner, name)
+    conversion.convert(spec, str(folder), shard_mb=1)
+    os._exit(0)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+kept, moments = 0, 0
+while True:
+    moments += 1
+    status = child(1 + (moments - 1) * int(sys.argv[4]))
+    if status == 0:
+        break
+    assert status == -signal.SIGKILL, status
+    finished = {p: p.stat().st_ino for p in folder.glob("*-of-*")} if folder.exists() else {}
+    noted = (folder / "conversion.json").read_text() if finished else ""
+    assert child(0) == 0
+    assert contents(folder) == contents(whole), moments
+    for path, inode in finished.items():
+        if path.name in noted:
+            assert path.stat().st_ino == inode, "a finished shard was written again"
+            kept += 1
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+assert contents(folder) == contents(whole)
+print(moments, kept)
+"""
+
+
+@pytest.mark.parametrize("stride", [9, pytest.param(1, marks=pytest.mark.slow)])
+def test_killed_at_any_moment_it_goes_on(tmp_path: Path, stride: int):
+    files = ["train/a/0.jpg", "train/a/1.jpg", "train/b/0.jpg", "test/a/0.jpg", "test/b/0.jpg"]
+    spec = f"folder:{write_tree(tmp_path / 'tree', files)}"
+    whole = convert(spec, str(tmp_path / "whole"), shard_mb=1)
+    assert len(shard_files(whole)) == 4
+    folders = [str(whole), str(tmp_path / "killed")]
+    command = [sys.executable, "-c", KILLED, spec, *folders, str(stride)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    moments, kept = map(int, done.stdout.split())
+    assert moments > 60 // stride and kept > 100 // stride
+
+
+def main_command(spec: str, folder: Path, shard_mb: int) -> list[str]:
+    return [
+        *(sys.executable, "-m", "nat_jax.main", "--config=configs/alexnet.py"),
+        *("--config.task=convert", f"--config.data.source={spec}"),
+        *(f"--config.convert.to={folder}", f"--config.convert.shard_mb={shard_mb}"),
+    ]
+
+
+@pytest.mark.slow
+def test_the_command_line_killed_at_several_times_goes_on(tmp_path: Path, shared_data: Path):
+    spec = f"folder:{shared_data}/imagenette_like.zip"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def start(folder: Path) -> subprocess.Popen:
+        command = main_command(spec, folder, 1)
+        return subprocess.Popen(
+            command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True
+        )
+
+    whole = start(tmp_path / "whole")
+    assert whole.wait(120) == 0, whole.stderr.read()
+    folder, interrupted = tmp_path / "killed", 0
+    for milliseconds in (0, 10, 30, 60, 100, 150, 210, 280, 360):
+        shutil.rmtree(folder, ignore_errors=True)
+        killed = start(folder)
+        while not (folder / "conversion.json").exists():
+            time.sleep(0.001)
+        time.sleep(milliseconds / 1000)
+        killed.kill()
+        killed.wait()
+        interrupted += not (folder / "dataset_info.json").exists()
+        resumed = start(folder)
+        assert resumed.wait(120) == 0, resumed.stderr.read()
+        assert contents(folder) == contents(tmp_path / "whole")
+    assert interrupted >= 3
+
+
+def test_the_command_line_needs_no_device(tmp_path: Path):
+    spec = f"folder:{write_tree(tmp_path / 'tree', SPLIT_TREE)}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cuda"}
+    command = main_command(spec, tmp_path / "out", 1)
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "convert: 18 images in 2 shards (2 written)" in done.stderr
+    assert f"--config.data.source=arrayrecord:{tmp_path}/out" in done.stderr
+    assert_same(spec, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name[0] != ".") == [
+        *("out", "tree")
+    ]
+
+
+def begun(tmp_path: Path, spec: str, monkeypatch) -> Path:
+    """Convert until the first shard is finished."""
+    make = conversion._make_shard
+
+    def stop(path: Path, *others) -> None:
+        if "00000" not in path.name:
+            raise KeyboardInterrupt
+        make(path, *others)
+
+    monkeypatch.setattr(conversion, "_make_shard", stop)
+    with pytest.raises(KeyboardInterrupt):
+        convert(spec, str(tmp_path / "out"), shard_mb=2)
+    monkeypatch.setattr(conversion, "_make_shard", make)
+    return tmp_path / "out"
+
+
+def test_an_unfinished_conversion_is_no_source(tmp_path: Path, monkeypatch):
+    spec = layouts(tmp_path)["split"]
+    folder = begun(tmp_path, spec, monkeypatch)
+    for argument in (folder, f"{folder}/*"):
+        with pytest.raises(ValueError, match="is not finished; run its command .*again"):
+            open_source(f"arrayrecord:{argument}")
+    convert(spec, str(folder), shard_mb=2)
+    assert_same(spec, folder)
+
+
+def test_a_source_that_changed_in_between_is_refused(tmp_path: Path, monkeypatch):
+    spec = layouts(tmp_path)["split"]
+    folder = begun(tmp_path, spec, monkeypatch)
+    before = contents(folder)
+    (tmp_path / "split/train/cat/1.jpg").write_bytes(jpeg(77, width=30))
+    with pytest.raises(ValueError, match="or folder:.* has changed since .*name a new folder"):
+        convert(spec, str(folder), shard_mb=2)
+    assert contents(folder) == before
+    other = f"folder:{write_tree(tmp_path / 'other', SPLIT_TREE[::-1])}"
+    with pytest.raises(ValueError, match="holds the conversion of another source"):
+        convert(other, str(folder), shard_mb=2)
+    with pytest.raises(
+        ValueError, match="was begun with 2; got 3. Set --config.convert.shard_mb=2"
+    ):
+        convert(layouts(tmp_path / "again")["split"], str(folder), shard_mb=3)
+
+
+def test_a_shard_is_not_made_again_from_other_bytes(tmp_path: Path):
+    spec = layouts(tmp_path)["split"]
+    folder = convert(spec, str(tmp_path / "out"), shard_mb=2)
+    damaged = shard_files(folder)[-1]
+    flip_bit(damaged, 300)
+    before = contents(folder)
+    changed = tmp_path / "split" / open_source(spec)[11]["name"]
+    changed.write_bytes(bytes(len(changed.read_bytes())))  # as long as before
+    with pytest.raises(ConversionError, match=f"{damaged.name} cannot be made again: .* gives ot"):
+        convert(spec, str(folder), shard_mb=2)
+    assert contents(folder) == before
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def test_too_little_room_is_seen_before_anything_is_written(tmp_path: Path, monkeypatch):
+    spec = layouts(tmp_path)["split"]
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6, 0, 10**6))
+    convert(spec, str(tmp_path / "fits"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6, 0, 10**3))
+    with pytest.raises(ValueError, match=r"about 0.0 MB more are needed in .*; 0.0 MB are free"):
+        convert(spec, str(tmp_path / "out"))
+    assert not shard_files(tmp_path / "out")
+    convert(spec, str(tmp_path / "fits"))  # nothing more is needed
+
+
+FULL = """
+import logging, resource, signal, sys
+from nat_jax.input.sources import convert as conversion
+conversion._MIB = 1500
+if sys.argv[3] != "0":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]),) * 2)
+try:
+    conversion.convert(sys.argv[1], sys.argv[2], shard_mb=2)
+except conversion.ConversionError as error:
+    print(error)
+"""
+
+
+def test_a_disk_that_fills_up_leaves_what_is_finished(tmp_path: Path):
+    # The second half of the images is larger than a file may be: writing fails as on a full disk.
+    for i in range(12):
+        path = tmp_path / f"tree/train/{i:02}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(i) if i < 6 else jpeg(i) + bytes(300_000))
+    write_tree(tmp_path / "tree/val", ["x.jpg"])
+    spec, folder = f"folder:{tmp_path}/tree", tmp_path / "out"
+
+    def run(limit: int) -> str:
+        command = [sys.executable, "-c", FULL, spec, str(folder), str(limit)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    message = run(200_000)
+    assert "cannot write" in message and "File too large" in message
+    assert "Finished shards are kept: put right what is wrong" in message
+    first = shard_files(folder)
+    assert first and not list(folder.glob(".*"))
+    inodes = [path.stat().st_ino for path in first]
+    assert run(0) == ""
+    assert [path.stat().st_ino for path in first] == inodes
+    assert_same(spec, folder)
+
+
+def damaged_zip(path: Path, count: int, *broken: int) -> str:
+    with zipfile.ZipFile(path, "w") as file:
+        for i in range(count):
+            file.writestr(f"train/{'ab'[i % 2]}/{i:03}.jpg", jpeg(i))
+        file.writestr("val/a/x.jpg", jpeg(900))
+        file.writestr("val/b/x.jpg", jpeg(901))
+    for i in broken:
+        flip_bit(path, path.read_bytes().index(jpeg(i)) + 100)
+    return f"folder:{path}"
+
+
+def test_an_unreadable_file_keeps_its_index(tmp_path: Path, said):
+    spec = damaged_zip(tmp_path / "a.zip", 30, 7)
+    folder = convert(spec, str(tmp_path / "out"), shard_mb=2)
+    before, after = (open_source(s) for s in (spec, f"arrayrecord:{folder}"))
+    assert after.fingerprint == before.fingerprint
+    bad = 0
+    for i in range(len(before)):
+        try:
+            expected = before[i]
+        except UnreadableRecord as error:
+            with pytest.raises(UnreadableRecord, match="unreadable or empty") as info:
+                after[i]
+            assert (info.value.name, info.value.label) == (error.name, error.label)
+            bad += 1
+        else:
+            assert after[i] == expected
+    assert bad == 1
+    assert "1 of 32 records could not be read and are empty images: train/b/007.jpg" in said.text
+    said.clear()
+    convert(spec, str(folder), shard_mb=2)
+    assert "1 of 32 records could not be read" in said.text
+
+
+def test_more_than_one_in_a_hundred_unreadable_files_stop_it(tmp_path: Path):
+    spec = damaged_zip(tmp_path / "a.zip", 30, 7, 21)
+    with pytest.raises(
+        ConversionError, match="more than 1 of the 30 records .*last because train/"
+    ):
+        convert(spec, str(tmp_path / "out"), shard_mb=2)
+    with pytest.raises(ConversionError, match="more than 1 of the 30"):  # not forgotten
+        convert(spec, str(tmp_path / "out"), shard_mb=2)
+
+
+@pytest.mark.parametrize("spec", ["digits", "arrays:x.npz", "tfds:mnist", "arrayrecord:x"])
+def test_sources_that_need_no_conversion(tmp_path: Path, spec: str):
+    with pytest.raises(ValueError, match=f"{spec} needs no conversion"):
+        convert(spec, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_mistakes_are_named_before_anything_is_written(tmp_path: Path, tree: Path):
+    spec = f"folder:{tree}"
+    for to in (None, ""):
+        with pytest.raises(ValueError, match="convert.to is missing: .* --config.convert.to=DIR"):
+            convert(spec, to)
+    with pytest.raises(ValueError, match="shard_mb: expected at least 1; got 0"):
+        convert(spec, str(tmp_path / "out"), shard_mb=0)
+    with pytest.raises(ValueError, match="unknown source 'imagnet'"):
+        convert("imagnet", str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="no such folder or .zip"):
+        convert("folder:nothing", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot use .*file: .*Choose another"):
+        convert(spec, str(tmp_path / "file"))
+    with pytest.raises(
+        ValueError, match=f"{tree} holds something else, such as test; name an empt"
+    ):
+        convert(spec, str(tree))
+
+
+def test_two_processes_do_not_convert_into_one_folder(tmp_path: Path, tree: Path):
+    (tmp_path / "out").mkdir()
+    handle = os.open(tmp_path / "out", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with pytest.raises(ValueError, match="another process is converting into"):
+        convert(f"folder:{tree}", str(tmp_path / "out"))
+    os.close(handle)
+    convert(f"folder:{tree}", str(tmp_path / "out"))
+
+
+def test_names_that_are_no_text_travel_along(tmp_path: Path):
+    names = [os.fsdecode(b"\xff%d.jpg" % i) for i in range(12)]
+    for i, name in enumerate(names):
+        path = tmp_path / "tree" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(jpeg(i))
+    folder = convert(f"folder:{tmp_path}/tree", str(tmp_path / "out"))
+    assert_same(f"folder:{tmp_path}/tree", folder)
+
+
+def test_few_records_are_in_memory(tree: Path):
+    source = open_source(f"folder:{tree}")
+    alive, most = 0, 0
+
+    class Counting:
+        def __getitem__(self, index: int) -> Record:
+            nonlocal alive
+            alive += 1
+            return source[index % len(source)]
+
+    with ThreadPoolExecutor(16) as pool:
+        for _ in read_ahead(Counting(), range(1000), pool):
+            most = max(most, alive)
+            alive -= 1
+    assert 16 <= most <= 33
+
+
+def test_nothing_in_the_group_makes_two_runs_differ():
+    keys = workdir.training(config.default())
+    assert "data.image_size" in keys and not [key for key in keys if key.startswith("convert.")]
+
+
+def test_the_manifest_keeps_no_path_of_this_machine(tmp_path: Path, tree: Path):
+    before = signal.getsignal(signal.SIGINT)
+    folder = convert(f"folder:{tree}", str(tmp_path / "out"))
+    assert str(tmp_path).encode() not in b"".join(contents(folder).values())
+    assert json.loads((folder / "conversion.json").read_text())["name"] == "tree"
+    assert signal.getsignal(signal.SIGINT) is before

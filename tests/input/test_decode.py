@@ -1,0 +1,578 @@
+import io
+import struct
+import warnings
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from pictures import READERS, encode, noise, photographs, read_jpeg_with, smooth
+from PIL import Image
+
+from nat_jax.input import decode as module
+from nat_jax.input.decode import SHRINKS, BadImage, decode, open_picture
+
+
+@pytest.fixture(params=READERS)
+def jpeg_reader(request, monkeypatch) -> str:
+    read_jpeg_with(request.param, monkeypatch)
+    return request.param
+
+
+@pytest.fixture
+def both(monkeypatch):
+    """Give a function that calls another with simplejpeg, then with Pillow."""
+    read_jpeg_with("simplejpeg", monkeypatch)
+
+    def call(function, *args):
+        fast = function(*args)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "simplejpeg", None)
+            return fast, function(*args)
+
+    return call
+
+
+def all_sizes(data: bytes) -> list[np.ndarray]:
+    return [np.asarray(open_picture(data).pixels(shrink)) for shrink in SHRINKS]
+
+
+# Formats.
+
+
+@pytest.mark.parametrize("kind", ["PNG", "BMP", "TIFF", "PPM", "TGA"])
+def test_lossless_formats_give_back_their_pixels(kind: str):
+    image = noise(5, 7)
+    decoded = decode(encode(image, kind))
+    assert decoded.dtype == np.uint8 and np.array_equal(decoded, image)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "WEBP", "GIF"])
+def test_lossy_formats_give_back_about_their_pixels(kind: str, jpeg_reader: str):
+    image = smooth(32, 48)
+    decoded = decode(encode(image, kind)).astype(int)
+    assert np.abs(decoded - image).mean() < 10
+    assert np.abs(decoded - image[:, ::-1]).mean() > 20
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_grey_becomes_three_equal_channels(kind: str, jpeg_reader: str):
+    grey = smooth(16, 16)[:, :, 0]
+    decoded = decode(encode(grey, kind))
+    assert decoded.shape == (16, 16, 3)
+    assert (decoded == decoded[:, :, :1]).all()
+    assert np.abs(decoded[:, :, 0].astype(int) - grey).max() < 12
+
+
+def test_palettes_and_single_bits_become_rgb():
+    palette = Image.fromarray(noise(6, 6)).quantize(16)
+    assert np.array_equal(decode(encode(palette, "PNG")), np.asarray(palette.convert("RGB")))
+    bits = Image.fromarray(np.eye(6, dtype=bool))
+    assert np.array_equal(decode(encode(bits, "PNG")), np.repeat(np.eye(6)[:, :, None] * 255, 3, 2))
+
+
+def test_transparency_is_dropped_without_a_word():
+    image = noise(6, 6)
+    clear = np.arange(36, dtype=np.uint8).reshape(6, 6, 1)
+    assert np.array_equal(decode(encode(np.dstack([image, clear]), "PNG")), image)
+    grey = image[:, :, :1]
+    decoded = decode(encode(np.dstack([grey, clear]), "PNG"))
+    assert np.array_equal(decoded, np.repeat(grey, 3, 2))
+    palette = Image.fromarray(image).quantize(16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for transparency in (3, bytes(range(16))):  # one colour of the palette, or each its own
+            file = encode(palette, "PNG", transparency=transparency)
+            assert np.array_equal(decode(file), np.asarray(palette.convert("RGB")))
+        one_colour = encode(image, "PNG", transparency=tuple(image[0, 0].tolist()))
+        assert np.array_equal(decode(one_colour), image)
+
+
+def test_cmyk_becomes_rgb(jpeg_reader: str):
+    cmyk = Image.new("CMYK", (8, 8), (255, 0, 0, 0))
+    assert np.abs(decode(encode(cmyk, "JPEG"))[4, 4].astype(int) - [0, 255, 255]).max() < 4
+
+
+def as_ycck(cmyk_jpeg: bytes) -> bytes:
+    """Say in Adobe's marker that the planes are Y, Cb, Cr and black, which Pillow cannot write."""
+    transform = cmyk_jpeg.index(b"Adobe") + 11
+    assert cmyk_jpeg[transform] == 0
+    return cmyk_jpeg[:transform] + b"\2" + cmyk_jpeg[transform + 1 :]
+
+
+def test_ycck_becomes_rgb(jpeg_reader: str):
+    bright = Image.new("RGB", (16, 16), (200, 60, 30)).convert("YCbCr").split()
+    inverted = [plane.point(lambda value: 255 - value) for plane in bright]
+    planes = Image.merge("CMYK", [*inverted, Image.new("L", (16, 16), 0)])
+    file = as_ycck(encode(planes, "JPEG", quality=100, subsampling=0))
+    assert np.abs(decode(file)[8, 8].astype(int) - [55, 195, 225]).max() < 4
+
+
+def test_jpeg_that_stores_rgb_is_not_taken_for_ycbcr(jpeg_reader: str):
+    image = np.full((16, 16, 3), [200, 60, 30], np.uint8)
+    file = encode(image, "JPEG", keep_rgb=True, quality=95)
+    assert np.abs(decode(file).astype(int) - image).max() < 4
+
+
+def test_sixteen_bits_are_scaled_not_clipped():
+    deep = np.arange(0, 65536, 4096, dtype=np.uint16).reshape(4, 4)
+    scaled = np.repeat((deep >> 8)[:, :, None], 3, 2)
+    assert np.array_equal(decode(encode(deep, "PNG")), scaled)
+    assert np.array_equal(decode(b"P5 4 4 65535\n" + deep.astype(">u2").tobytes()), scaled)
+    colours = np.stack([deep, deep.T, deep[::-1]], -1)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colours)
+    assert np.array_equal(decode(png(4, 4, depth=16, rows=rows)), colours >> 8)
+
+
+def test_floating_point_pixels_are_refused():
+    with pytest.raises(BadImage, match="^floating-point pixels"):
+        decode(encode(np.ones((4, 4), np.float32), "TIFF"))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_the_first_picture_of_an_animation_is_taken(kind: str):
+    first, second = (np.full((8, 8, 3), value, np.uint8) for value in (20, 200))
+    options = {"lossless": True} if kind == "WEBP" else {}
+    frames = {"save_all": True, "append_images": [Image.fromarray(second)], **options}
+    assert np.array_equal(decode(encode(first, kind, **frames)), first)
+    assert not np.array_equal(decode(encode(second, kind, **options)), first)
+
+
+def test_arrays_of_every_kind_become_rgb():
+    image = noise(3, 4)
+    assert np.array_equal(decode(image), image)
+    assert np.array_equal(decode(np.dstack([image, image[:, :, 0]])), image)
+    for grey in (image[:, :, 0], image[:, :, :1]):
+        assert np.array_equal(decode(grey), np.dstack([image[:, :, 0]] * 3))
+    assert (open_picture(image).height, open_picture(image).width) == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("array", "reason"),
+    [
+        (np.zeros((4, 4, 3), np.float32), r"got float32\[4, 4, 3\]"),
+        (np.zeros((4, 4, 2), np.uint8), r"expected 1, 3 or 4 channels, got \[4, 4, 2\]"),
+        (np.zeros(4, np.uint8), r"got uint8\[4\]"),
+        (np.zeros((0, 4, 3), np.uint8), r"no pixels: \[0, 4, 3\]"),
+    ],
+)
+def test_arrays_that_are_no_image_are_refused(array: np.ndarray, reason: str):
+    with pytest.raises(BadImage, match=reason):
+        open_picture(array)
+
+
+# Two readers of JPEG, at four sizes.
+
+
+@pytest.mark.parametrize(
+    ("height", "width"),
+    [(1, 1), (2, 3), (4, 7), (7, 4), (7, 7), (8, 8), (9, 31), (33, 47), (64, 1), (100, 257)],
+)
+def test_both_readers_agree_at_every_size(height: int, width: int, both):
+    shrinks = [s for s in SHRINKS if s <= min(height, width) and (s == 1 or max(height, width) > 6)]
+    kinds: tuple[dict[str, int], ...] = (
+        *({"quality": q, "subsampling": s} for q in (30, 95) for s in (0, 1, 2)),
+        {"progressive": True},
+        {"progressive": True, "subsampling": 0},
+        {"keep_rgb": True},
+        {"restart_marker_rows": 1},
+    )
+    for options in kinds:
+        data = encode(noise(height, width), "JPEG", **options)
+        for shrink in shrinks:
+            fast, slow = both(lambda data, shrink: open_picture(data).pixels(shrink), data, shrink)
+            assert fast.shape == (-(-height // shrink), -(-width // shrink), 3)
+            assert np.array_equal(fast, np.asarray(slow)), (options, shrink)
+    grey = encode(noise(height, width)[:, :, 0], "JPEG")
+    inks = np.dstack([noise(height, width), noise(height, width)[::-1, :, 0]])
+    cmyk = encode(Image.fromarray(inks, "CMYK"), "JPEG")
+    for data in (grey, cmyk, as_ycck(cmyk)):
+        fast, slow = both(lambda data: open_picture(data).pixels(shrinks[0]), data)
+        assert np.array_equal(np.asarray(fast), np.asarray(slow))
+
+
+def test_both_readers_agree_on_photographs(shared_data: Path, both):
+    for data in photographs(shared_data, 20):
+        fast, slow = both(all_sizes, data)
+        assert [pixels.shape for pixels in fast] == [pixels.shape for pixels in slow]
+        assert all(map(np.array_equal, fast, slow))
+
+
+def test_readers_that_disagree_would_be_seen(both, monkeypatch):
+    exact = module.simplejpeg.decode_jpeg
+
+    def rough(data: bytes, *args, **options) -> np.ndarray:
+        return exact(data, *args, fastupsample=True, **options)
+
+    monkeypatch.setattr(module.simplejpeg, "decode_jpeg", rough)
+    fast, slow = both(all_sizes, encode(smooth(33, 47), "JPEG"))
+    assert not all(map(np.array_equal, fast, slow))
+
+
+def test_a_jpeg_can_be_read_again_at_another_size(jpeg_reader: str):
+    data = encode(smooth(40, 24), "JPEG")
+    picture = open_picture(data)
+    for shrink in (2, 1, 8, 8):
+        again = open_picture(data).pixels(shrink)
+        assert np.array_equal(np.asarray(picture.pixels(shrink)), np.asarray(again))
+
+
+def test_shrinking_is_a_fraction_of_the_same_picture(jpeg_reader: str):
+    image = smooth(64, 96)
+    data = encode(image, "JPEG", quality=95, subsampling=0)
+    for shrink in SHRINKS:
+        pixels = np.asarray(open_picture(data).pixels(shrink)).astype(float)
+        blocks = image.reshape(64 // shrink, shrink, 96 // shrink, shrink, 3).mean((1, 3))
+        assert np.abs(pixels - blocks).mean() < 4
+        assert np.abs(pixels[::-1] - blocks).mean() > 20
+
+
+def test_other_formats_come_in_full_size():
+    image = noise(32, 32)
+    assert np.array_equal(np.asarray(open_picture(encode(image, "PNG")).pixels(8)), image)
+    assert np.array_equal(np.asarray(open_picture(image).pixels(8)), image)
+
+
+def test_several_pictures_in_a_jpeg_shrink_too(jpeg_reader: str):
+    first = smooth(32, 48)
+    data = encode(first, "MPO", save_all=True, append_images=[Image.fromarray(first[::-1])])
+    alone = encode(first, "JPEG")
+    assert all(map(np.array_equal, all_sizes(data), all_sizes(alone)))
+    assert all_sizes(data)[0].shape == (4, 6, 3)
+
+
+def test_rare_subsampling_is_left_to_pillow(both):
+    data = bytearray(encode(smooth(32, 48), "JPEG", subsampling=0))
+    factors = data.index(b"\xff\xc0") + 11
+    assert data[factors] == 0x11
+    for value in (0x14, 0x13, 0x23, 0x31, 0x32):  # simplejpeg raises KeyError, then ValueError
+        data[factors] = value
+        with pytest.raises((KeyError, ValueError)):
+            module.simplejpeg.decode_jpeg_header(bytes(data))
+        assert np.array_equal(*both(decode, bytes(data)))
+
+
+# Photographs that are not upright.
+
+TURNED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda image: image,
+    2: lambda image: image[:, ::-1],
+    3: lambda image: image[::-1, ::-1],
+    4: lambda image: image[::-1],
+    5: lambda image: image.swapaxes(0, 1),
+    6: lambda image: np.rot90(image, -1),
+    7: lambda image: image[::-1, ::-1].swapaxes(0, 1),
+    8: np.rot90,
+}
+
+
+def exif_of(orientation: int, order: str = "<") -> bytes:
+    exif = Image.Exif()
+    exif.endian = order
+    exif[0x010F] = "A maker of cameras"
+    exif[0x0112] = orientation
+    exif.get_ifd(0x8769)[0x9003] = "2007:06:05 04:03:02"
+    return exif.tobytes()
+
+
+def with_segment(jpeg: bytes, body: bytes, marker: int = 0xE1) -> bytes:
+    return jpeg[:2] + struct.pack(">BBH", 0xFF, marker, len(body) + 2) + body + jpeg[2:]
+
+
+def test_turned_images_all_differ():
+    image = smooth(16, 16)
+    assert len({np.ascontiguousarray(turn(image)).tobytes() for turn in TURNED.values()}) == 8
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("orientation", TURNED)
+def test_photographs_are_turned_upright(orientation: int, order: str, jpeg_reader: str):
+    plain = encode(smooth(17, 40), "JPEG")
+    data = with_segment(plain, exif_of(orientation, order))
+    picture = open_picture(data)
+    upright = [TURNED[orientation](pixels) for pixels in all_sizes(plain)]
+    assert (picture.height, picture.width) == upright[-1].shape[:2]
+    assert all(map(np.array_equal, all_sizes(data), upright))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP", "MPO", "AVIF"])
+@pytest.mark.parametrize("orientation", TURNED)
+def test_other_formats_are_turned_upright(orientation: int, kind: str, jpeg_reader: str):
+    Image.init()
+    if kind not in Image.SAVE:
+        pytest.skip(f"this Pillow cannot write {kind}")
+    image = smooth(16, 40)
+    picture = open_picture(encode(image, kind, exif=exif_of(orientation)))
+    upright = TURNED[orientation](image).astype(int)
+    pixels = np.asarray(picture.pixels())
+    assert (picture.height, picture.width) == pixels.shape[:2] == upright.shape[:2]
+    assert np.abs(pixels - upright).mean() < 10
+
+
+def test_an_upright_photograph_with_exif_is_read_by_simplejpeg(monkeypatch):
+    read_jpeg_with("simplejpeg", monkeypatch)
+    plain = encode(smooth(16, 24), "JPEG")
+    expected = decode(plain)
+
+    def refuse(*args):
+        raise OSError("Pillow was asked")
+
+    monkeypatch.setattr(Image, "open", refuse)
+    assert np.array_equal(decode(with_segment(plain, exif_of(1))), expected)
+    with pytest.raises(BadImage, match="Pillow was asked"):
+        decode(with_segment(plain, exif_of(6)))
+
+
+def test_the_exif_data_is_found_behind_other_data(jpeg_reader: str):
+    plain = encode(smooth(16, 24), "JPEG", comment="not yet")
+    data = with_segment(plain, exif_of(6))
+    for marker in (0xE2, 0xE1, 0xE2):
+        data = with_segment(data, b"http://ns.adobe.com/xap/1.0/\0" + bytes(60_000), marker)
+    assert np.array_equal(decode(data), TURNED[6](decode(plain)))
+
+
+def test_exif_data_elsewhere_is_none(jpeg_reader: str):
+    plain = encode(smooth(16, 24), "JPEG")
+    assert np.array_equal(decode(plain + with_segment(plain, exif_of(6))), decode(plain))
+    assert np.array_equal(decode(with_segment(plain, exif_of(6), 0xFE)), decode(plain))
+    scan = plain.index(b"\xff\xda")
+    scan += 2 + int.from_bytes(plain[scan + 2 : scan + 4], "big")
+    among_pixels = open_picture(plain[:scan] + with_segment(b"", exif_of(6)) + plain[scan:])
+    assert (among_pixels.height, among_pixels.width) == (16, 24)
+
+
+def test_the_exif_data_of_a_png_file_may_come_after_its_pixels():
+    image = noise(4, 6)
+    data = encode(image, "PNG", exif=exif_of(6))
+    start = data.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+    last = data.index(b"IEND") - 4
+    assert end < data.index(b"IDAT")
+    moved = data[:start] + data[end:last] + data[start:end] + data[last:]
+    assert np.array_equal(decode(moved), np.rot90(image, -1))
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_an_orientation_may_be_stored_in_four_bytes(order: str, jpeg_reader: str):
+    plain = encode(smooth(16, 24), "JPEG")
+    short = struct.pack(f"{order}HHIHH", 0x0112, 3, 1, 6, 0)
+    exif = exif_of(6, order)
+    assert exif.count(short) == 1
+    data = with_segment(plain, exif.replace(short, struct.pack(f"{order}HHII", 0x0112, 4, 1, 6)))
+    assert Image.open(io.BytesIO(data)).getexif()[0x0112] == 6
+    assert np.array_equal(decode(data), TURNED[6](decode(plain)))
+
+
+def test_only_exif_data_turns_photographs(jpeg_reader: str):
+    xmp = b'<rdf:Description xmlns:tiff="t" tiff:Orientation="6"/>'
+    for kind in ("JPEG", "WEBP"):
+        data = encode(smooth(16, 24), kind, xmp=xmp)
+        assert Image.open(io.BytesIO(data)).getexif()[0x0112] == 6
+        picture = open_picture(data)
+        assert (picture.height, picture.width) == np.asarray(picture.pixels()).shape[:2] == (16, 24)
+
+
+def broken_exif() -> Iterator[bytes]:
+    whole = exif_of(6)
+    assert whole[:6] == b"Exif\0\0" and whole[6:8] == b"II"
+    yield from (whole[:end] for end in range(6, whole.index(b"\x12\x01") + 9))
+    yield b"Exif\0\0XX" + whole[8:]
+    yield whole[:10] + b"\xff\xff\xff\x7f" + whole[14:]  # the tags stand behind the end
+    yield whole[:14] + b"\0\0" + whole[16:]  # there are no tags
+    kind = whole.index(b"\x12\x01") + 2
+    yield whole[:kind] + b"\x63" + whole[kind + 1 :]
+    for value in (0, 9, 65535):
+        yield exif_of(value)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_broken_exif_data_does_not_keep_the_pixels_from_being_read(kind: str, jpeg_reader: str):
+    plain = encode(smooth(16, 24), kind)
+    upright = decode(plain)
+    cases = 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's of corrupt EXIF data
+        for exif in broken_exif():
+            if kind == "JPEG":
+                data = with_segment(plain, exif)
+            else:
+                data = encode(smooth(16, 24), kind, exif=exif)
+                assert len(data) > len(plain) or exif == b"Exif\0\0"
+            picture = open_picture(data)
+            assert (picture.height, picture.width) == (16, 24), exif
+            assert np.array_equal(np.asarray(picture.pixels()), upright), exif
+            cases += 1
+    assert cases > 20
+
+
+# Damaged files.
+
+GOOD_JPEG = encode(smooth(40, 40), "JPEG")
+GOOD_PNG = encode(noise(40, 40), "PNG")
+
+
+def png(width: int, height: int, *, depth: int = 8, rows: bytes = b"") -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        checksum = struct.pack(">I", zlib.crc32(kind + body))
+        return struct.pack(">I", len(body)) + kind + body + checksum
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0))
+    body = chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + header + body
+
+
+def jpeg_of_size(width: int, height: int) -> bytes:
+    """Give a JPEG file whose header lies."""
+    frame = GOOD_JPEG.index(b"\xff\xc0") + 5
+    return GOOD_JPEG[:frame] + struct.pack(">HH", height, width) + GOOD_JPEG[frame + 4 :]
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "the file is empty"),
+        (b"just some text", "not an image"),
+        (b"\xff\xd8", "not an image|cannot be decoded"),
+        (b"\xff\xd8 and then text", "not an image|cannot be decoded"),
+        (GOOD_JPEG[:300], "cannot be decoded: Truncated File Read"),
+        (GOOD_JPEG[:-20], "cannot be decoded: image file is truncated"),
+        (GOOD_JPEG[:-200] + bytes(10), "cannot be decoded: image file is truncated"),
+        (GOOD_PNG[: len(GOOD_PNG) // 2], "cannot be decoded"),
+        (GOOD_PNG[:60] + b"xxxx" + GOOD_PNG[64:], "cannot be decoded"),
+        (png(0, 4), "no pixels|not an image"),
+        (jpeg_of_size(0, 40), "no pixels|not an image"),
+        (jpeg_of_size(40, 0), "no pixels|not an image"),
+    ],
+)
+def test_bytes_that_are_no_image_are_refused_with_the_reason(data: bytes, reason, jpeg_reader: str):
+    with pytest.raises(BadImage, match=reason):
+        decode(data)
+
+
+def test_whole_files_are_not_refused(jpeg_reader: str):
+    assert decode(GOOD_JPEG).shape == decode(GOOD_PNG).shape == (40, 40, 3)
+    assert decode(png(1, 1, rows=b"\0abc")).tolist() == [[[97, 98, 99]]]
+
+
+def outcome(data: bytes, shrink: int = 1) -> bytes | None:
+    """Give the pixels of a file, or None where it is refused; anything else raises."""
+    try:
+        pixels = np.asarray(open_picture(data).pixels(shrink))
+    except BadImage:
+        return None
+    assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
+    return pixels.tobytes()
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_both_readers_refuse_the_same_cut_files(progressive: bool, both):
+    whole = encode(smooth(40, 40), "JPEG", progressive=progressive)
+    ends = [*range(2, len(whole) - 60, 37), *range(len(whole) - 60, len(whole) + 1)]
+    fast, slow = both(lambda: [outcome(whole[:end]) for end in ends])
+    assert fast == slow
+    assert fast[0] is None and fast[-1] is not None
+
+
+@pytest.mark.parametrize("rest", [b"\0", b"\n", b"\xff", b"some text" * 100, GOOD_JPEG, GOOD_PNG])
+def test_what_follows_a_jpeg_is_ignored(rest: bytes, jpeg_reader: str):
+    assert np.array_equal(decode(GOOD_JPEG + rest), decode(GOOD_JPEG))
+
+
+def test_files_with_faults_that_pillow_forgives_are_read(both):
+    """Extraneous bytes before a marker, of which libjpeg only warns."""
+    for marker in (b"\xff\xdb", b"\xff\xc4", b"\xff\xda", b"\xff\xd9"):
+        place = GOOD_JPEG.rindex(marker)
+        odd = GOOD_JPEG[:place] + b"\0\0\0\0" + GOOD_JPEG[place:]
+        with pytest.raises(ValueError, match="extraneous bytes"):
+            module.simplejpeg.decode_jpeg(odd)
+        fast, slow = both(decode, odd)
+        assert np.array_equal(fast, slow) and np.array_equal(fast, decode(GOOD_JPEG))
+
+
+def test_enormous_images_are_refused_before_they_fill_the_memory(jpeg_reader: str):
+    for data in (png(60_000, 60_000), jpeg_of_size(60_000, 60_000)):
+        with pytest.raises(BadImage, match="exceeds limit"):
+            open_picture(data)
+
+
+def test_the_limit_of_size_is_pillows(monkeypatch, jpeg_reader: str):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 799)
+    with pytest.raises(BadImage, match="1600 pixels. exceeds limit of 1598"):
+        decode(GOOD_JPEG)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 800)
+    with pytest.warns(Image.DecompressionBombWarning, match="exceeds limit of 800"):
+        assert decode(GOOD_JPEG).shape == (40, 40, 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for limit in (1600, None):
+            monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+            assert decode(GOOD_JPEG).shape == (40, 40, 3)
+
+
+def damaged(files: list[bytes], rng: np.random.Generator) -> Iterator[bytes]:
+    """Yield files with flipped bits, cut off, with bytes swapped in, or grown together."""
+    while True:
+        data = bytearray(files[rng.integers(len(files))])
+        # Headers are small and full of meaning: half of the damage goes there.
+        reach = len(data) if rng.random() < 0.5 else min(len(data), 700)
+        kind = rng.integers(4)
+        if kind == 0:
+            for place in rng.integers(2, reach, rng.integers(1, 9)).tolist():
+                data[place] ^= 1 << int(rng.integers(8))
+        elif kind == 1:
+            del data[rng.integers(2, reach) :]
+        elif kind == 2:
+            start, length = int(rng.integers(2, reach)), int(rng.integers(1, 40))
+            data[start : start + length] = rng.bytes(int(rng.integers(0, 40)))
+        else:
+            other = files[rng.integers(len(files))]
+            data[rng.integers(2, reach) :] = other[rng.integers(0, len(other)) :]
+        yield bytes(data)
+
+
+def fuzz(cases: Iterator[bytes], rounds: int, both) -> dict[str, int]:
+    found = {"read": 0, "refused": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's of odd files
+        for number, data in zip(range(rounds), cases, strict=False):
+            fast, slow = both(outcome, data, SHRINKS[number % 4])
+            assert fast == slow, f"the readers disagree on case {number}"
+            found["refused" if fast is None else "read"] += 1
+    return found
+
+
+def test_damaged_files_are_read_or_refused_alike_by_both_readers(both):
+    image = smooth(48, 64)
+    files = [
+        GOOD_JPEG,
+        GOOD_PNG,
+        with_segment(GOOD_JPEG, exif_of(6)),
+        with_segment(GOOD_JPEG, exif_of(1)),
+        encode(image, "JPEG", progressive=True),
+        encode(image[:, :, 0], "JPEG"),
+        encode(Image.fromarray(image).convert("CMYK"), "JPEG"),
+        encode(Image.fromarray(image).quantize(16), "PNG"),
+        encode(image, "GIF"),
+    ]
+    found = fuzz(damaged(files, np.random.default_rng(0)), 1500, both)
+    assert min(found.values()) > 100
+
+
+def test_markers_may_be_preceded_by_fill_bytes():
+    image = Image.fromarray(np.zeros((8, 16, 3), np.uint8))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    image.save(file, "JPEG", exif=exif)
+    data = file.getvalue()
+    place = data.index(b"\xff\xe1")
+    for fill in (b"", b"\xff", b"\xff" * 5):
+        assert decode(data[:place] + fill + data[place:]).shape == (16, 8, 3)
+
+
+def test_formats_that_start_programs_are_not_opened():
+    drawing = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n"
+    assert Image.open(io.BytesIO(drawing)).format == "EPS"
+    with pytest.raises(BadImage, match="not an image, or of a format"):
+        decode(drawing)

@@ -1,0 +1,601 @@
+import io
+import logging
+import threading
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from nat_jax.input import transforms
+from nat_jax.input.bad_records import Bad, BadRecordError, BadRecords, TooManyBadRecords
+from nat_jax.input.pipeline import eval_batches, steps_per_epoch, train_batches
+from nat_jax.input.reader import Batch, ImageCache
+from nat_jax.input.sources import Record, Source, UnreadableRecord, open_source
+
+SIZE = 6
+PLAIN = transforms.eval_transform(image_size=SIZE)
+RANDOM = transforms.train_transform(image_size=SIZE, pad=2)
+
+
+def picture(index: int, height: int = SIZE, width: int = SIZE) -> np.ndarray:
+    return np.random.default_rng(index).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def png(image: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG")
+    return file.getvalue()
+
+
+class Fake:
+    """Records made on the spot; `damaged` gives the images of those that are not as they should."""
+
+    name = "fake"
+    split = "train"
+    class_names = ("a", "b", "c")
+    num_classes = 3
+    fingerprint = "0" * 64
+
+    def __init__(self, count: int, damaged: dict[int, Any] | None = None):
+        self.count = count
+        self.damaged = damaged or {}
+        self.reads: Counter[int] = Counter()
+
+    def __len__(self) -> int:
+        return self.count
+
+    def record_name(self, index: int) -> str:
+        return f"{index}.png"
+
+    def __getitem__(self, index: int) -> Record:
+        self.reads[index] += 1
+        assert 0 <= index < self.count
+        image = self.damaged.get(index, picture(index))
+        if isinstance(image, Exception):
+            raise image
+        return {"index": index, "name": f"{index}.png", "label": index % 3, "image": image}
+
+
+def train(source: Source, transform=RANDOM, **options) -> list[Batch]:
+    defaults: dict[str, Any] = {"batch_size": 4, "seed": 0, "start_step": 0, "threads": 2}
+    return list(train_batches(source, transform, **{**defaults, **options}))
+
+
+def indices(batches: Iterable[Batch]) -> list[int]:
+    return [int(i) for b in batches for i in b["index"]]
+
+
+def same(left: list[Batch], right: list[Batch]) -> bool:
+    return len(left) == len(right) and all(
+        a.keys() == b.keys()
+        and all(
+            np.asarray(a[k]).dtype == np.asarray(b[k]).dtype and np.array_equal(a[k], b[k])
+            for k in a
+        )
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+def pixels(batches: Iterable[Batch]) -> dict[int, bytes]:
+    """Map each record to its pixels; meant for one epoch."""
+    return {
+        int(i): x.tobytes() for b in batches for i, x in zip(b["index"], b["image"], strict=True)
+    }
+
+
+def visits_once(order: list[int], count: int) -> bool:
+    return len(set(order)) == len(order) and set(order) <= set(range(count))
+
+
+# Epochs and order.
+
+
+def test_steps_per_epoch_drops_the_remainder():
+    assert steps_per_epoch(37, 4) == 9
+    assert steps_per_epoch(4, 4) == 1
+    with pytest.raises(ValueError, match=r"batch_size=8 .* 7 records; give at most 7, .*size=4$"):
+        steps_per_epoch(7, 8)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        steps_per_epoch(7, 0)
+
+
+def test_more_records_than_int32_can_number_are_refused():
+    assert steps_per_epoch(2**31 - 1, 256) == 8388607
+    with pytest.raises(ValueError, match="expected at most 2147483647, as their numbers are int32"):
+        steps_per_epoch(2**31, 256)
+
+
+def test_a_batch_holds_what_the_source_holds():
+    for batch in train(Fake(10), PLAIN, num_steps=4):
+        assert {k: (v.dtype.name, v.shape) for k, v in batch.items()} == {
+            "image": ("uint8", (4, SIZE, SIZE, 3)),
+            "index": ("int32", (4,)),
+            "label": ("int32", (4,)),
+            "weight": ("float32", (4,)),
+        }
+        assert np.array_equal(batch["image"], [picture(int(i)) for i in batch["index"]])
+        assert np.array_equal(batch["label"], batch["index"] % 3)
+        assert (batch["weight"] == 1).all()
+
+
+def test_each_epoch_visits_each_record_at_most_once_and_drops_others_each_time():
+    order = indices(train(Fake(39), num_steps=9 * 6))
+    epochs = [order[e * 36 : (e + 1) * 36] for e in range(6)]
+    assert all(visits_once(epoch, 39) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 6
+    dropped = [set(range(39)) - set(epoch) for epoch in epochs]
+    assert len(set(map(frozenset, dropped))) > 1
+    # One batch too many in an epoch, and an index that goes on counting in the second epoch.
+    assert not all(visits_once(order[i : i + 40], 39) for i in range(0, 160, 36))
+    assert not visits_once([0, 1, 39], 39)
+
+
+def test_the_order_depends_on_seed_and_epoch_alone():
+    def order(**options) -> list[int]:
+        return indices(train(Fake(36), **{"num_steps": 18, "seed": 3, **options}))
+
+    wanted = order()
+    assert order(threads=0) == order(threads=5, prefetch=1) == wanted
+    assert order(transform=PLAIN) == order(cache=ImageCache()) == wanted
+    assert order(batch_size=12, num_steps=6) == wanted
+    assert order(seed=4) != wanted
+    assert wanted[:36] != wanted[36:]
+
+
+def test_resuming_gives_the_tail_bit_for_bit():
+    whole = train(Fake(21), num_steps=13)
+    for start in (0, 1, 5, 6, 12, 13):
+        assert same(train(Fake(21), start_step=start, num_steps=13), whole[start:])
+    assert not same(train(Fake(21), start_step=4, num_steps=13), whole[5:])
+    assert not same(train(Fake(21), start_step=5, num_steps=13, seed=1), whole[5:])
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_any_number_of_processes_goes_on_where_another_stopped(cached: bool):
+    def cache() -> ImageCache | None:
+        return ImageCache() if cached else None
+
+    whole = train(Fake(40), batch_size=8, num_steps=12, cache=cache())
+    # A run of 4 processes, resumed in the middle of its first epoch by 2, then by 1, then by 4.
+    for start, stop, count in ((0, 3, 4), (3, 6, 2), (6, 9, 1), (9, 12, 4)):
+        shards = [
+            train(
+                Fake(40),
+                batch_size=8,
+                start_step=start,
+                num_steps=stop,
+                cache=cache(),
+                process_index=process,
+                process_count=count,
+            )
+            for process in range(count)
+        ]
+        assert all(len(b["index"]) == 8 // count for shard in shards for b in shard)
+        together = [
+            {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+            for parts in zip(*shards, strict=True)
+        ]
+        assert same(together, whole[start:stop])
+    for epoch in (whole[:5], whole[5:10]):
+        assert visits_once(indices(epoch), 40)
+
+
+# Augmentation.
+
+
+def test_augmentation_depends_on_seed_epoch_and_record_alone():
+    first, second = (pixels(train(Fake(36), start_step=e * 9, num_steps=e * 9 + 9)) for e in (0, 1))
+    assert pixels(train(Fake(36), batch_size=12, num_steps=3)) == first
+    other_seed = pixels(train(Fake(36), num_steps=9, seed=1))
+    for other in (second, other_seed):
+        assert sum(first[i] == other[i] for i in range(36)) < 10
+
+
+def test_equal_images_are_augmented_differently():
+    source = Fake(36, damaged={i: picture(0) for i in range(36)})
+    assert len(set(pixels(train(source, num_steps=9)).values())) > 15
+    assert len(set(pixels(train(source, PLAIN, num_steps=9)).values())) == 1
+
+
+def test_a_run_goes_on_as_an_older_version_began_it():
+    # The order and the augmentation of a stopped run must not change under it.
+    assert indices(train(Fake(10), PLAIN, num_steps=3)) == [9, 8, 6, 7, 1, 2, 0, 4, 5, 1, 4, 3]
+    crops = train(Fake(4, {i: picture(0) for i in range(4)}), num_steps=1)[0]["image"][:, 3, 3, 0]
+    assert crops.tolist() == [81, 127, 149, 29]
+
+
+@pytest.mark.parametrize("resize", [0, 8])
+def test_images_of_different_sizes_come_out_as_they_would_alone(resize: int):
+    shapes = [(9, 12), (20, 8), (6, 6), (8, 8), (11, 9)]
+    images = {i: png(picture(i, *shapes[i % 5])) for i in range(20)}
+    transform = transforms.train_transform(image_size=SIZE, resize=resize)
+    mixed = pixels(train(Fake(20, images), transform, num_steps=5))
+    alone = pixels(train(Fake(20, images), transform, batch_size=1, num_steps=20))
+    assert mixed == alone
+
+
+# Views.
+
+RESIZED = transforms.train_transform(image_size=SIZE, crop="random_resized_crop")
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("transform", [RANDOM, RESIZED])
+def test_views_are_independent_images_of_one_record(transform, cached: bool):
+    options = {"num_steps": 9, "cache": ImageCache() if cached else None}
+    one = train(Fake(36), transform, **options)
+    two = train(Fake(36), transform, views=2, **options)
+    three = train(Fake(36), transform, views=3, **options)
+    assert two[0]["image"].shape == (4, 2, SIZE, SIZE, 3)
+    equal = 0
+    for a, b, c in zip(one, two, three, strict=True):
+        for key in ("index", "label", "weight"):
+            assert np.array_equal(a[key], b[key])
+        assert np.array_equal(a["image"], b["image"][:, 0])
+        assert np.array_equal(b["image"], c["image"][:, :2])
+        equal += sum(np.array_equal(x[0], x[1]) for x in b["image"])
+    assert equal < 8  # of 36
+
+
+def test_views_do_not_depend_on_the_number_of_processes():
+    whole = train(Fake(40), RESIZED, batch_size=8, num_steps=5, views=2)
+    parts = [
+        train(
+            Fake(40),
+            RESIZED,
+            batch_size=8,
+            num_steps=5,
+            views=2,
+            process_index=i,
+            process_count=2,
+        )
+        for i in range(2)
+    ]
+    for b, left, right in zip(whole, *parts, strict=True):
+        assert np.array_equal(b["image"], np.concatenate([left["image"], right["image"]]))
+
+
+def test_a_bad_record_is_grey_in_every_view():
+    found = train(Fake(400, BROKEN), num_steps=100, views=2)
+    for batch in found:
+        broken = np.isin(batch["index"], list(BROKEN))
+        assert (batch["image"][broken] == 128).all()
+        assert not (batch["image"][~broken] == 128).all(axis=(1, 2, 3, 4)).any()
+
+
+def test_ten_crops_come_with_each_record():
+    transform = transforms.eval_transform(image_size=SIZE, resize=8, ten_crops=True)
+    source = Fake(5, {i: picture(i, 8, 11) for i in range(5)})
+    passed = list(eval_batches(source, transform, batch_size=4))
+    assert [b["image"].shape for b in passed] == [(4, 10, SIZE, SIZE, 3)] * 2
+    image = picture(4, 8, 11)
+    corners = [image[:6, :6], image[:6, 5:], image[2:, :6], image[2:, 5:], image[1:7, 2:8]]
+    expected = corners + [corner[:, ::-1] for corner in corners]
+    assert np.array_equal(passed[1]["image"][0], expected)
+    assert (passed[1]["image"][1:] == 128).all()
+
+
+# The cache.
+
+
+@pytest.mark.parametrize("transform", [PLAIN, RANDOM])
+def test_batches_are_the_same_with_and_without_cache(transform):
+    damaged = {3: b"broken", 7: png(picture(7, 9, 5)), 8: picture(8)[:, :, 0]}
+    for threads in (0, 3):
+        options = {"num_steps": 50, "threads": threads}
+        without = train(Fake(18, damaged), transform, **options)
+        assert same(train(Fake(18, damaged), transform, cache=ImageCache(), **options), without)
+
+
+def test_cached_images_are_read_once_for_training_and_evaluation():
+    source, cache = Fake(16), ImageCache()
+    train(source, RANDOM, num_steps=12, cache=cache, threads=1)
+    passed = list(eval_batches(source, PLAIN, batch_size=5, cache=cache))
+    assert set(source.reads.values()) == {1} and len(source.reads) == 16
+    assert same(passed, list(eval_batches(Fake(16), PLAIN, batch_size=5)))
+    train(source, RANDOM, num_steps=12)
+    assert set(source.reads.values()) == {4}
+
+
+def test_augmentation_never_gets_into_the_cache():
+    source, cache = Fake(16), ImageCache()
+    train(source, RANDOM, num_steps=12, cache=cache)
+    for batch in eval_batches(source, PLAIN, batch_size=16, cache=cache):
+        assert np.array_equal(batch["image"], [picture(i) for i in range(16)])
+
+
+def test_the_cache_keeps_to_its_bound_and_tells_transforms_and_sources_apart():
+    need = 16 * SIZE * SIZE * 3
+    source, other = Fake(16), Fake(16, damaged={i: picture(100 + i) for i in range(16)})
+    cache = ImageCache(max_bytes=2 * need - 1)
+    for _ in range(2):
+        for one in (source, other):
+            batch = next(eval_batches(one, PLAIN, batch_size=16, cache=cache))
+            offset = 0 if one is source else 100
+            assert np.array_equal(batch["image"], [picture(offset + i) for i in range(16)])
+    assert set(source.reads.values()) == {1} and set(other.reads.values()) == {2}
+    smaller = transforms.eval_transform(image_size=3)
+    assert next(eval_batches(source, smaller, batch_size=4, cache=cache))["image"].shape[1] == 3
+
+
+def test_images_before_a_random_crop_of_their_own_size_are_not_cached():
+    source = Fake(8, {i: png(picture(i, 8 + i, 9)) for i in range(8)})
+    transform = transforms.train_transform(image_size=SIZE, resize=8)
+    train(source, transform, num_steps=6, cache=ImageCache())
+    assert set(source.reads.values()) == {3}
+
+
+# Evaluation.
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "process_count"), [(4, 1), (5, 1), (40, 1), (8, 2), (40, 4)]
+)
+def test_evaluation_sees_every_record_exactly_once_in_order(batch_size: int, process_count: int):
+    shards = [
+        list(
+            eval_batches(
+                Fake(20),
+                PLAIN,
+                batch_size=batch_size,
+                process_index=process,
+                process_count=process_count,
+            )
+        )
+        for process in range(process_count)
+    ]
+    local = batch_size // process_count
+    assert len({len(shard) for shard in shards}) == 1
+    rows = [
+        (int(i), int(label), float(weight), str(name), image)
+        for parts in zip(*shards, strict=True)
+        for b in parts
+        for i, label, weight, name, image in zip(
+            b["index"], b["label"], b["weight"], b["name"], b["image"], strict=True
+        )
+    ]
+    assert all(len(b["index"]) == local for shard in shards for b in shard)
+    assert len(rows) == -(-20 // batch_size) * batch_size
+    for position, (i, label, weight, name, image) in enumerate(rows):
+        if position < 20:
+            assert (i, label, weight, name) == (position, position % 3, 1, f"{position}.png")
+            assert np.array_equal(image, picture(position))
+        else:
+            assert (i, label, weight, name) == (-1, -1, 0, "") and (image == 128).all()
+
+
+def test_evaluation_refuses_chance_and_nothing():
+    with pytest.raises(ValueError, match="must not depend on chance"):
+        eval_batches(Fake(4), RANDOM, batch_size=2)
+    with pytest.raises(ValueError, match="fake has no records in its train split"):
+        eval_batches(Fake(0), PLAIN, batch_size=2)
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        eval_batches(Fake(4), PLAIN, batch_size=0)
+
+
+# Bad records.
+
+UNREADABLE = UnreadableRecord("5.png", 2, "no permission")
+BROKEN = {2: b"not an image", 5: UNREADABLE, 9: png(picture(9))[:60], 11: np.zeros((0, 3, 3), "u1")}
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("resize", [0, 7])
+def test_bad_records_keep_their_place(cached: bool, resize: int, caplog):
+    transform = transforms.train_transform(image_size=SIZE, resize=resize, pad=0 if resize else 2)
+    options = {"num_steps": 30, "cache": ImageCache() if cached else None}
+    bad = BadRecords(400)
+    found = train(Fake(40, BROKEN), transform, bad_records=bad, **options)
+    whole = train(Fake(40), transform, num_steps=30)
+    assert indices(found) == indices(whole)
+    for batch, good in zip(found, whole, strict=True):
+        assert np.array_equal(batch["label"], good["label"])
+        broken = np.isin(batch["index"], list(BROKEN))
+        assert np.array_equal(batch["weight"], np.where(broken, 0, 1))
+        assert (batch["image"][broken] == 128).all()
+        assert np.array_equal(batch["image"][~broken], good["image"][~broken])
+    assert bad.count == 4
+    assert bad.summary() == (
+        "4 of 400 records are bad: 2.png: not an image, or of a format that Pillow cannot read; "
+        "5.png: no permission; 9.png: " + bad.summary().split("9.png: ")[1]
+    )
+    warnings = [r for r in caplog.records if r.levelno == logging.WARNING]
+    assert sorted(r.args[0] for r in warnings) == ["11.png", "2.png", "5.png", "9.png"]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_text_and_a_cut_jpeg_among_the_images_of_a_folder(tmp_path: Path, packed: bool):
+    for i in range(230):
+        (tmp_path / f"{i:03d}.png").write_bytes(png(picture(i)))
+    file = io.BytesIO()
+    Image.fromarray(picture(0, 40, 40)).save(file, "JPEG")
+    (tmp_path / "text.jpg").write_text("not an image")
+    (tmp_path / "cut.jpg").write_bytes(file.getvalue()[:-30])
+    root = tmp_path
+    if packed:
+        root = tmp_path / "all.zip"
+        with zipfile.ZipFile(root, "w") as archive:
+            for path in sorted(tmp_path.glob("*.*g")):
+                archive.write(path, path.name)
+    source = open_source(f"folder:{root}")
+    bad = BadRecords(len(source))
+    found = train(source, batch_size=len(source), num_steps=1, bad_records=bad)[0]
+    assert visits_once(found["index"].tolist(), len(source)) and len(found["index"]) == 209
+    weightless = {source[int(i)]["name"] for i in found["index"][found["weight"] == 0]}
+    assert weightless == {"text.jpg", "cut.jpg"}
+    assert "cut.jpg: cannot be decoded: image file is truncated" in bad.summary()
+    assert "text.jpg: not an image" in bad.summary()
+
+
+def test_bad_records_in_evaluation_are_masked_and_counted_anew_from_the_cache():
+    source, cache = Fake(400, BROKEN), ImageCache()
+    for _ in range(2):
+        bad = BadRecords(400)
+        passed = list(eval_batches(source, PLAIN, batch_size=64, bad_records=bad, cache=cache))
+        weight = np.concatenate([b["weight"] for b in passed])[:400]
+        assert np.flatnonzero(weight == 0).tolist() == sorted(BROKEN)
+        assert bad.count == 4
+    assert set(source.reads.values()) == {1}
+
+
+def test_too_many_bad_records_stop_the_run_with_the_first_names():
+    damaged: dict[int, Any] = dict.fromkeys(range(3), b"x")
+    train(Fake(300, damaged), num_steps=75)
+    damaged[3] = b"x"
+    with pytest.raises(TooManyBadRecords) as info:
+        train(Fake(300, damaged), num_steps=75, threads=4)
+    message = str(info.value)
+    assert message.startswith("4 of 300 records are bad: 0.png: not an image")
+    assert all(f"{i}.png" in message for i in range(4)) and "At most 3 may be (1 %)" in message
+
+
+def test_few_records_may_have_one_bad_one():
+    bad = BadRecords(7)
+    assert bad.limit == 1 and bad.summary() == "0 of 7 records are bad"
+    for _ in range(3):
+        bad.add(Bad(4, "4.png", "empty"))
+    with pytest.raises(TooManyBadRecords, match=r"2 of 7 records are bad: 4\.png: empty; 5\.png"):
+        bad.add(Bad(5, "5.png", "empty"))
+
+
+def test_a_long_list_of_bad_records_is_cut():
+    bad = BadRecords(1000)
+    for i in range(8):
+        bad.add(Bad(i, f"{i}.png", "empty"))
+    assert bad.summary().endswith("4.png: empty; and 3 more")
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_first_bad_record_stops_a_run_that_asks_for_it(cached: bool):
+    options = {"num_steps": 10, "on_bad_record": "error", "cache": ImageCache() if cached else None}
+    with pytest.raises(BadRecordError, match=r"bad record 17 \(17\.png\): not an image"):
+        train(Fake(40, {17: b"x"}), **options)
+    assert len(train(Fake(40), **options)) == 10
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (KeyError("oops"), r"record 5 of fake: KeyError\('oops'\)"),
+        ({"index": 4, "name": "5.png", "label": 0, "image": picture(5)}, r"says it is number 4"),
+    ],
+)
+def test_a_fault_in_a_worker_ends_the_run_with_the_record(fault, message: str):
+    class Faulty(Fake):
+        def __getitem__(self, index: int) -> Record:
+            if index == 5:
+                if isinstance(fault, Exception):
+                    raise fault
+                return fault
+            return super().__getitem__(index)
+
+    order = indices(train(Fake(40), num_steps=10))
+    steps_before = order.index(5) // 4
+    stream = train_batches(
+        Faulty(40), RANDOM, batch_size=4, seed=0, start_step=0, num_steps=1000, threads=3
+    )
+    for _ in range(steps_before):
+        next(stream)
+    with pytest.raises(BadRecordError, match=message):
+        next(stream)
+
+
+def test_a_fault_in_a_transform_names_the_record():
+    class Picky(transforms.WholeImage):
+        def regions(self, height, width, uniform):
+            if width == 7:
+                raise ZeroDivisionError("oops")
+            return super().regions(height, width, uniform)
+
+    source = Fake(12, {6: picture(6, 6, 7)})
+    with pytest.raises(BadRecordError, match=r"record 6 \(6\.png\): ZeroDivisionError\('oops'\)"):
+        train(source, transforms.Transform(Picky(SIZE)), num_steps=3)
+
+
+# Arguments and threads.
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"batch_size": 41},
+            "batch_size=41 is larger than the training data, which has 40 records",
+        ),
+        ({"seed": -1}, r"seed must be in \[0, 2\*\*32\), got -1"),
+        ({"seed": 2**32}, "seed must be in"),
+        ({"start_step": -1}, "start_step must be 0 or more, got -1"),
+        ({"on_bad_record": "skip"}, "unknown on_bad_record 'skip'; known: grey, error"),
+        ({"process_count": 3}, "batch_size=4 is not divisible by the 3 processes"),
+        ({"process_index": 2, "process_count": 2}, r"process_index=2 is not in \[0, 2\)"),
+        ({"views": 0}, "views must be at least 1, got 0"),
+        ({"pixels": False}, "fake: its images are not kept in memory, so pixels are needed"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_the_first_batch(options, message: str):
+    arguments = {"transform": RANDOM, "batch_size": 4, "seed": 0, "start_step": 0, "num_steps": 5}
+    source = Fake(40)
+    with pytest.raises(ValueError, match=message):
+        train_batches(source, **{**arguments, **options})
+    assert not source.reads
+
+
+def workers() -> list[str]:
+    return [t.name for t in threading.enumerate() if t.name.startswith("grain-prefetch")]
+
+
+def without_workers(seconds: float = 20.0) -> bool:
+    end = time.monotonic() + seconds
+    while workers() and time.monotonic() < end:
+        time.sleep(0.01)
+    return not workers()
+
+
+@pytest.mark.parametrize("taken", [3, 40])
+def test_threads_end_with_the_stream(taken: int):
+    stream = train_batches(
+        Fake(40), RANDOM, batch_size=4, seed=0, start_step=0, num_steps=50, threads=4
+    )
+    for _ in range(taken):
+        next(stream)
+    assert workers() and not without_workers(0.1)
+    stream.close()
+    assert without_workers()
+
+
+# Real data.
+
+
+def test_digits_in_training():
+    source = open_source("digits")
+    steps = steps_per_epoch(len(source), 128)
+    found = train(
+        source, transforms.eval_transform(image_size=8), batch_size=128, num_steps=2 * steps
+    )
+    order = indices(found)
+    assert steps == 11 and visits_once(order[: 11 * 128], 1437)
+    for batch in found:
+        for i in range(0, 128, 16):
+            record = source[int(batch["index"][i])]
+            assert (batch["image"][i] == record["image"][:, :, None]).all()
+            assert batch["label"][i] == record["label"]
+
+
+@pytest.mark.parametrize("name", ["cifar10.zip", "imagenette_like.zip"])
+def test_real_archives_of_jpeg_files(shared_data: Path, name: str):
+    source = open_source(f"folder:{shared_data}/{name}")
+    transform = transforms.train_transform(image_size=32, pad=4)
+    options = {"batch_size": 32, "num_steps": 4, "threads": 3}
+    whole = train(source, transform, **options)
+    assert same(train(source, transform, cache=ImageCache(), **options), whole)
+    for batch in whole:
+        assert (batch["weight"] == 1).all()
+        for index, label in zip(batch["index"], batch["label"], strict=True):
+            folder = source[int(index)]["name"].split("/")[1]
+            assert source.class_names[label] == folder

@@ -1,0 +1,545 @@
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from pictures import READERS, encode, noise, photographs, read_jpeg_with, smooth
+from PIL import Image
+
+from nat_jax.input import transforms
+from nat_jax.input.decode import SHRINKS, BadImage, Picture, Pixels, open_picture
+from nat_jax.input.transforms import (
+    CenterCrop,
+    Crop,
+    FiveCrop,
+    Moves,
+    RandomCrop,
+    RandomResizedCrop,
+    Region,
+    Transform,
+    WholeImage,
+    cut,
+    eval_transform,
+    move,
+    train_transform,
+)
+
+ROUNDING = 2  # grey levels by which two ways to scale differ: both round twice
+LAST = 1 - 2**-53  # the largest number below 1
+
+
+@pytest.fixture(params=READERS)
+def jpeg_reader(request, monkeypatch) -> str:
+    read_jpeg_with(request.param, monkeypatch)
+    return request.param
+
+
+class Watched:
+    """A picture that notes how often and how small it is decoded; `full` ignores the latter."""
+
+    def __init__(self, picture: Picture, full: bool = False):
+        self.height, self.width = picture.height, picture.width
+        self.shrinks: list[int] = []
+        self._picture, self._full = picture, full
+
+    def pixels(self, shrink: int = 1) -> Pixels:
+        self.shrinks.append(shrink)
+        return self._picture.pixels(1 if self._full else shrink)
+
+
+def cut_out(
+    image: bytes | np.ndarray | Picture,
+    crop: Crop | Transform,
+    *uniforms: list[float],
+    mirrored: list[bool] | None = None,
+) -> np.ndarray:
+    """Return what is cut out of an image, [views * count, size, size, 3]."""
+    transform = crop if isinstance(crop, Transform) else Transform(crop)
+    picture = open_picture(image) if isinstance(image, bytes | np.ndarray) else image
+    views = uniforms or ([],)
+    out = np.zeros((len(views) * transform.count, transform.size, transform.size, 3), np.uint8)
+    cut(picture, transform, views, mirrored or [False] * len(views), out)
+    return out
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> int:
+    return int(np.abs(a.astype(int) - b).max())
+
+
+# Cutting and scaling.
+
+
+def scaled_as_a_whole(image: np.ndarray, shortest: int) -> np.ndarray:
+    """Scale as Pillow does, the shorter side to `shortest` pixels."""
+    height, width = image.shape[:2]
+    if height <= width:
+        size = (round(width * shortest / height), shortest)
+    else:
+        size = (shortest, round(height * shortest / width))
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+
+
+SIDES = st.integers(1, 120)
+
+
+@settings(max_examples=300, deadline=None)
+@given(SIDES, SIDES, st.integers(1, 40), st.integers(0, 20), st.floats(0, LAST), st.floats(0, LAST))
+@example(375, 500, 224, 32, 0.3, LAST)
+@example(500, 333, 224, 0, LAST, 0.0)
+@example(1, 120, 40, 20, 0.5, 0.999)
+def test_a_region_is_the_same_as_cutting_the_whole_scaled_picture(
+    height: int, width: int, size: int, more: int, down: float, right: float
+):
+    image = noise(height, width)
+    whole = scaled_as_a_whole(image, size + more)
+    room = whole.shape[0] - size, whole.shape[1] - size
+
+    def window(top: int, left: int) -> np.ndarray:
+        return whole[top : top + size, left : left + size]
+
+    middle = window(room[0] // 2, room[1] // 2)
+    corners = [window(top, left) for top in (0, room[0]) for left in (0, room[1])]
+    chosen = window(int(down * (room[0] + 1)), int(right * (room[1] + 1)))
+    random = cut_out(image, RandomCrop(size, size + more), [down, right])
+    found = [*cut_out(image, CenterCrop(size, size + more)), *random]
+    found += [*cut_out(image, FiveCrop(size, size + more))]
+    expected = [middle, chosen, *corners, middle]
+    # What the documentation of `cut` says.
+    assert difference(np.stack(found), np.stack(expected)) <= ROUNDING
+
+
+def test_a_region_half_a_pixel_off_would_be_seen():
+    image = noise(90, 120)
+    whole = scaled_as_a_whole(image, 40)[4:36, 10:42]
+    right = Region(4 * 90 / 40, 10 * 120 / 53, 32 * 90 / 40, 32 * 120 / 53)
+    wrong = right._replace(left=right.left + 0.5)
+    assert (
+        difference(transforms._scale(Image.fromarray(image), right, 32, False), whole) <= ROUNDING
+    )
+    assert difference(transforms._scale(Image.fromarray(image), wrong, 32, False), whole) > 10
+
+
+@pytest.mark.parametrize("shape", [(30, 60), (61, 30), (7, 5), (1, 1), (9, 100)])
+def test_the_whole_image_is_scaled_whatever_its_aspect_ratio(shape):
+    image = noise(*shape)
+    bilinear = Image.Resampling.BILINEAR
+    expected = np.asarray(Image.fromarray(image).resize((10, 10), bilinear))
+    assert np.array_equal(cut_out(image, WholeImage(10))[0], expected)
+
+
+def test_pixels_that_need_no_scaling_are_untouched():
+    image = noise(9, 12)
+    assert np.array_equal(cut_out(image[:, :9], WholeImage(9))[0], image[:, :9])
+    assert np.array_equal(cut_out(image, CenterCrop(5, 9))[0], image[2:7, 3:8])
+    corners = cut_out(image, FiveCrop(8, 9))
+    assert np.array_equal(corners[1:4], [image[:8, 4:], image[1:, :8], image[1:, 4:]])
+    with_alpha = np.dstack([image, image[:, :, 0]])
+    assert np.array_equal(
+        cut_out(with_alpha, CenterCrop(5, 9), mirrored=[True])[0][:, ::-1], image[2:7, 3:8]
+    )
+    png = encode(image, "PNG")
+    assert np.array_equal(
+        cut_out(png, CenterCrop(5, 9), mirrored=[True])[0][:, ::-1], image[2:7, 3:8]
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """A crop that chooses given regions."""
+
+    size: int
+    chosen: list[Region]
+    draws: int = 0
+
+    @property
+    def count(self) -> int:
+        return len(self.chosen)
+
+    def regions(self, height: int, width: int, uniform: Sequence[float]) -> list[Region]:
+        return self.chosen
+
+
+def test_regions_between_pixels_and_others_are_told_apart():
+    image = noise(9, 12)
+    whole, between = Region(1, 2, 5, 5), Region(1.5, 2, 5, 5)
+    exact, scaled = cut_out(image, Fixed(5, [whole, between]))
+    assert np.array_equal(exact, image[1:6, 2:7])
+    average = (image[1:6, 2:7].astype(float) + image[2:7, 2:7]) / 2
+    assert np.abs(scaled - average).max() <= 1
+    assert np.array_equal(cut_out(image, Fixed(5, [between]))[0], scaled)
+    assert np.array_equal(cut_out(image, Fixed(5, [whole]))[0], exact)
+
+
+def test_scaling_keeps_constant_images_and_averages_when_shrinking():
+    constant = np.full((31, 17, 3), 77, np.uint8)
+    assert (cut_out(constant, WholeImage(8)) == 77).all()
+    shrunk = cut_out(noise(256, 256), WholeImage(4)).astype(float)
+    assert np.abs(shrunk - 127.5).max() < 12
+    assert np.abs(noise(4, 4) - 127.5).max() > 100
+
+
+CROPS = [
+    WholeImage(8),
+    CenterCrop(8, 8),
+    CenterCrop(8, 11),
+    FiveCrop(8, 11),
+    RandomCrop(8, 11),
+    RandomResizedCrop(8),
+]
+
+
+@pytest.mark.parametrize("crop", CROPS)
+@pytest.mark.parametrize("shape", [(1, 1), (1, 2), (2, 1), (1, 300), (300, 1), (3, 2000)])
+def test_images_of_one_pixel_can_be_cut(shape, crop: Crop, jpeg_reader: str):
+    image = np.full((*shape, 3), [50, 120, 200], np.uint8)
+    for chance in (0.0, 0.5, LAST):
+        for file in (image, encode(image, "PNG"), encode(image, "JPEG", subsampling=0)):
+            out = cut_out(file, crop, [chance] * crop.draws)
+            assert out.shape == (crop.count, 8, 8, 3)
+            assert np.abs(out.astype(int) - [50, 120, 200]).max() <= 4
+
+
+@pytest.mark.parametrize("crop", CROPS)
+def test_mirror_images_are_what_move_makes_of_them(crop: Crop):
+    uniform = np.random.default_rng(0).random(crop.draws).tolist()
+    for image in (noise(40, 30), noise(11, 11), noise(8, 8), noise(8, 10)):
+        plain = cut_out(image, crop, uniform)
+        mirrored = cut_out(image, crop, uniform, mirrored=[True])
+        assert np.array_equal(mirrored, plain[:, :, ::-1])
+        corner = np.zeros((crop.count, 2), np.int32)
+        assert np.array_equal(mirrored, move(plain, Moves(corner, np.ones(crop.count, bool)), 0))
+        assert not np.array_equal(mirrored, plain)
+
+
+def test_ten_crops_are_corners_and_middle_then_their_mirror_images():
+    image = noise(12, 15)
+    ten = cut_out(image, eval_transform(image_size=8, resize=12, ten_crops=True))
+    corners = [image[:8, :8], image[:8, 7:], image[4:, :8], image[4:, 7:], image[2:10, 3:11]]
+    assert np.array_equal(ten[:5], corners)
+    assert np.array_equal(ten[5:], np.stack(corners)[:, :, ::-1])
+
+
+def test_views_are_cut_out_of_one_decoding_each_by_its_own_numbers():
+    picture = Watched(open_picture(noise(40, 50)))
+    crop = RandomResizedCrop(8)
+    uniforms = np.random.default_rng(0).random((3, crop.draws)).tolist()
+    views = cut_out(picture, crop, *uniforms, mirrored=[False, True, False])
+    assert len(picture.shrinks) == 1
+    for view, uniform, mirror in zip(views, uniforms, (False, True, False), strict=True):
+        alone = cut_out(noise(40, 50), crop, uniform, mirrored=[mirror])[0]
+        assert np.array_equal(view, alone)
+    assert not np.array_equal(views[0], views[2])
+
+
+def test_views_and_their_mirror_images_come_in_that_order():
+    both_ways = Transform(FiveCrop(8, 12), both_ways=True)
+    views = cut_out(noise(12, 15), both_ways, [], [], mirrored=[False, True])
+    five = cut_out(noise(12, 15), FiveCrop(8, 12))
+    back = five[:, :, ::-1]
+    assert np.array_equal(views, np.concatenate([five, back, back, five]))
+
+
+@pytest.mark.parametrize("crop", [WholeImage(40), WholeImage(8)])
+def test_what_cannot_be_decoded_leaves_no_traces(crop: Crop, jpeg_reader: str):
+    whole = encode(smooth(40, 40), "JPEG")
+    out = np.full((1, crop.size, crop.size, 3), 9, np.uint8)
+    with pytest.raises(BadImage, match="truncated"):
+        cut(open_picture(whole[:-20]), Transform(crop), [[]], [False], out)
+    assert (out == 9).all()
+    cut(open_picture(whole), Transform(crop), [[]], [False], out)
+    assert not (out == 9).all()
+
+
+# Decoding at a fraction of the size.
+
+
+@given(st.integers(1, 700), st.integers(1, 700), st.integers(1, 80), st.integers(0, 30))
+@settings(max_examples=150, deadline=None)
+def test_decoding_is_as_small_as_possible_but_no_smaller_than_the_crop(height, width, size, more):
+    for crop in (WholeImage(size), CenterCrop(size, size + more), RandomResizedCrop(size)):
+        uniform = [0.5] * crop.draws
+        picture = Watched(open_picture(np.zeros((height, width, 3), np.uint8)))
+        cut_out(picture, crop, uniform)
+        region = crop.regions(height, width, uniform)[0]
+        shortest = min(region.height, region.width)
+        fits = [s for s in SHRINKS if shortest >= s * size]
+        assert picture.shrinks == [max(fits, default=1)]
+
+
+@pytest.mark.parametrize("crop", [WholeImage(16), CenterCrop(16, 20), FiveCrop(16, 20)])
+@pytest.mark.parametrize("shape", [(133, 201), (67, 90), (256, 160)])
+def test_regions_of_a_smaller_decoding_are_in_the_same_place(shape, crop: Crop, jpeg_reader: str):
+    y, x = np.mgrid[0 : shape[0], 0 : shape[1]]
+    image = np.stack([y * 255 / shape[0], x * 255 / shape[1], (x + y) * 0], -1).astype(np.uint8)
+    data = encode(image, "JPEG", quality=98, subsampling=0)
+    small = Watched(open_picture(data))
+    places = cut_out(small, crop).astype(int)
+    assert small.shrinks[0] > 1
+    assert np.abs(places - cut_out(image, crop)).max() <= 4
+    shifted = cut_out(np.roll(image, 6, axis=1)[:, 6:], crop)
+    assert np.abs(places - shifted).max() > 4
+
+
+def test_a_picture_that_does_not_shrink_is_cut_in_the_same_place():
+    image = smooth(133, 201)
+    for crop in (WholeImage(16), CenterCrop(16, 20)):
+        picture = Watched(open_picture(encode(image, "PNG")))
+        assert np.array_equal(cut_out(picture, crop), cut_out(image, crop))
+        assert picture.shrinks[0] > 1
+
+
+def test_photographs_decoded_at_a_fraction_differ_little(shared_data: Path, jpeg_reader: str):
+    rng = np.random.default_rng(0)
+    shrinks, means, worst = set(), [], 0
+    for data in photographs(shared_data, 100):
+        for crop in (CenterCrop(32, 36), CenterCrop(96, 108), RandomResizedCrop(64)):
+            uniform = rng.random(crop.draws).tolist()
+            small = Watched(open_picture(data))
+            exact = cut_out(Watched(open_picture(data), full=True), crop, uniform).astype(int)
+            gap = np.abs(cut_out(small, crop, uniform) - exact)
+            if small.shrinks[0] > 1:
+                shrinks |= set(small.shrinks)
+                means.append(gap.mean())
+                worst = max(worst, gap.max())
+    assert shrinks == {2, 4, 8} and len(means) > 200
+    # What the documentation of `cut` says, and that decoding was smaller at all.
+    assert 0.5 < np.mean(means) < 2 and max(means) < 6 and 10 < worst < 64
+
+
+# Where crops fall.
+
+
+def test_scaling_never_falls_below_the_shortest_side():
+    for height in range(224, 300):
+        for size in (64, 63):
+            regions = FiveCrop(size, 64).regions(height, 301, [])
+            for top, left, down, right in regions:
+                assert top >= 0 and left >= 0 and down > 0 and right > 0
+                assert top + down <= height + 1e-9 and left + right <= 301 + 1e-9
+
+
+def test_random_crop_reaches_every_place_and_no_other():
+    image = noise(5, 6)
+    grid = (np.arange(12) + 0.5) / 12
+    crops = {cut_out(image, RandomCrop(4, 5), [y, x]).tobytes() for y in grid for x in grid}
+    assert crops == {image[y : y + 4, x : x + 4].tobytes() for y in range(2) for x in range(3)}
+    first, last = cut_out(image, RandomCrop(4, 5), [0.0, 0.0], [LAST, LAST])
+    assert np.array_equal(first, image[:4, :4]) and np.array_equal(last, image[1:, 2:])
+
+
+def test_random_crop_is_as_likely_everywhere():
+    uniform = np.random.default_rng(0).random((20_000, 2))
+    places = [RandomCrop(4, 8).regions(8, 10, u)[0] for u in uniform.tolist()]
+    for side, room in (("top", 4), ("left", 6)):
+        counts = np.unique([getattr(p, side) for p in places], return_counts=True)[1]
+        assert len(counts) == room + 1
+        assert np.abs(counts / 20_000 - 1 / (room + 1)).max() < 0.012
+
+
+def random_regions(height: int, width: int, wanted: int, **options) -> np.ndarray:
+    crop = RandomResizedCrop(8, **options)
+    uniform = np.random.default_rng(0).random((wanted, crop.draws)).tolist()
+    return np.array([crop.regions(height, width, u)[0] for u in uniform])
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 7), (9, 2), (37, 50), (500, 375), (40, 999)])
+@pytest.mark.parametrize("min_area", [0.08, 0.5, 1.0])
+def test_random_regions_lie_inside_the_picture_on_whole_pixels(shape, min_area: float):
+    height, width = shape
+    found = random_regions(height, width, 500, min_area=min_area)
+    assert np.array_equal(found, found.astype(int))
+    top, left, down, right = found.T
+    assert (top >= 0).all() and (left >= 0).all() and (down > 0).all() and (right > 0).all()
+    assert (top + down <= height).all() and (left + right <= width).all()
+
+
+def test_random_regions_have_the_areas_and_aspect_ratios_of_inception():
+    """Against the density itself: on a square, those that fit have area <= min(r, 1/r)."""
+    side, smallest, longest = 2000, 0.08, math.log(4 / 3)
+    _, _, height, width = random_regions(side, side, 20_000).T
+    area, aspect = height * width / side**2, np.log(width / height)
+    assert area.min() > smallest - 0.001 and area.max() <= 1
+    assert np.abs(aspect).max() < longest + 0.002
+    a, r = np.meshgrid(np.linspace(smallest, 1, 1001), np.linspace(-longest, longest, 1001))
+    fits = a <= np.exp(-np.abs(r))
+    for found, values in ((area, a), (aspect, r), (area * aspect**2, a * r**2)):
+        expected, spread = values[fits].mean(), values[fits].std()
+        assert abs(found.mean() - expected) < 4 * spread / math.sqrt(20_000) + 0.0005
+        assert abs(found.std() / spread - 1) < 0.03
+        share = np.mean(found[:, None] < np.quantile(values[fits], (0.1, 0.5, 0.9)), axis=0)
+        assert np.abs(share - (0.1, 0.5, 0.9)).max() < 0.02
+    # Without the aspect ratio's part in what fits, areas would be uniform; they are not.
+    assert abs(area.mean() - (1 + smallest) / 2) > 0.02
+
+
+def test_random_regions_stand_anywhere_with_the_same_likelihood():
+    top, left, height, width = random_regions(1000, 1000, 20_000).T
+    down, right = (top + 0.5) / (1001 - height), (left + 0.5) / (1001 - width)
+    for place in (down, right):
+        shares = np.histogram(place, 10, (0, 1))[0] / 20_000
+        assert np.abs(shares - 0.1).max() < 0.01
+    pairs = np.corrcoef([down, right, height * width, np.log(width / height)])
+    assert np.abs(pairs - np.eye(4)).max() < 0.03
+
+
+def test_each_try_of_a_random_region_has_its_own_numbers():
+    crop = RandomResizedCrop(8)
+    large, small = [LAST, LAST], [0.3, 0.5]  # the whole area at 4 : 3 does not fit a square
+    for tries in range(10):
+        uniform = [*large * tries, *small, *large * (9 - tries), 0.0, LAST]
+        height = round(math.sqrt(10_000 * (0.08 + 0.92 * 0.3)))
+        assert crop.regions(100, 100, uniform) == [Region(0, 100 - height, height, height)]
+        uniform[-2:] = [LAST, 0.0]
+        assert crop.regions(100, 100, uniform) == [Region(100 - height, 0, height, height)]
+    assert crop.regions(100, 100, [*large * 10, 0.0, LAST]) == [Region(0, 0, 100, 100)]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "region"),
+    [
+        (100, 1000, Region(0, 433, 100, 133)),
+        (1000, 90, Region(440, 0, 120, 90)),
+        (100, 120, Region(0, 0, 100, 120)),
+        (1, 50, Region(0, 24, 1, 1)),
+        (50, 1, Region(24, 0, 1, 1)),
+    ],
+)
+def test_where_no_random_region_fits_it_is_the_largest_in_the_middle(height, width, region):
+    sideways = LAST if height > width else 0.0  # as wide as possible in a high picture
+    uniform = [*[LAST, sideways] * 10, 0.9, 0.9]
+    assert RandomResizedCrop(8).regions(height, width, uniform) == [region]
+
+
+# Moves.
+
+
+def test_shifts_reach_every_place_and_no_other():
+    transform = train_transform(image_size=8, pad=2, flip=False)
+    assert transform.draws == 2
+    grid = np.stack(np.meshgrid(*[np.append((np.arange(40) + 0.5) / 40, LAST)] * 2), -1)
+    corners, mirrored = transform.moves(grid.reshape(-1, 2))
+    assert corners.dtype == np.int32 and not mirrored.any()
+    assert {tuple(c) for c in corners.tolist()} == {(y, x) for y in range(5) for x in range(5)}
+
+
+def test_shifts_and_mirror_images_are_as_likely_as_each_other():
+    transform = train_transform(image_size=8, pad=2)
+    corners, mirrored = transform.moves(np.random.default_rng(0).random((20_000, 3)))
+    assert np.abs(np.bincount(corners[:, 0] * 5 + corners[:, 1]) / 20_000 - 1 / 25).max() < 0.006
+    assert abs(mirrored.mean() - 0.5) < 0.012
+    assert np.abs(np.corrcoef([*corners.T, mirrored]) - np.eye(3)).max() < 0.03
+
+
+def test_without_a_shift_all_stays_in_the_middle():
+    corners, mirrored = eval_transform(image_size=8).moves(np.empty((3, 0)))
+    assert not corners.any() and not mirrored.any()
+    flips = train_transform(image_size=8).moves(np.array([[0.49], [0.5], [0.0], [LAST]]))
+    assert flips.mirrored.tolist() == [True, False, True, False] and not flips.corner.any()
+
+
+def test_the_crop_takes_its_numbers_first_then_the_shift_then_the_flip():
+    crop = RandomCrop(4, 6)
+    transform = Transform(crop, pad=1, flip=True)
+    assert transform.draws == 5
+    corners, mirrored = transform.moves(np.array([[0.9, 0.9, 0.0, 0.5, 0.1]]))
+    assert corners.tolist() == [[0, 1]] and mirrored.tolist() == [True]
+    assert Transform(crop, flip=True).moves(np.array([[0.1, 0.1, 0.9]])).mirrored.tolist() == [
+        False
+    ]
+
+
+def test_a_shift_brings_in_black_borders():
+    image = np.maximum(noise(4, 4), 1)
+    corner = np.array([[1, 1], [0, 0], [2, 1], [1, 2]], np.int32)
+    middle, corners, below, right = move(
+        np.stack([image] * 4), Moves(corner, np.zeros(4, bool)), pad=1
+    )
+    assert np.array_equal(middle, image)
+    assert (corners[0] == 0).all() and (corners[:, 0] == 0).all()
+    assert np.array_equal(corners[1:, 1:], image[:3, :3])
+    assert np.array_equal(below[:3], image[1:]) and (below[3] == 0).all()
+    assert np.array_equal(right[:, :3], image[:, 1:]) and (right[:, 3] == 0).all()
+
+
+def test_a_shift_comes_before_the_mirror_image():
+    image = noise(5, 5)[None]
+    corner = np.array([[2, 4]], np.int32)
+    plain = move(image, Moves(corner, np.zeros(1, bool)), pad=2)
+    mirrored = move(image, Moves(corner, np.ones(1, bool)), pad=2)
+    assert np.array_equal(mirrored, plain[:, :, ::-1])
+    other = move(image[:, :, ::-1], Moves(corner, np.zeros(1, bool)), pad=2)
+    assert not np.array_equal(mirrored, other)
+
+
+@pytest.mark.parametrize("pad", [0, 1, 3])
+def test_a_stack_is_moved_as_its_images_one_by_one_and_stays_as_it_is(pad: int):
+    transform = train_transform(image_size=6, pad=pad)
+    images = np.stack([noise(6, 6, seed) for seed in range(9)])
+    before = images.copy()
+    uniform = np.random.default_rng(0).random((9, transform.draws))
+    moved = move(images, transform.moves(uniform), pad)
+    assert np.array_equal(images, before) and not np.array_equal(moved, images)
+    alone = [move(images[[i]], transform.moves(uniform[[i]]), pad)[0] for i in range(9)]
+    assert np.array_equal(moved, alone)
+    assert not np.array_equal(
+        moved, [move(i[None], transform.moves(uniform[:1]), pad)[0] for i in images]
+    )
+
+
+def test_where_there_is_nothing_to_move_no_time_is_lost():
+    images = noise(6, 6)[None]
+    assert move(images, Moves(np.zeros((1, 2), np.int32), np.zeros(1, bool)), 0) is images
+
+
+# What the presets put together.
+
+
+def test_transforms_for_training_and_evaluation():
+    assert train_transform(image_size=8) == Transform(WholeImage(8), flip=True)
+    assert train_transform(image_size=8, pad=1, flip=False) == Transform(WholeImage(8), pad=1)
+    large = train_transform(image_size=224, resize=256)
+    assert large == Transform(RandomCrop(224, 256), flip=True)
+    inception = train_transform(image_size=224, crop="random_resized_crop", min_area=0.2)
+    assert inception == Transform(RandomResizedCrop(224, 0.2), flip=True)
+    assert eval_transform(image_size=8) == Transform(WholeImage(8))
+    assert eval_transform(image_size=224, resize=256) == Transform(CenterCrop(224, 256))
+    ten = eval_transform(image_size=224, resize=256, ten_crops=True)
+    assert ten == Transform(FiveCrop(224, 256), both_ways=True)
+    assert (large.size, large.count, large.draws) == (224, 1, 3)
+    assert (ten.size, ten.count, ten.draws) == (224, 10, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_size": 0}, "image_size=0"),
+        ({"image_size": 8, "resize": -1}, "resize=-1"),
+        ({"image_size": 8, "resize": 7}, "resize=7 is smaller than the crop image_size=8"),
+        ({"image_size": 8, "pad": -2}, "pad=-2"),
+        ({"image_size": 8, "pad": 2, "resize": 9}, "pad=2 shifts .* set pad=0"),
+        ({"image_size": 8, "pad": 2, "crop": "random_resized_crop"}, "pad=2 shifts .* set pad=0"),
+        ({"image_size": 8, "crop": "center"}, "unknown crop 'center'; known: random_crop, random_"),
+        ({"image_size": 8, "min_area": 0.0}, "min_area .* got 0.0"),
+        ({"image_size": 8, "min_area": 1.1}, "min_area .* got 1.1"),
+    ],
+)
+def test_settings_of_training_that_do_not_fit_are_refused(options, message: str):
+    with pytest.raises(ValueError, match=message):
+        train_transform(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_size": 0}, "image_size=0"),
+        ({"image_size": 8, "resize": 7}, "resize=7 is smaller"),
+        ({"image_size": 8, "ten_crops": True}, "ten crops .* set resize"),
+    ],
+)
+def test_settings_of_evaluation_that_do_not_fit_are_refused(options, message: str):
+    with pytest.raises(ValueError, match=message):
+        eval_transform(**options)

@@ -1,0 +1,340 @@
+"""Checkpoints: exact, atomic, portable between device counts, and never silently wrong."""
+
+import dataclasses
+import gc
+import json
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from nat_jax.training import assignment_state, checkpoint
+from nat_jax.training.checkpoint import CheckpointError, Checkpoints
+
+# Orbax keeps arrays of up to 1 KiB inside its checked index; these are larger.
+N = 1000
+# Orbax abandons its other reads when one fails, and they complain when they are collected.
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnraisableExceptionWarning", "ignore:coroutine .* was never awaited"
+)
+
+META = {"fingerprint": "abc", "seed": 0, "shape": (1, 2), "nested": {"dim": 10}}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    step: jax.Array
+    params: dict
+    opt_state: optax.OptState
+    key: jax.Array
+    assignment: jax.Array
+
+
+@pytest.fixture(autouse=True)
+def collect_abandoned_reads() -> Iterator[None]:
+    yield
+    gc.collect()
+
+
+def make_state(seed: int) -> State:
+    key = jax.random.key(seed)
+    params = {
+        "conv": {"kernel": jax.random.normal(key, (3, 3, 2, 4)), "flag": jnp.array([True, False])},
+        "head": jax.random.normal(key, (4, 500), dtype=jnp.bfloat16),
+    }
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    return State(
+        step=jnp.int32(seed),
+        params=params,
+        opt_state=optimizer.init(params),
+        key=key,
+        assignment=jax.random.permutation(key, jnp.arange(N, dtype=jnp.int32)),
+    )
+
+
+def abstract(state: Any) -> Any:
+    return jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state
+    )
+
+
+def same(a: State, b: State) -> bool:
+    if str(jax.tree.structure(a)) != str(jax.tree.structure(b)):
+        return False
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return all(
+        x.dtype == y.dtype and np.array_equal(checkpoint._to_host(x), checkpoint._to_host(y))
+        for x, y in pairs
+    )
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Return a folder with good checkpoints of steps 1 and 2."""
+    directory = tmp_path / "checkpoints"
+    saved = Checkpoints(directory)
+    for step in (1, 2):
+        saved.save(step, make_state(step), META | {"step": step})
+    saved.close()
+    return directory
+
+
+def restore(directory: Path, expect: dict | None = None) -> tuple[State, dict]:
+    opened = Checkpoints(directory)
+    try:
+        return opened.restore(abstract(make_state(0)), expect=expect or {})
+    finally:
+        opened.close()
+
+
+def flip(path: Path, position: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 0x10
+    path.write_bytes(data)
+
+
+def damage_arrays(step_folder: Path) -> None:
+    """Flip one bit in the middle of every file that holds array data."""
+    for path in (step_folder / "state").rglob("d/*"):
+        flip(path, path.stat().st_size // 2)
+
+
+def test_round_trip_keeps_every_bit_type_and_typed_key(folder: Path) -> None:
+    state, meta = restore(folder, META)
+    assert same(state, make_state(2))
+    assert not same(state, make_state(1))
+    assert isinstance(state.opt_state, tuple)
+    assert jax.random.bits(state.key) == jax.random.bits(jax.random.key(2))
+    assert meta["step"] == 2
+
+
+def test_keeps_the_newest_and_reports_it(tmp_path: Path) -> None:
+    directory = tmp_path / "checkpoints"
+    saved = Checkpoints(directory, keep=2)
+    assert saved.latest_step() is None
+    with pytest.raises(CheckpointError, match="no checkpoint in"):
+        saved.restore(abstract(make_state(0)), expect={})
+    for step in (3, 5, 9):
+        saved.save(step, make_state(step), {})
+    assert saved.latest_step() == 9
+    saved.close()
+    assert sorted(path.name for path in directory.iterdir()) == ["5", "9"]
+
+
+def test_a_donated_state_is_saved_as_it_was(tmp_path: Path) -> None:
+    saved = Checkpoints(tmp_path)
+    state = {"w": jnp.zeros(500_000), "assignment": jnp.arange(N, dtype=jnp.int32)}
+    spoil = jax.jit(
+        lambda s: {"w": s["w"] + 7, "assignment": s["assignment"][::-1]}, donate_argnums=0
+    )
+    like = abstract(state)
+    saved.save(1, state, {})
+    for _ in range(5):
+        state = spoil(state)
+    jax.block_until_ready(state)
+    restored, _ = saved.restore(like, expect={})
+    saved.close()
+    assert not restored["w"].any()
+
+
+def test_saving_again_is_harmless_and_going_back_is_an_error(folder: Path) -> None:
+    opened = Checkpoints(folder)
+    opened.save(2, make_state(7), {})
+    with pytest.raises(CheckpointError, match="step 1 .* was not saved: the newest .* step 2"):
+        opened.save(1, make_state(7), {})
+    opened.close()
+    assert same(restore(folder)[0], make_state(2))
+
+
+@pytest.mark.parametrize(
+    ("rows", "named"),
+    [
+        ([0, 1, 1], "row 1 belongs to images 1 and 2"),
+        ([1, 2, 3], "image 2 has row 3"),
+        ([-1, 0, 1], "image 0 has row -1"),
+        ([[0, 1, 2]], "one dimension"),
+    ],
+)
+def test_only_a_permutation_is_saved(tmp_path: Path, rows: list, named: str) -> None:
+    saved = Checkpoints(tmp_path)
+    with pytest.raises(ValueError, match=f"not a permutation: .*{named}"):
+        saved.save(1, {"assignment": jnp.array(rows)}, {})
+    with pytest.raises(ValueError, match="expected a top-level leaf 'assignment'.*'w'"):
+        saved.save(1, {"w": jnp.zeros(3)}, {})
+    saved.close()
+    assert saved.latest_step() is None
+
+
+def test_a_saved_non_permutation_is_not_restored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = Checkpoints(tmp_path)
+    rows = {"assignment": jnp.zeros(3, jnp.int32)}
+    with monkeypatch.context() as patch:
+        patch.setattr(assignment_state, "flaw", lambda rows: None)
+        saved.save(1, rows, {})
+        saved.wait()
+    with pytest.raises(CheckpointError, match=r"step 1 .*not a permutation: row 0 .* 0 and 1 and"):
+        saved.restore(abstract(rows), expect={})
+    saved.close()
+
+
+def test_the_assignment_is_never_fetched_as_a_whole(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = []
+    real = checkpoint._to_host
+    monkeypatch.setattr(checkpoint, "_to_host", lambda x: fetched.append(x.shape) or real(x))
+    opened = Checkpoints(folder)
+    state, _ = opened.restore(abstract(make_state(0)), expect={})
+    opened.save(3, state, {})
+    opened.close()
+    assert (3, 3, 2, 4) in fetched and (N,) not in fetched
+
+
+def test_a_checkpoint_in_another_format_is_left_alone(folder: Path) -> None:
+    for step in ("1", "2"):
+        path = folder / step / "record" / "metadata"
+        content = json.loads(path.read_text())
+        content["record"]["format"] = 1
+        content["sha256"] = checkpoint._json_digest(content["record"])
+        path.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=r"another version of nat_jax \(format 1; .* reads 2"):
+        restore(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+
+
+def test_another_run_is_one_message_with_both_values(folder: Path) -> None:
+    with pytest.raises(CheckpointError) as raised:
+        restore(folder, META | {"fingerprint": "xyz", "unknown": 3})
+    message = str(raised.value)
+    assert 'fingerprint: checkpoint "abc", this run "xyz"' in message
+    assert "unknown: checkpoint null, this run 3" in message
+    assert "seed" not in message and "another workdir" in message
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+
+
+def test_another_shape_or_structure_is_one_message(folder: Path) -> None:
+    like = abstract(make_state(0))
+    longer: Any = jax.ShapeDtypeStruct((N + 1,), jnp.int32, sharding=like.assignment.sharding)
+    params = {"head": like.params["head"], "tail": like.params["head"]}
+    opened = Checkpoints(folder)
+    with pytest.raises(CheckpointError) as raised:
+        opened.restore(dataclasses.replace(like, assignment=longer, params=params), expect={})
+    opened.close()
+    message = str(raised.value)
+    assert "assignment: checkpoint int32[1000], this run int32[1001]" in message
+    assert "params/tail: checkpoint nothing, this run bfloat16[4, 500]" in message
+    assert "params/conv/kernel: checkpoint float32[3, 3, 2, 4], this run nothing" in message
+
+
+def test_damaged_newest_falls_back_loudly_and_can_be_saved_again(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    damage_arrays(folder / "2")
+    opened = Checkpoints(folder)
+    with caplog.at_level(logging.WARNING, logger="nat_jax.training.checkpoint"):
+        state, meta = opened.restore(abstract(make_state(0)), expect={})
+    assert same(state, make_state(1)) and meta["step"] == 1
+    assert "checkpoint of step 2" in caplog.text and "is damaged" in caplog.text
+    assert "older checkpoint of step 1" in caplog.text
+    assert (folder / "2.damaged").is_dir()
+    opened.save(2, make_state(5), {})
+    opened.close()
+    assert same(restore(folder)[0], make_state(5))
+
+    damage_arrays(folder / "2")
+    assert same(restore(folder)[0], make_state(1))
+    assert (folder / "2.damaged-2").is_dir()
+
+
+def test_no_good_checkpoint_names_all_and_touches_nothing(folder: Path) -> None:
+    for step in ("1", "2"):
+        damage_arrays(folder / step)
+    with pytest.raises(CheckpointError, match=r"no usable checkpoint: .*step 2 .*step 1 "):
+        restore(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+
+
+def _damages(path: Path) -> dict[str, bytes]:
+    data = path.read_bytes()
+    damages = {"truncated": data[: len(data) // 2], "empty": b""}
+    for position in sorted({0, len(data) // 3, len(data) // 2, len(data) - 1}):
+        flipped = bytearray(data)
+        flipped[position] ^= 0x04
+        damages[f"bit at {position}"] = bytes(flipped)
+    return damages
+
+
+def _damage_each_file(folder: Path, work: Path) -> list[str]:
+    """Damage each file of step 2 in every way, one at a time, and restore.
+
+    Returns what came of each: the step that was restored, exactly as saved, or "wrong".
+    """
+    files = [path for path in (folder / "2").rglob("*") if path.is_file()]
+    good = {step: make_state(step) for step in (1, 2)}
+    outcomes = []
+    for path in files:
+        for data in _damages(path).values() if path.stat().st_size else ():
+            shutil.copytree(folder, work)
+            (work / path.relative_to(folder)).write_bytes(data)
+            state, meta = restore(work)
+            step = meta["step"]
+            outcomes.append(str(step) if same(state, good[step]) else "wrong")
+            shutil.rmtree(work)
+    return outcomes
+
+
+def test_no_damaged_file_is_ever_restored_silently(folder: Path, tmp_path: Path) -> None:
+    outcomes = _damage_each_file(folder, tmp_path / "work")
+    assert "wrong" not in outcomes
+    assert outcomes.count("1") >= 20  # fell back
+
+
+@pytest.mark.slow
+def test_without_the_digests_flipped_bits_would_pass(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = checkpoint._digest
+    recorded = json.loads((folder / "2" / "record" / "metadata").read_text())["record"]["leaves"]
+    assert recorded["step"]["digest"] == real("step", jnp.int32(2))
+    for step in ("1", "2"):
+        path = folder / step / "record" / "metadata"
+        content = json.loads(path.read_text())
+        for leaf in content["record"]["leaves"].values():
+            leaf["digest"] = "not looked at"
+        content["sha256"] = checkpoint._json_digest(content["record"])
+        path.write_text(json.dumps(content))
+    monkeypatch.setattr(checkpoint, "_digest", lambda name, leaf: "not looked at")
+    assert "wrong" in _damage_each_file(folder, tmp_path / "work")
+
+
+def test_missing_pieces_fall_back(folder: Path) -> None:
+    shutil.rmtree(folder / "2" / "record")
+    assert restore(folder)[1]["step"] == 1
+
+
+def test_a_file_in_the_way_is_a_checkpoint_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot use .*file for checkpoints"):
+        Checkpoints(tmp_path / "file")
+    with pytest.raises(ValueError, match="expected at least 1; got 0"):
+        Checkpoints(tmp_path / "other", keep=0)
+
+
+def test_leftovers_of_killed_saves_are_removed(folder: Path) -> None:
+    leftover = folder / "3.orbax-checkpoint-tmp" / "state"
+    leftover.mkdir(parents=True)
+    (leftover / "half").write_bytes(b"x" * 100)
+    opened = Checkpoints(folder)
+    assert opened.latest_step() == 2
+    opened.close()
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
