@@ -31,12 +31,25 @@ _SUBMODULES = frozenset(
     }
 )
 
+# Where what was on top in version 0.1 is now; `nat_jax.records` keeps working.
+_ALIASES = {
+    "checkpoint": "training.checkpoint",
+    "input_pipeline": "input.pipeline",
+    "metrics": "training.metrics",
+    "network": "models.frozen",
+    "preemption": "runtime.preemption",
+    "preprocess": "input.transforms",
+    "records": "input.sources",
+    "run": "training.setup",
+    "sharding": "runtime.sharding",
+}
+
 __all__ = ["__version__", "load", *sorted(_SUBMODULES)]
 
 
 def __getattr__(name: str) -> Any:
-    if name in _SUBMODULES:
-        return importlib.import_module(f"nat_jax.{name}")
+    if name in _SUBMODULES or name in _ALIASES:
+        return importlib.import_module(f"nat_jax.{_ALIASES.get(name, name)}")
     if name == "load":
         return importlib.import_module("nat_jax.export").load
     raise AttributeError(f"module 'nat_jax' has no attribute {name!r}")

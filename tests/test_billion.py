@@ -46,10 +46,11 @@ import sys
 from pathlib import Path
 import billion  # before jax, whose devices it simulates
 import jax.numpy as jnp
-from nat_jax import placement, targets, train_step
+from nat_jax import targets, train_step
+from nat_jax.training import host_matching
 
 def faults():
-    placement.compile_step.cache_clear()
+    host_matching.compile_step.cache_clear()
     print(*billion.measure(400_000, 4, Path(sys.argv[1]))["faults"], sep="|", end="||")
 
 make_targets = targets.make_targets
@@ -88,10 +89,10 @@ def test_what_it_looks_for_would_be_found(tmp_path: Path) -> None:
 MANY = """
 import resource, runpy, sys
 from faulty_records import Faulty
-from nat_jax import records
+from nat_jax.input import sources
 resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33))  # should it go on, it shall not go far
 count = int(sys.argv.pop(1))
-records.SOURCES["arrays"] = lambda argument, split: Faulty(count if split == "train" else 100)
+sources.SOURCES["arrays"] = lambda argument, split: Faulty(count if split == "train" else 100)
 runpy.run_module("nat_jax.main", run_name="__main__", alter_sys=True)
 """
 

@@ -28,7 +28,9 @@ import json, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
-from nat_jax import models, permutation, sharding
+from nat_jax import models
+from nat_jax.runtime import sharding
+from nat_jax.training import assignment_state
 from nat_jax.models.frozen import layer_outputs
 
 devices = list(topologies.get_topology_desc(platform="tpu", topology_name=sys.argv[1]).devices)

@@ -11,8 +11,8 @@ def packaged() -> Path:
 
     Beside the package in a checkout, inside it where it was installed from a wheel.
     """
-    inside = Path(__file__).parent / "configs"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "configs"
+    inside = Path(__file__).parents[1] / "configs"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "configs"
 
 
 def known() -> dict[str, Path]:

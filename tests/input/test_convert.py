@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from project import ROOT
 from sample_files import SPLIT_TREE, flip_bit, jpeg, write_tree, zip_tree
 
 from nat_jax import config
@@ -24,7 +25,6 @@ from nat_jax.input.sources import Record, Source, UnreadableRecord, open_source
 from nat_jax.runtime.atomic_files import ConversionError
 from nat_jax.training import workdir
 
-ROOT = Path(__file__).parents[2]
 SPLITS = ("train", "test")
 
 

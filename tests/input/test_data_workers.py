@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from faulty_records import SIZE, Faulty
+from project import ROOT
 
 from nat_jax.input import transforms
 from nat_jax.input.bad_records import BadRecordError, BadRecords
@@ -87,10 +88,10 @@ def test_images_in_memory_need_no_workers(caplog):
 ORPHANS = """
 import sys
 from faulty_records import SIZE, Faulty
-from nat_jax import input_pipeline, preprocess
+from nat_jax.input import pipeline, transforms
 if __name__ == "__main__":
-    stream = input_pipeline.train_batches(
-        Faulty(400), preprocess.train_transform(image_size=SIZE), batch_size=4, seed=0,
+    stream = pipeline.train_batches(
+        Faulty(400), transforms.train_transform(image_size=SIZE), batch_size=4, seed=0,
         start_step=0, num_steps=10**6, threads=2, workers=2)
     next(stream)
     import multiprocessing
@@ -113,7 +114,7 @@ def is_running(process: int) -> bool:
 def test_workers_end_when_their_parent_is_killed(tmp_path: Path):
     script = tmp_path / "orphans.py"
     script.write_text(ORPHANS)
-    folders = f"{Path(__file__).parent}:{Path(__file__).parents[1]}"
+    folders = f"{ROOT / 'tests'}:{ROOT}"
     parent = subprocess.Popen(
         [sys.executable, str(script)],
         stdout=subprocess.PIPE,

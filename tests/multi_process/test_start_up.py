@@ -210,8 +210,8 @@ def test_one_process_by_hand_is_alone_unless_it_insists(cluster):
 
 def test_a_cluster_that_does_not_answer_is_given_up(tmp_path):
     program = (
-        "import time; from nat_jax import distributed\n"
-        "with distributed._limited(0.5, lambda: 'asking'): time.sleep(60)"
+        "import time; from nat_jax.runtime import startup\n"
+        "with startup._limited(0.5, lambda: 'asking'): time.sleep(60)"
     )
     run = Run(tmp_path, [[sys.executable, "-c", program]], [environment()])
     assert run.wait(60) == [2]

@@ -12,9 +12,9 @@ from nat_jax.runtime import cache_dir
 
 PROGRAM = """
 import logging, jax
-from nat_jax import user_cache
+from nat_jax.runtime import cache_dir
 logging.basicConfig(format="%(message)s", level=logging.INFO)
-user_cache.keep_programs()
+cache_dir.keep_programs()
 jax.jit(lambda x: jax.numpy.sort(x) @ x)(jax.numpy.ones(1000)).block_until_ready()
 print(jax.config.jax_compilation_cache_dir)
 """

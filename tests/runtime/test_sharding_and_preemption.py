@@ -143,7 +143,7 @@ PROGRAM = """
 import os, signal, sys
 import jax
 import jax.numpy as jnp
-from nat_jax import c_signals, preemption
+from nat_jax.runtime import c_signals, preemption
 
 def taken(number):
     print("taken", flush=True)

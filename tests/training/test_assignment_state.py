@@ -94,7 +94,7 @@ def test_the_checksum_depends_on_every_entry_and_its_place(
 MEMORY = """
 import sys
 import numpy as np
-from nat_jax import permutation
+from nat_jax.training import assignment_state
 
 def peak():  # unlike getrusage's, this peak does not begin with that of the parent
     status = open("/proc/self/status").read()
@@ -105,13 +105,13 @@ rows = np.arange(N, dtype=np.int32)
 rows[:1000] = rows[:1000][::-1]
 if sys.argv[1] == "broken":
     rows[-1] = 7
-permutation.flaw(rows[:1000])  # load what it needs
+assignment_state.flaw(rows[:1000])  # load what it needs
 before = peak()
 if sys.argv[1] == "sorted":
     np.sort(rows)
 else:
-    print(permutation.flaw(rows))
-    permutation.checksum(rows)
+    print(assignment_state.flaw(rows))
+    assignment_state.checksum(rows)
 print((peak() - before) * 1024 / N)
 """
 
@@ -144,9 +144,9 @@ port, rank = sys.argv[1], int(sys.argv[2])
 jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=rank)
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from nat_jax import permutation
+from nat_jax.training import assignment_state
 
-permutation._CHUNK = 16  # bytes, so that several travel
+assignment_state._CHUNK = 16  # bytes, so that several travel
 good = np.random.default_rng(0).permutation(1008).astype(np.int32)
 cases = {"good": good}
 for name, places in {"within": (5, 6), "across": (5, 1000), "far": (5, 520)}.items():
@@ -159,9 +159,9 @@ for shape in ((4, 1), (2, 2), (1, 4)):
         for name, rows in cases.items():
             spread = jax.make_array_from_callback(
                 rows.shape, NamedSharding(mesh, spec), lambda index: rows[index])
-            print(name, permutation.flaw(spread) == permutation.flaw(rows),
-                  permutation.checksum(spread) == permutation.checksum(rows),
-                  permutation.flaw(spread), sep="|")
+            print(name, assignment_state.flaw(spread) == assignment_state.flaw(rows),
+                  assignment_state.checksum(spread) == assignment_state.checksum(rows),
+                  assignment_state.flaw(spread), sep="|")
 jax.distributed.shutdown()
 """
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from project import ROOT
 from sample_files import (
     example,
     examples,
@@ -351,15 +352,15 @@ def test_a_pickled_source_reads_in_another_process(tmp_path: Path):
     assert len(pickle.dumps(source)) < 3000
     (folder / "dataset_info.json").unlink()  # what is known travels along
     command = [sys.executable, "-c", READ, pickle.dumps(source).hex()]
-    root = str(Path(__file__).parents[2])
+    root = str(ROOT)
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": root}, timeout=60)
 
 
 LIMITED = """
 import resource, sys
 resource.setrlimit(resource.RLIMIT_NOFILE, (64, int(sys.argv[2])))
-from nat_jax import records
-source = records.open_source("arrayrecord:" + sys.argv[1])
+from nat_jax.input import sources
+source = sources.open_source("arrayrecord:" + sys.argv[1])
 assert sum(source[i]["image"][:2] == b"\\xff\\xd8" for i in range(len(source))) == 100
 """
 
@@ -370,7 +371,7 @@ def test_more_shards_than_files_may_be_open(tmp_path: Path, hard: int, fine: boo
         write_shard(tmp_path / f"train-{i:05}-of-00100.array_record", [jpeg(i)])
     write_shard(tmp_path / "test.array_record", [jpeg(0)])
     command = [sys.executable, "-c", LIMITED, str(tmp_path), str(hard)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, timeout=60, capture_output=True, text=True)
     assert (done.returncode == 0) == fine, done.stderr
     if not fine:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from project import ROOT
 from sample_files import SPLIT_TREE, names, write_tree, zip_tree
 
 from nat_jax.input.sources import (
@@ -503,7 +504,7 @@ def test_where_indexes_are_kept(tree: Path, tmp_path: Path, monkeypatch, cache: 
 
 OPEN = """
 import os, sys, time
-from nat_jax import records
+from nat_jax.input import sources
 from nat_jax.input.sources import file_listing, index_cache
 index_cache.KEPT_FROM, file_listing.SETTLED_NS = 1, 0
 written = index_cache._write
@@ -515,7 +516,7 @@ go = sys.argv[2]
 open(f"{go}.{os.getpid()}", "w").close()
 while not os.path.exists(go):
     time.sleep(0.001)
-source = records.open_source(f"folder:{sys.argv[1]}")
+source = sources.open_source(f"folder:{sys.argv[1]}")
 print(source.fingerprint, source[3]["name"], source._kept)
 """
 
@@ -523,7 +524,7 @@ print(source.fingerprint, source[3]["name"], source._kept)
 def test_processes_that_build_at_once_all_end_well(data: Path, tmp_path: Path, cache: Path):
     go = tmp_path / "go"
     command = [sys.executable, "-c", OPEN, str(data), str(go)]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     processes = [
         subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
         for _ in range(3)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from project import ROOT
 from sample_files import example, examples, jpeg, labels, write_data_set
 
 from nat_jax.input.sources import open_source
@@ -203,10 +204,10 @@ def test_tfds_never_imports_tensorflow(prepared: Path, tmp_path: Path, then: str
     (tmp_path / "tensorflow").mkdir()
     (tmp_path / "tensorflow/__init__.py").write_text("import os; os._exit(7)")
     code = (
-        "from nat_jax import records\n"
-        "assert len(records.open_source('tfds:tiny_shapes')[8]['image'])\n" + then
+        "from nat_jax.input import sources\n"
+        "assert len(sources.open_source('tfds:tiny_shapes')[8]['image'])\n" + then
     )
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"}
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
     command = [sys.executable, "-c", code]
     status = subprocess.run(command, env=environment, timeout=120).returncode
     assert status == (7 if then else 0)
