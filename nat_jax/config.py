@@ -13,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict, config_dict
 
 from nat_jax import assign, losses, optim, targets
+from nat_jax.errors import InputError
 from nat_jax.input import transforms
 from nat_jax.input.color_jitter import ColorJitter
 from nat_jax.input.sources import SPLITS
@@ -163,9 +164,9 @@ def steps_from(config: ConfigDict, name: str, steps_per_epoch: int) -> int:
     flat = flatten(config)
     epochs, steps = flat[f"{name}epochs"], flat[f"{name}steps"]
     if epochs < 0 or steps < 0:
-        raise ValueError(f"{name}epochs and {name}steps: expected 0 or more; got {epochs}, {steps}")
+        raise InputError(f"{name}epochs and {name}steps: expected 0 or more; got {epochs}, {steps}")
     if (epochs and steps) or not (epochs or steps or name in _MAY_BE_ZERO):
-        raise ValueError(
+        raise InputError(
             f"expected exactly one of {name}epochs and {name}steps above 0; got {epochs} and "
             f"{steps}. Set one, and the other to 0 (--config.{name}epochs=0)"
         )
@@ -209,11 +210,11 @@ def validate(config: ConfigDict, probes: Mapping[str, Any]) -> None:
     flat = flatten(config)
     check_lists(flat, flatten(default()))
     if config.network and config.task == "pretrain":
-        raise ValueError(
+        raise InputError(
             f"network: expected nothing when training, which begins anew; got {config.network!r}"
         )
     if not config.features.splits:
-        raise ValueError("features.splits: expected at least one; got none")
+        raise InputError("features.splits: expected at least one; got none")
     for split in config.features.splits:
         one_of("features.splits", split, SPLITS)
     one_of("assign.solver", config.assign.solver, assign.SOLVERS)
@@ -224,7 +225,7 @@ def validate(config: ConfigDict, probes: Mapping[str, Any]) -> None:
     one_of("optim.schedule", config.optim.schedule, optim.SCHEDULES)
     one_of("optim.loss", config.optim.loss, losses.LOSSES)
     if config.optim.loss == "softmax" and config.targets.kind != "labels":
-        raise ValueError(
+        raise InputError(
             "optim.loss: 'softmax' is for supervised training; expected targets.kind = 'labels', "
             f"got {config.targets.kind!r}"
         )
@@ -236,16 +237,16 @@ def validate(config: ConfigDict, probes: Mapping[str, Any]) -> None:
     at_least(flat, 1, "data.views")
     for key in ("data.color_jitter", "data.grey"):
         if not 0 <= flat[key] <= 1:
-            raise ValueError(f"{key}: expected a number from 0 to 1; got {flat[key]}")
+            raise InputError(f"{key}: expected a number from 0 to 1; got {flat[key]}")
     at_least(flat, 0, "data.workers")
     if not config.data.timeout > 0:
-        raise ValueError(f"data.timeout: expected seconds above 0; got {config.data.timeout}")
+        raise InputError(f"data.timeout: expected seconds above 0; got {config.data.timeout}")
     at_least(flat, 1, "checkpoint.keep", "log.every_steps")
     at_least(flat, 0, "assign.reassign_every_epochs", "data.per_class", "data.resize", "data.pad")
     at_least(flat, 0, "optim.momentum", "optim.weight_decay", "optim.gamma")
     at_least(flat, 0, "optim.decay_start")
     if not config.optim.learning_rate > 0 or not math.isfinite(config.optim.learning_rate):
-        raise ValueError(
+        raise InputError(
             f"optim.learning_rate: expected a positive number; got {config.optim.learning_rate}"
         )
     for name in ("", "checkpoint.every_", "optim.warmup_"):
@@ -256,14 +257,14 @@ def validate(config: ConfigDict, probes: Mapping[str, Any]) -> None:
         or len(set(config.seeds)) != len(config.seeds)
         or not all(0 <= seed < 2**32 for seed in config.seeds)
     ):
-        raise ValueError(f"seeds: expected distinct integers in [0, 2**32); got {config.seeds}")
+        raise InputError(f"seeds: expected distinct integers in [0, 2**32); got {config.seeds}")
     if 0 < config.data.resize < config.data.image_size:
-        raise ValueError(
+        raise InputError(
             f"data.resize: expected 0 or at least data.image_size = {config.data.image_size}; "
             f"got {config.data.resize}"
         )
     if train_transform(config).colors and config.data.augment_on == "device":
-        raise ValueError(
+        raise InputError(
             "data.augment_on: expected 'host' or 'auto' with data.color_jitter or data.grey, as "
             "colours change on the host; got 'device'"
         )
@@ -271,7 +272,7 @@ def validate(config: ConfigDict, probes: Mapping[str, Any]) -> None:
     _check_mesh(config)
     _check_solver_options(config)
     if config.log.tensorboard and importlib.util.find_spec("tensorboardX") is None:
-        raise ValueError(
+        raise InputError(
             "log.tensorboard: needs tensorboardX, which is not installed: "
             "pip install 'nat_jax[tensorboard]', or set --config.log.tensorboard=False"
         )
@@ -314,19 +315,19 @@ def train_transform(config: ConfigDict, *, colors: bool = True) -> transforms.Tr
             colors=jitter if colors and jitter != ColorJitter() else None,
         )
     except ValueError as error:
-        raise ValueError(f"data: {error}") from error
+        raise InputError(f"data: {error}") from error
 
 
 def _check_schedule(config: ConfigDict) -> None:
     settings = config.optim
     decays = settings.gamma > 0 or settings.decay_start > 0
     if settings.schedule == "inverse" and not settings.gamma > 0:
-        raise ValueError(
+        raise InputError(
             "optim.gamma: expected a number above 0 with schedule 'inverse'; got "
             f"{settings.gamma}. The paper does not publish its own"
         )
     if settings.schedule != "inverse" and decays:
-        raise ValueError(
+        raise InputError(
             "optim.gamma and optim.decay_start belong to schedule 'inverse'; got "
             f"{settings.gamma} and {settings.decay_start} with {settings.schedule!r}"
         )
@@ -337,7 +338,7 @@ def _check_solver_options(config: ConfigDict) -> None:
     mine = [name for name in known if name not in ("cost", "maximize", "prices")]
     for name in config.assign.options:
         if name not in mine:
-            raise ValueError(
+            raise InputError(
                 f"assign.options: {config.assign.solver} has no option {name!r}. "
                 f"Known: {', '.join(mine) or 'none'}"
             )
@@ -348,12 +349,12 @@ def _check_block(config: ConfigDict) -> None:
     if block is None:
         return
     if block > batch:
-        raise ValueError(
+        raise InputError(
             f"assign.block: expected at most batch_size = {batch}; got {block}. "
             "Lower assign.block or raise batch_size"
         )
     if block < 1 or batch % block:
-        raise ValueError(
+        raise InputError(
             f"assign.block: expected a positive divisor of batch_size = {batch}; got {block}"
         )
 
@@ -362,12 +363,12 @@ def _check_mesh(config: ConfigDict) -> None:
     sizes = {"mesh.data": config.mesh.data, "mesh.model": config.mesh.model}
     for key, size in sizes.items():
         if size < 1 and size != -1:
-            raise ValueError(f"{key}: expected devices, or -1 for all that are left; got {size}")
+            raise InputError(f"{key}: expected devices, or -1 for all that are left; got {size}")
     if max(sizes.values()) == -1:
-        raise ValueError("mesh.data and mesh.model: expected -1 for one at the most; got it twice")
+        raise InputError("mesh.data and mesh.model: expected -1 for one at the most; got it twice")
     groups = config.model.bn_groups
     if groups < 1 or config.batch_size % groups:
-        raise ValueError(
+        raise InputError(
             f"model.bn_groups: expected a positive divisor of batch_size = {config.batch_size}; "
             f"got {groups}"
         )
@@ -383,7 +384,7 @@ def check_devices(config: ConfigDict, mesh_shape: Mapping[str, int], processes: 
         if config.batch_size % count:
             below = config.batch_size // count * count
             hint = f"{below} or {below + count}" if below else f"{count}"
-            raise ValueError(
+            raise InputError(
                 f"batch_size: expected a multiple of the {count} {what}; got "
                 f"{config.batch_size}. Set --config.batch_size={hint}"
             )
@@ -395,4 +396,4 @@ def _check_keys(config: ConfigDict) -> None:
         if key not in known and not key.startswith(free):
             group = key.rpartition(".")[0]
             siblings = [k for k in known if k.rpartition(".")[0] == group]
-            raise ValueError(f"config: unknown key {key!r}. Known there: {', '.join(siblings)}")
+            raise InputError(f"config: unknown key {key!r}. Known there: {', '.join(siblings)}")

@@ -16,6 +16,7 @@ from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
 from nat_jax.cli import config_files, help_text, parsing
+from nat_jax.errors import InputError, UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "What to run, e.g. configs/digits.py; change a key with --config.key=value."
@@ -50,8 +51,6 @@ _FLAGS = (
     _DISTRIBUTED_TIMEOUT,
     _DISTRIBUTED_HEARTBEAT,
 )
-
-_PACKAGE = Path(__file__).parent
 
 
 def _pretrain(config: ConfigDict, workdir: Path) -> None:
@@ -128,15 +127,15 @@ _TOGETHER = {"pretrain"}
 def main(argv: Sequence[str]) -> None:
     """Run the task that the config names."""
     if len(argv) > 1:
-        raise ValueError(parsing.stray(argv[1]))
+        raise InputError(parsing.stray(argv[1]))
     config = _CONFIG.value
     if not flags.FLAGS["config"].present:
-        raise ValueError(f"--config is missing. {parsing.known_configs()}")
+        raise InputError(f"--config is missing. {parsing.known_configs()}")
     if not isinstance(config, ConfigDict):
         kind = type(config).__name__
-        raise ValueError(f"--config: get_config() must return a ConfigDict; it returned a {kind}")
+        raise InputError(f"--config: get_config() must return a ConfigDict; it returned a {kind}")
     if config.task not in TASKS:
-        raise ValueError(f"task: unknown {config.task!r}. Known: {', '.join(TASKS)}")
+        raise InputError(f"task: unknown {config.task!r}. Known: {', '.join(TASKS)}")
     _start_up(config.task)
     named = config_flags.get_config_filename(flags.FLAGS["config"])
     TASKS[config.task](config, Path(_WORKDIR.value or config_files.default_workdir(named)))
@@ -156,7 +155,7 @@ def _start_up(task: str) -> None:
     if place is None:
         return
     if task not in _TOGETHER:
-        raise ValueError(
+        raise InputError(
             f"task {task!r} runs in one process; this is number {place.index} of {place.count}. "
             "Start it once, with --distributed=off"
         )
@@ -189,7 +188,7 @@ def run() -> None:
 
 
 def _guarded(function: Callable) -> Callable:
-    """Turn a mistake that nat_jax found into its message; anything else keeps its traceback."""
+    """Print the message of an error that the user can fix; any other keeps its traceback."""
 
     def call(*args):
         try:
@@ -202,11 +201,12 @@ def _guarded(function: Callable) -> Callable:
         except flags.Error as error:
             _fail(error)
         except Exception as error:
+            from nat_jax.assign import AssignmentError
             from nat_jax.runtime import startup
 
             if words := startup.lost_peer(error):
                 _lost(words)
-            if _is_message(error):
+            if isinstance(error, UserError | AssignmentError):
                 _fail(error)
             if startup.who():  # Python's own end would wait for the other processes
                 traceback.print_exc()
@@ -214,14 +214,6 @@ def _guarded(function: Callable) -> Callable:
             raise
 
     return call
-
-
-def _is_message(error: Exception) -> bool:
-    """Say whether an error is nat_jax's own, as those for mistakes in the input are."""
-    if type(error).__module__.startswith("nat_jax."):
-        return True
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-    return _PACKAGE in raised_in.parents and isinstance(error, ValueError | RuntimeError)
 
 
 def _lost(words: str) -> None:

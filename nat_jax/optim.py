@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from nat_jax.errors import InputError
+
 SCHEDULES = ("constant", "inverse", "cosine")
 
 # Elements; only the largest arrays are worth the order that ``measured`` imposes.
@@ -41,7 +43,7 @@ class Optimizer:
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
-            raise ValueError(
+            raise InputError(
                 f"optim.schedule: expected one of {', '.join(SCHEDULES)}; got {self.schedule!r}"
             )
 

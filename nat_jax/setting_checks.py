@@ -4,6 +4,8 @@ import numbers
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from nat_jax.errors import InputError
+
 TEN_CROPS = ("auto", "on", "off")
 BASELINES = ("pixels", "patches")
 LINEAR_FITS = ("auto", "lbfgs", "sgd", "ridge")
@@ -25,14 +27,14 @@ _COUNTS = (
 def one_of(key: str, value: Any, known: Collection[str]) -> None:
     """Raise ValueError, listing what is known, for a value that is not."""
     if value not in known:
-        raise ValueError(f"{key}: unknown {value!r}. Known: {', '.join(known)}")
+        raise InputError(f"{key}: unknown {value!r}. Known: {', '.join(known)}")
 
 
 def at_least(values: Mapping[str, Any], least: float, *keys: str) -> None:
     """Raise ValueError for the first of some keys whose value is smaller."""
     for key in keys:
         if values[key] < least:
-            raise ValueError(f"{key}: expected at least {least}; got {values[key]}")
+            raise InputError(f"{key}: expected at least {least}; got {values[key]}")
 
 
 def check_lists(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
@@ -58,7 +60,7 @@ def check_lists(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
         wrong = [value for value in values[key] if not isinstance(value, kind)]
         if wrong:
             example = tuple(default) or ("a", "b")
-            raise ValueError(
+            raise InputError(
                 f'{key}: expected {what}, for instance --config.{key}="{example}"; got {wrong[0]!r}'
             )
 
@@ -75,7 +77,7 @@ def check_eval(values: Mapping[str, Any], probes: Collection[str]) -> None:
     """
     for probe in values["eval.probes"]:
         if "," in probe:
-            raise ValueError(
+            raise InputError(
                 f"eval.probes: got {probe!r}; write several as "
                 "--config.eval.probes=\"('knn', 'linear_probe')\""
             )
@@ -87,23 +89,23 @@ def check_eval(values: Mapping[str, Any], probes: Collection[str]) -> None:
     one_of("eval.ten_crops", values["eval.ten_crops"], TEN_CROPS)
     for key in _NOT_EMPTY:
         if not values[f"eval.{key}"]:
-            raise ValueError(f"eval.{key}: expected at least one; got none")
+            raise InputError(f"eval.{key}: expected at least one; got none")
     at_least(values, 1, *(f"eval.{key}" for key in _COUNTS))
     at_least(values, 0, "eval.every_epochs", "eval.max_train")
     if min(values["eval.knn_ks"]) < 1:
-        raise ValueError(f"eval.knn_ks: expected at least 1; got {min(values['eval.knn_ks'])}")
+        raise InputError(f"eval.knn_ks: expected at least 1; got {min(values['eval.knn_ks'])}")
     if min(values["eval.labels_per_class"]) < 0:
-        raise ValueError(
+        raise InputError(
             "eval.labels_per_class: expected 0 (all labels) or more; got "
             f"{tuple(values['eval.labels_per_class'])}"
         )
     for amount in values["eval.few_labels"]:
         if not amount > 0 or (amount >= 1 and amount != int(amount)):
-            raise ValueError(
+            raise InputError(
                 "eval.few_labels: expected shares in (0, 1) and numbers of labels per class from 1 "
                 f"on; got {amount}"
             )
     if min(values["eval.few_splits"]) < 0:
-        raise ValueError(
+        raise InputError(
             f"eval.few_splits: expected seeds of 0 or more; got {tuple(values['eval.few_splits'])}"
         )

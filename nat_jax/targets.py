@@ -11,6 +11,8 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 
+from nat_jax.errors import InputError
+
 KINDS = ("sphere", "basis", "labels")
 STORAGES = ("auto", "table", "virtual")
 
@@ -116,7 +118,7 @@ def check_num_records(num_records: int) -> None:
         ValueError: there are too many.
     """
     if num_records > MAX_RECORDS:
-        raise ValueError(
+        raise InputError(
             f"data: expected at most {MAX_RECORDS:,} records, as images and target rows are "
             f"numbered in int32; got {num_records:,}. Train on a part of them"
         )
@@ -151,9 +153,9 @@ def make_targets(
     """
     check_num_records(num_records)
     if kind not in KINDS:
-        raise ValueError(f"targets.kind: expected one of {', '.join(KINDS)}; got {kind!r}")
+        raise InputError(f"targets.kind: expected one of {', '.join(KINDS)}; got {kind!r}")
     if storage not in STORAGES:
-        raise ValueError(f"targets.storage: expected one of {', '.join(STORAGES)}; got {storage!r}")
+        raise InputError(f"targets.storage: expected one of {', '.join(STORAGES)}; got {storage!r}")
     if kind != "sphere":
         return Basis(dim), "virtual"
     if storage == "auto":

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from nat_jax import config as configs
 from nat_jax import evaluate, report
+from nat_jax.errors import InputError, UserError
 from nat_jax.evaluate import judge
 from nat_jax.export.loading import UNTRAINED, untrained_network
 from nat_jax.input import pipeline
@@ -50,7 +51,7 @@ _MATCHING = ("assign/", "features/")
 _STATUS = "assign/worst_status"
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(UserError, RuntimeError):
     """The loss or the gradient is not finite; checkpoints hold the last good state."""
 
 
@@ -122,7 +123,7 @@ def _train(run: Run, folder: Path, began: float) -> TrainState:
         if jax.process_index() == 0:
             workdirs.write_json(folder / "config.json", configs.to_dict(run.config))
         if int(state.step) > run.total_steps:
-            raise ValueError(
+            raise InputError(
                 f"{run.workdir} has done {int(state.step)} steps; this config asks for "
                 f"{run.total_steps}. Raise epochs, or choose another folder with --workdir=..."
             )

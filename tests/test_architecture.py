@@ -12,6 +12,7 @@ from project import ROOT, project_files
 
 # From the bottom up; a module imports from layers below its own and from its own package.
 LAYERS = (
+    {"errors"},
     {"runtime", "setting_checks"},
     {"assign", "input", "losses", "models", "optim", "targets"},
     {"config", "train_step"},

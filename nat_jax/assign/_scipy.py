@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from nat_jax.assign._assignment import Assignment
+from nat_jax.assign._assignment import Assignment, AssignmentError
 from nat_jax.assign._batch import solve_all, wide
 from nat_jax.assign._certificate import complete
 from nat_jax.assign._problem import as_cost, full_precision
@@ -59,7 +59,7 @@ def _need_two_threads() -> None:
     """
     threads = int(os.environ.get("NPROC") or _cores())
     if threads < 2 and jax.default_backend() == "cpu":
-        raise RuntimeError(
+        raise AssignmentError(
             "solver 'scipy' under jit, vmap or grad needs two threads of JAX's CPU client, got "
             f"{threads}: set the environment variable NPROC=2 before Python starts, or use the "
             "solver 'auction'"

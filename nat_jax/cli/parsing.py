@@ -12,6 +12,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from nat_jax.cli import config_files
+from nat_jax.errors import InputError
 
 # What a value of each type looks like on the command line.
 _FORMS = {
@@ -41,7 +42,7 @@ def parse(argv: Sequence[str]) -> Sequence[str]:
     for at, argument in enumerate(arguments):
         if argument in ("--config", "-config"):  # --config FILE is --config=FILE
             if at + 1 == len(arguments) or arguments[at + 1].startswith("-"):
-                raise ValueError(f"--config: expected a file. {known_configs()}")
+                raise InputError(f"--config: expected a file. {known_configs()}")
             arguments[at : at + 2] = [f"--config={arguments[at + 1]}"]
             break
     file = ""
@@ -56,14 +57,14 @@ def parse(argv: Sequence[str]) -> Sequence[str]:
     except SyntaxError as error:
         if error.filename != file:
             raise
-        raise ValueError(f"--config: {file}, line {error.lineno}: {error.msg}") from error
+        raise InputError(f"--config: {file}, line {error.lineno}: {error.msg}") from error
     except Exception as error:
         mistake = _in_file(file, error) if file else ""
         if not mistake and isinstance(error, _MISTAKES):
             mistake = _explained(arguments, error, has_config=bool(file))
         if not mistake:
             raise
-        raise ValueError(mistake) from error
+        raise InputError(mistake) from error
 
 
 def known_configs() -> str:
@@ -82,9 +83,9 @@ def stray(argument: str) -> str:
 
 def _check_file(file: str) -> None:
     if not Path(file).is_file():
-        raise ValueError(f"--config: there is no file {file}. {known_configs()}")
+        raise InputError(f"--config: there is no file {file}. {known_configs()}")
     if not file.endswith(".py"):
-        raise ValueError(f"--config: expected a Python file; got {file}. {known_configs()}")
+        raise InputError(f"--config: expected a Python file; got {file}. {known_configs()}")
 
 
 def _in_file(file: str, error: BaseException | None) -> str:

@@ -13,6 +13,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from nat_jax.errors import InputError
 from nat_jax.evaluate.features import FeatureSet
 from nat_jax.evaluate.probes.knn import knn
 from nat_jax.evaluate.probes.linear import fit_options, linear_probe
@@ -67,7 +68,7 @@ def protocol(
         ValueError: unknown probe or option; the message lists the known ones.
     """
     if probe_name not in PROBES:
-        raise ValueError(f"unknown probe {probe_name!r}; known: {', '.join(PROBES)}")
+        raise InputError(f"unknown probe {probe_name!r}; known: {', '.join(PROBES)}")
     given = dict(options or {})
     known = {
         name: parameter.default
@@ -81,12 +82,12 @@ def protocol(
         statement = _FIT_STATEMENTS[fit]
     learns_from_streams = probe_name == "mlp_probe" or known.get("fit") == "sgd"
     if streamed and not learns_from_streams:
-        raise ValueError(f"{probe_name}: only SGD learns from a stream of features")
+        raise InputError(f"{probe_name}: only SGD learns from a stream of features")
     if streamed:
         del known["batch_size"]
     unknown = sorted(set(given) - set(known))
     if unknown:
-        raise ValueError(
+        raise InputError(
             f"{probe_name}: unknown option {', '.join(unknown)}; known: {', '.join(known)}"
         )
     kind = {"features": _STREAMED if streamed else _CACHED} if learns_from_streams else {}

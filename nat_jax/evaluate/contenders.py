@@ -9,6 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from nat_jax import config as configs
+from nat_jax.errors import InputError
 from nat_jax.evaluate import judge
 from nat_jax.export import Bundle
 from nat_jax.export.bundle import is_bundle
@@ -67,7 +68,7 @@ def seeds_of(config: ConfigDict, workdir: Path) -> tuple[int, ...]:
         return tuple(config.seeds)
     common = tuple(seed for seed in config.seeds if seed in saved["seeds"])
     if not common:
-        raise ValueError(
+        raise InputError(
             f"seeds: the run in {where} has {tuple(saved['seeds'])}; got {config.seeds}. Name some "
             f"of them, as in --config.seeds='({saved['seeds'][0]},)'"
         )
@@ -97,7 +98,7 @@ def find_contenders(config: ConfigDict, workdir: Path, seed: int) -> Contenders:
     for folder in config.eval.beside:
         other = load_network(folder)
         if (other.model.image_size, other.resize) != (network.model.image_size, network.resize):
-            raise ValueError(
+            raise InputError(
                 f"eval.beside: expected a network for images of {network.model.image_size} pixels "
                 f"with data.resize = {network.resize}, as the one that is judged; {folder} takes "
                 f"{other.model.image_size} with {other.resize}"
@@ -127,7 +128,7 @@ def _name(network: Bundle, config: ConfigDict, folder: str, taken: Mapping[str, 
         name = f"{kind}: {'/'.join(place.parts[-depth:])}"
         if name not in taken:
             return name
-    raise ValueError(f"eval.beside: expected each folder once; got {folder} again")
+    raise InputError(f"eval.beside: expected each folder once; got {folder} again")
 
 
 def _plain(run: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from nat_jax.errors import InputError
 from nat_jax.evaluate.features import FeatureSet
 from nat_jax.runtime.atomic_files import sync
 from nat_jax.training import workdir as workdirs
@@ -124,7 +125,7 @@ class FeatureCache:
             elif sizes[name] <= memory:
                 memory -= sizes[name]
             else:
-                raise ValueError(
+                raise InputError(
                     f"features: {_gigabytes(sum(sizes.values()))} are asked for at once; "
                     f"{_gigabytes(whole_disk)} of disk ({self._folder}) and "
                     f"{_gigabytes(whole_memory)} of memory may be used. Lower eval.max_train or "

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nat_jax.errors import InputError
 from nat_jax.models.pooling import pool
 
 Apply = Callable[[np.ndarray], Mapping[str, jax.Array]]
@@ -30,11 +31,11 @@ class FeatureSet:
 
     def __post_init__(self) -> None:
         if self.features.ndim != 2:
-            raise ValueError(
+            raise InputError(
                 f"features: expected [N, F], got shape {self.features.shape}; flatten each record"
             )
         if self.labels.shape != self.features.shape[:1]:
-            raise ValueError(
+            raise InputError(
                 f"labels: expected one per row of features, [{len(self.features)}], "
                 f"got shape {self.labels.shape}"
             )
@@ -57,7 +58,7 @@ def check_finite(features: np.ndarray, name: str) -> None:
         bad = ~np.isfinite(part)
         values, rows = values + int(bad.sum()), rows + int(bad.any(axis=1).sum())
     if values:
-        raise ValueError(
+        raise InputError(
             f"{name} features: expected finite values, got {values} that are NaN or infinite, "
             f"in {rows} of {len(features)} rows; has training diverged?"
         )
@@ -84,19 +85,19 @@ def check_sets(train: FeatureSet, test: FeatureSet, num_classes: int) -> None:
     """
     for name, data in (("train", train), ("test", test)):
         if not len(data):
-            raise ValueError(f"{name} set: expected at least one record, got none")
+            raise InputError(f"{name} set: expected at least one record, got none")
     if train.features.shape[1] != test.features.shape[1]:
-        raise ValueError(
+        raise InputError(
             "expected train and test features of one dimension, got "
             f"{train.features.shape[1]} and {test.features.shape[1]}; use the same layer for both"
         )
     if num_classes < 2:
-        raise ValueError(f"num_classes: expected at least 2, got {num_classes}")
+        raise InputError(f"num_classes: expected at least 2, got {num_classes}")
     for name, data in (("train", train), ("test", test)):
         check_labels(data.labels, num_classes, name)
         check_finite(data.features, name)
     if len(np.unique(train.labels)) < 2:
-        raise ValueError(
+        raise InputError(
             f"train labels: expected at least 2 classes, got only class {train.labels[0]}"
         )
 
@@ -104,12 +105,12 @@ def check_sets(train: FeatureSet, test: FeatureSet, num_classes: int) -> None:
 def check_labels(labels: np.ndarray, num_classes: int, name: str) -> None:
     """Raise ValueError when int[n] holds anything but 0 .. num_classes - 1; -1 means no label."""
     if unlabelled := int(np.sum(labels == -1)):
-        raise ValueError(
+        raise InputError(
             f"{name} labels: expected one for every record, {unlabelled} of {len(labels)} have "
             "none (-1); leave these out, or give a source with labels"
         )
     if outside := int(np.sum((labels < 0) | (labels >= num_classes))):
-        raise ValueError(
+        raise InputError(
             f"{name} labels: expected 0..{num_classes - 1} for {num_classes} classes, got "
             f"{outside} of {len(labels)} outside ({labels.min()}..{labels.max()})"
         )
@@ -154,7 +155,7 @@ def joined(
         for layer, values in output.items():
             rows.setdefault(layer, []).append(values)
     if not sum(map(len, labels)):
-        raise ValueError("no features to extract: the batches hold no record of weight 1")
+        raise InputError("no features to extract: the batches hold no record of weight 1")
     all_labels = np.concatenate(labels)
     # Popping frees each layer's pieces before the next one is joined.
     return {layer: FeatureSet(np.concatenate(rows.pop(layer)), all_labels) for layer in list(rows)}
@@ -218,7 +219,7 @@ def subset_per_class(data: FeatureSet, per_class: int, seed: int) -> FeatureSet:
         ValueError: a class that occurs has fewer records, or records are unlabelled.
     """
     if per_class < 1:
-        raise ValueError(f"per_class: expected at least 1, got {per_class}")
+        raise InputError(f"per_class: expected at least 1, got {per_class}")
     classes, _ = _counted_classes(data.labels, per_class)
     rng = np.random.default_rng(seed)
     chosen = [
@@ -253,13 +254,13 @@ def few_labels(
     """
     share = 0 < amount < 1
     if not share and (amount < 1 or amount != int(amount)):
-        raise ValueError(
+        raise InputError(
             f"labels: expected a number per class or a fraction in (0, 1), got {amount}"
         )
     if names is None:
         names = [str(row) for row in range(len(labels))]
     if len(names) != len(labels) or len(set(names)) != len(names):
-        raise ValueError(
+        raise InputError(
             f"names: expected {len(labels)} different ones, got {len(names)}, "
             f"{len(set(names))} of them different"
         )
@@ -282,11 +283,11 @@ def _counted_classes(labels: np.ndarray, least: int) -> tuple[np.ndarray, np.nda
     """Return the classes that occur and how often each does, at least `least` times."""
     classes, counts = np.unique(labels, return_counts=True)
     if len(classes) and classes[0] < 0:
-        raise ValueError(
+        raise InputError(
             f"a subset per class needs labels; {counts[0]} of {len(labels)} records have none"
         )
     if len(counts) and counts.min() < least:
-        raise ValueError(
+        raise InputError(
             f"expected at least {least} records of every class, got {counts.min()} of class "
             f"{classes[counts.argmin()]}; ask for fewer labels per class"
         )

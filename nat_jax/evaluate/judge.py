@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from nat_jax import __version__, evaluate, report
 from nat_jax import config as configs
+from nat_jax.errors import InputError
 from nat_jax.evaluate import features, neighbours, subjects
 from nat_jax.evaluate.feature_cache import FeatureCache
 from nat_jax.evaluate.features import FeatureSet
@@ -85,14 +86,14 @@ class Judge:
         if train.labels is not None:
             counts = np.bincount(train.labels[train.labels >= 0], minlength=num_classes)
             if per_class > counts.min():
-                raise ValueError(
+                raise InputError(
                     f"eval.labels_per_class: asks for {per_class} records of every class of "
                     f"{train.name}; class {counts.argmin()} has {counts.min()}. "
                     "Set --config.eval.labels_per_class='(0,)' for all labels only"
                 )
         few = per_class * num_classes or len(train)
         if "knn" in self._eval.probes and self._eval.knn_k > few:
-            raise ValueError(
+            raise InputError(
                 f"eval.knn_k: expected at most {few}, the training records with "
                 f"{labels_name(per_class)} labels; got {self._eval.knn_k}. "
                 f"Set --config.eval.knn_k={few}"
@@ -153,7 +154,7 @@ class Judge:
 
     def _score(self, subject: Subject) -> list[Row]:
         if self.num_classes is None:
-            raise ValueError("labels: expected labelled records to score against; got none")
+            raise InputError("labels: expected labelled records to score against; got none")
         name = subject.name
         logger.info("judging %s", report.network_name(name))
         train, test = self._records.sets(subject)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nat_jax.errors import InputError
 from nat_jax.input import counter_random
 
 _CONTRAST_FLOOR = 10.0  # added to the variance of a patch, in grey levels squared
@@ -104,10 +105,10 @@ def learn_patches(
     options = {"centroids": centroids, "size": size, "stride": stride, "per_image": per_image}
     for name, value in {**options, "iterations": iterations}.items():
         if value < 1:
-            raise ValueError(f"patches: {name}: expected at least 1, got {value}")
+            raise InputError(f"patches: {name}: expected at least 1, got {value}")
     patches = _sample(batches, size, per_image, most_patches, seed)
     if len(patches) < 2 * centroids:
-        raise ValueError(
+        raise InputError(
             f"patches: expected at least {2 * centroids} patches for {centroids} centroids, got "
             f"{len(patches)}; give more images, or raise per_image or most_patches"
         )
@@ -162,7 +163,7 @@ def nearest_centroid(points: np.ndarray, centroids: np.ndarray) -> tuple[np.ndar
 
 def _check_images(images: np.ndarray | jax.Array, size: int) -> None:
     if images.ndim != 4 or images.shape[3] != 3 or min(images.shape[1:3]) < size:
-        raise ValueError(
+        raise InputError(
             f"patches: expected images [B, H, W, 3] of at least {size} pixels a side, got shape "
             f"{images.shape}"
         )

@@ -12,6 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from nat_jax import __version__
+from nat_jax.errors import InputError
 from nat_jax.evaluate import features
 from nat_jax.evaluate.feature_cache import Entry, FeatureCache, Key, Rows, entry_bytes, fingerprint
 from nat_jax.evaluate.features import Apply
@@ -142,7 +143,7 @@ class ProbeData:
             rows, index = self._rows(subject, split, missing)
             first = next(rows, None)
             if first is None:
-                raise ValueError(f"{split}: there is no record to take features of")
+                raise InputError(f"{split}: there is no record to take features of")
             widths = {layer: entry.data.features.shape[1] for layer, entry in found.items()}
             widths |= {layer: values.shape[1] for layer, values in first[0].items()}
             sizes = self._sizes(split, missing, widths)
@@ -327,7 +328,7 @@ def check_labels(train: Source, test: Source) -> int | None:
     if train.num_classes is None or test.num_classes is None:
         return None
     if train.num_classes != test.num_classes or train.class_names != test.class_names:
-        raise ValueError(
+        raise InputError(
             f"eval: expected the same classes in {train.name} and {test.name}; got "
             f"{train.num_classes} and {test.num_classes} ({train.class_names}, {test.class_names})"
         )

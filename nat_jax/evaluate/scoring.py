@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from nat_jax import config as configs
 from nat_jax import evaluate
+from nat_jax.errors import InputError
 from nat_jax.evaluate import judge
 from nat_jax.evaluate.features import few_labels
 from nat_jax.evaluate.judge import Row
@@ -61,7 +62,7 @@ class Asked(NamedTuple):
         """
         asked = self.settings.ten_crops
         if asked == "on" and not self.resize:
-            raise ValueError(
+            raise InputError(
                 "eval.ten_crops: ten crops are cut out of a larger image, but data.resize of this "
                 "network is 0. Set --config.eval.ten_crops=auto for one view"
             )

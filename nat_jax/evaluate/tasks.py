@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from nat_jax import config as configs
 from nat_jax import evaluate, report
+from nat_jax.errors import InputError
 from nat_jax.evaluate import judge, subjects
 from nat_jax.evaluate.contenders import Contenders, find_contenders, seeds_of
 from nat_jax.evaluate.draw_filters import draw_filters
@@ -157,7 +158,7 @@ def _own_data(config: ConfigDict, contenders: Contenders, source: Callable[..., 
     try:
         source(own, "test")
     except ValueError as error:
-        raise ValueError(
+        raise InputError(
             f"{error}. The network was trained on that; say where it lies now with "
             "--config.data.source=..., or judge on other data with --config.eval.source=..."
         ) from error
@@ -170,7 +171,7 @@ def _check(task: str, asked: Asked) -> None:
     data, settings = asked.data, asked.settings
     if task in SCORED and data.num_classes is None:
         without = data.train if data.train.num_classes is None else data.test
-        raise ValueError(
+        raise InputError(
             f"task {task}: expected labelled records; {without.name} has no classes. Name a source "
             "that has with --config.eval.source=..., or run retrieval, filters or features, which "
             "need none"
@@ -178,7 +179,7 @@ def _check(task: str, asked: Asked) -> None:
     if task == "knn":
         most = max(*settings.knn_ks, settings.knn_k)
         if most > len(data.train):
-            raise ValueError(
+            raise InputError(
                 f"eval.knn_ks: expected at most {len(data.train)}, the training records of "
                 f"{data.train.name}; got {most}. Set --config.eval.knn_ks='(1, 5)' and "
                 "--config.eval.knn_k=5, for instance"

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from nat_jax import config as configs
 from nat_jax import evaluate
+from nat_jax.errors import InputError
 from nat_jax.evaluate.features import computed
 from nat_jax.evaluate.probe_data import Selection
 from nat_jax.export import Bundle
@@ -68,7 +69,7 @@ def write_features(config: ConfigDict, workdir: Path) -> Path:
         if (there := workdirs.read_json(folder / _CARD)) is None:
             _write(folder, asked, settings, network, source)
         elif any(there.get(key) != value for key, value in asked.items()):
-            raise ValueError(
+            raise InputError(
                 f"features.to: {folder} holds features of another network, data set or protocol; "
                 "delete it, or name another folder with --config.features.to=DIR"
             )

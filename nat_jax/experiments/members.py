@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from nat_jax import config as configs
 from nat_jax.cli import config_files
+from nat_jax.errors import InputError
 from nat_jax.experiments import scales
 from nat_jax.training import workdir as workdirs
 
@@ -67,10 +68,10 @@ def plan(suite: ConfigDict) -> list[Planned]:
     """
     scale, names = suite.suite.scale, tuple(suite.suite.experiments) or EXPERIMENTS
     if scale not in scales.SMALL:
-        raise ValueError(f"suite.scale: unknown {scale!r}. Known: {', '.join(scales.SMALL)}")
+        raise InputError(f"suite.scale: unknown {scale!r}. Known: {', '.join(scales.SMALL)}")
     for name in names:
         if name not in EXPERIMENTS:
-            raise ValueError(
+            raise InputError(
                 f"suite.experiments: unknown {name!r}. Known: {', '.join(EXPERIMENTS)}"
             )
     base = scales.base(scale)

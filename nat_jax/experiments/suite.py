@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from nat_jax import config as configs
 from nat_jax import evaluate, train
+from nat_jax.errors import InputError
 from nat_jax.evaluate.probe_data import TEST, TRAIN
 from nat_jax.experiments import findings, pages
 from nat_jax.experiments.members import Planned, plan
@@ -80,7 +81,7 @@ def _check_folder(folder: Path, config: ConfigDict) -> None:
     if saved is None:
         return
     for key, old, new in workdirs.other_training(saved, config):
-        raise ValueError(
+        raise InputError(
             f"{folder} holds a run with {key} = {old!r}; this suite has {new!r}. "
             "Choose another folder with --workdir=..., or set the key back"
         )

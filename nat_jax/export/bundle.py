@@ -20,6 +20,7 @@ from flax import traverse_util
 from PIL import Image
 
 from nat_jax import models
+from nat_jax.errors import UserError
 from nat_jax.input.decode import open_picture
 from nat_jax.input.transforms import Transform, cut, eval_transform
 from nat_jax.models.frozen import Network, resolve_layers
@@ -31,7 +32,7 @@ CARD, WEIGHTS, SUMS = "bundle.json", "weights.npz", "SHA256SUMS"
 _BATCH = 256
 
 
-class BundleError(RuntimeError):
+class BundleError(UserError, RuntimeError):
     """A bundle cannot be read or written; the message says what is wrong with it."""
 
 

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from nat_jax import config as configs
 from nat_jax import models, optim
+from nat_jax.errors import InputError
 from nat_jax.export.bundle import Bundle, is_bundle, load
 from nat_jax.runtime import sharding
 from nat_jax.train_step import create_state
@@ -46,7 +47,7 @@ def load_network(
     if is_bundle(folder):
         bundle = load(folder)
         if seed is not None and seed != bundle.run["seed"]:
-            raise ValueError(
+            raise InputError(
                 f"seeds: {folder} is a bundle of seed {bundle.run['seed']}; got {seed}"
             )
         if untrained:
@@ -54,7 +55,7 @@ def load_network(
         return bundle
     saved = workdirs.read_json(folder / "config.json")
     if saved is None:
-        raise ValueError(
+        raise InputError(
             f"{folder} holds neither a run (config.json) nor a bundle (bundle.json). Train first "
             "(the same line without --config.task), name another --workdir, or set "
             "--config.network=untrained"
@@ -63,7 +64,7 @@ def load_network(
     if seed is None:
         seed = config.seeds[0]
     if seed not in config.seeds:
-        raise ValueError(
+        raise InputError(
             f"seeds: the run in {folder} has {config.seeds}; got {seed}. Name one of them, as in "
             f"--config.seeds='({config.seeds[0]},)'"
         )

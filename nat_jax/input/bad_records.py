@@ -4,13 +4,15 @@ import dataclasses
 import logging
 import threading
 
+from nat_jax.errors import UserError
+
 _log = logging.getLogger(__name__)
 
 _BAD_SHARE = 100  # one record in this many may be bad
 _NAMES_SHOWN = 5
 
 
-class BadRecordError(RuntimeError):
+class BadRecordError(UserError, RuntimeError):
     """A record cannot be used; the message names it and says why."""
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from nat_jax.errors import InputError
 from nat_jax.input.manifest import (
     MANIFEST,
     SUMS,
@@ -94,14 +95,14 @@ def convert(spec: str, to: str | None, *, shard_mb: int = 1024) -> Path:
 def _check_arguments(spec: str, to: str | None, shard_mb: int) -> None:
     kind = spec.partition(":")[0]
     if kind in ("digits", "arrays", "tfds", "arrayrecord"):
-        raise ValueError(
+        raise InputError(
             f"convert: {spec} needs no conversion, its records are read in place; expected "
             "--config.data.source=folder:PATH, a folder or a .zip of images"
         )
     if not to:
-        raise ValueError("convert.to is missing: name the folder to write, --config.convert.to=DIR")
+        raise InputError("convert.to is missing: name the folder to write, --config.convert.to=DIR")
     if shard_mb < 1:
-        raise ValueError(f"convert.shard_mb: expected at least 1; got {shard_mb}")
+        raise InputError(f"convert.shard_mb: expected at least 1; got {shard_mb}")
 
 
 def _begin(
@@ -113,7 +114,7 @@ def _begin(
         remove_partial(folder)
         others = sorted(os.listdir(folder))
         if others:
-            raise ValueError(
+            raise InputError(
                 f"convert.to: {folder} holds something else, such as {others[0]}; "
                 "name an empty or a new folder"
             )
@@ -124,13 +125,13 @@ def _begin(
     for split, source in sources.items():
         noted = manifest.splits[split].fingerprint
         if noted != source.fingerprint:
-            raise ValueError(
+            raise InputError(
                 f"convert.to: {folder} holds the conversion of another source, or {spec} has "
                 f"changed since (fingerprint of {split}: {source.fingerprint[:12]}; there: "
                 f"{noted[:12]}); name a new folder"
             )
     if manifest.shard_mb != shard_mb:
-        raise ValueError(
+        raise InputError(
             f"convert.shard_mb: {folder} was begun with {manifest.shard_mb}; got {shard_mb}. "
             f"Set --config.convert.shard_mb={manifest.shard_mb}, or name a new folder"
         )
@@ -170,7 +171,7 @@ def _check_space(folder: Path, manifest: Manifest) -> None:
     there = sum(file.stat().st_size for file in folder.glob(f"*{FORMAT}*"))
     free = shutil.disk_usage(folder).free
     if needed - there > free:
-        raise ValueError(
+        raise InputError(
             f"convert.to: about {_size(needed - there)} more are needed in {folder}; "
             f"{_size(free)} are free. Make room, or name a folder on another disk"
         )

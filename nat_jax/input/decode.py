@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
+from nat_jax.errors import UserError
+
 try:
     import simplejpeg  # the same pixels as Pillow's from JPEG, in about two thirds of the time
 except ImportError:
@@ -37,7 +39,7 @@ _TURNS = {  # by its value, what makes an image upright
 }
 
 
-class BadImage(ValueError):
+class BadImage(UserError, ValueError):
     """Bytes or an array that are not an image; the message is the reason."""
 
 

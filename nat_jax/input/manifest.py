@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nat_jax.errors import InputError
 from nat_jax.input.sources.source import SPLITS
 
 MANIFEST = "conversion.json"
@@ -116,7 +117,7 @@ def read_manifest(directory: Path) -> Manifest | None:
         saved["shards"] = {key: _finished(**value) for key, value in saved["shards"].items()}
         return Manifest(**saved)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
+        raise InputError(
             f"{path} is damaged ({error}): restore it, or delete {directory} and convert once more"
         ) from error
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from nat_jax.errors import InputError
 from nat_jax.input import counter_random
 from nat_jax.input.bad_records import BadRecordError, BadRecords
 from nat_jax.input.prefetch import check_shared_memory, made_ahead, prefetched
@@ -130,14 +131,14 @@ def steps_per_epoch(num_records: int, batch_size: int) -> int:
         ValueError: there is not one whole batch.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        raise InputError(f"batch_size must be at least 1, got {batch_size}")
     if num_records > _MOST_RECORDS:
-        raise ValueError(
+        raise InputError(
             f"the data has {num_records} records; expected at most {_MOST_RECORDS}, as their "
             "numbers are int32. Train on a part of it"
         )
     if batch_size > num_records:
-        raise ValueError(
+        raise InputError(
             f"batch_size={batch_size} is larger than the training data, which has {num_records} "
             f"records; give at most {num_records}, for instance --config.batch_size="
             f"{2 ** (num_records.bit_length() - 1)}"
@@ -209,19 +210,19 @@ def train_batches(
     """
     steps_per_epoch(len(source), batch_size)
     if not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be in [0, 2**32), got {seed}")
+        raise InputError(f"seed must be in [0, 2**32), got {seed}")
     if start_step < 0:
-        raise ValueError(f"start_step must be 0 or more, got {start_step}")
+        raise InputError(f"start_step must be 0 or more, got {start_step}")
     if views < 1:
-        raise ValueError(f"views must be at least 1, got {views}")
+        raise InputError(f"views must be at least 1, got {views}")
     if on_bad_record not in _ON_BAD_RECORD:
         known = ", ".join(_ON_BAD_RECORD)
-        raise ValueError(f"unknown on_bad_record {on_bad_record!r}; known: {known}")
+        raise InputError(f"unknown on_bad_record {on_bad_record!r}; known: {known}")
     rows = _rows(batch_size, process_index, process_count)
     log = WorkLog()
     reader = ImageReader(source, transform, views=views, cache=cache, log=log)
     if not pixels and not reader.cached:
-        raise ValueError(f"{source.name}: its images are not kept in memory, so pixels are needed")
+        raise InputError(f"{source.name}: its images are not kept in memory, so pixels are needed")
     if workers and reader.cached:
         _log.info("%s is kept in memory: data.workers is not used", source.name)
         workers = 0
@@ -285,11 +286,11 @@ def eval_batches(
         BadRecordError: while iterating, with the name of the record that stops the run.
     """
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        raise InputError(f"batch_size must be at least 1, got {batch_size}")
     if not len(source):
-        raise ValueError(f"{source.name} has no records in its {source.split} split")
+        raise InputError(f"{source.name} has no records in its {source.split} split")
     if transform.draws:
-        raise ValueError(f"evaluation must not depend on chance, got the transform {transform}")
+        raise InputError(f"evaluation must not depend on chance, got the transform {transform}")
     rows = _rows(batch_size, process_index, process_count)
     log = WorkLog()
     reader = ImageReader(source, transform, cache=cache, log=log)
@@ -338,9 +339,9 @@ def read_all(
 
 def _rows(batch_size: int, process_index: int, process_count: int) -> range:
     if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index={process_index} is not in [0, {process_count})")
+        raise InputError(f"process_index={process_index} is not in [0, {process_count})")
     if batch_size % process_count:
-        raise ValueError(
+        raise InputError(
             f"batch_size={batch_size} is not divisible by the {process_count} processes"
         )
     local = batch_size // process_count

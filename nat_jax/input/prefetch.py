@@ -17,6 +17,7 @@ from collections.abc import Callable, Generator, Iterator
 from multiprocessing import resource_tracker
 from typing import Any, Protocol, TypeVar
 
+from nat_jax.errors import InputError
 from nat_jax.input.bad_records import BadRecordError
 from nat_jax.input.work_log import Reading, WorkLog, is_alive
 
@@ -110,7 +111,7 @@ def check_shared_memory(
     needed = (workers * (per_worker(depth, workers) + 1) + 4) * batch_bytes
     free = shutil.disk_usage(place).free
     if needed > free:
-        raise ValueError(
+        raise InputError(
             f"data.workers: batches wait in {place}; expected {needed / 1e6:.0f} MB free, for "
             f"{workers} workers and data.prefetch = {depth}; got {free / 1e6:.0f} MB. Enlarge it "
             "(docker run --shm-size=...), lower data.prefetch or data.workers, or set "

@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
+from nat_jax.errors import InputError
 from nat_jax.input.color_jitter import ColorJitter
 from nat_jax.input.decode import SHRINKS, Picture, Pixels
 
@@ -235,11 +236,11 @@ def train_transform(
     """
     _check_sizes(image_size, resize, pad)
     if crop not in CROPS:
-        raise ValueError(f"unknown crop {crop!r}; known: {', '.join(CROPS)}")
+        raise InputError(f"unknown crop {crop!r}; known: {', '.join(CROPS)}")
     if not 0 < min_area <= 1:
-        raise ValueError(f"min_area is a share of the area, in (0, 1], got {min_area}")
+        raise InputError(f"min_area is a share of the area, in (0, 1], got {min_area}")
     if pad and (resize or crop == "random_resized_crop"):
-        raise ValueError(
+        raise InputError(
             f"pad={pad} shifts images that are scaled as a whole, but resize={resize} and "
             f"crop={crop!r} cut out a part already: set pad=0"
         )
@@ -266,7 +267,7 @@ def eval_transform(*, image_size: int, resize: int = 0, ten_crops: bool = False)
     _check_sizes(image_size, resize, 0)
     if ten_crops:
         if not resize:
-            raise ValueError("ten crops are cut out of a larger image: set resize")
+            raise InputError("ten crops are cut out of a larger image: set resize")
         return Transform(FiveCrop(image_size, resize), both_ways=True)
     return Transform(CenterCrop(image_size, resize) if resize else WholeImage(image_size))
 
@@ -392,9 +393,9 @@ def _scale(image: Image.Image, region: Region, size: int, mirror: bool) -> np.nd
 
 def _check_sizes(image_size: int, resize: int, pad: int) -> None:
     if image_size < 1 or resize < 0 or pad < 0:
-        raise ValueError(
+        raise InputError(
             f"sizes in pixels cannot be negative or 0: image_size={image_size}, "
             f"resize={resize} (0: off), pad={pad}"
         )
     if resize and resize < image_size:
-        raise ValueError(f"resize={resize} is smaller than the crop image_size={image_size}")
+        raise InputError(f"resize={resize} is smaller than the crop image_size={image_size}")

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from nat_jax.errors import InputError
 from nat_jax.models.alexnet import alexnet
 from nat_jax.models.convnet import convnet
 from nat_jax.models.frontend import FRONTENDS
@@ -126,21 +127,21 @@ def make_model(
         ValueError: unknown name, front end, dtype or option; an image too small for the layers.
     """
     if name not in MODELS:
-        raise ValueError(f"model.name: unknown model {name!r}. Known: {', '.join(MODELS)}")
+        raise InputError(f"model.name: unknown model {name!r}. Known: {', '.join(MODELS)}")
     if frontend not in FRONTENDS:
-        raise ValueError(
+        raise InputError(
             f"model.frontend: unknown front end {frontend!r}. Known: {', '.join(FRONTENDS)}"
         )
     if dtype not in DTYPES:
-        raise ValueError(f"model.dtype: expected one of {', '.join(DTYPES)}; got {dtype!r}")
+        raise InputError(f"model.dtype: expected one of {', '.join(DTYPES)}; got {dtype!r}")
     if bn_groups < 1:
-        raise ValueError(f"model.bn_groups: expected at least 1; got {bn_groups}")
+        raise InputError(f"model.bn_groups: expected at least 1; got {bn_groups}")
     if dim < 2:
-        raise ValueError(f"model.dim: expected D >= 2; got {dim}")
+        raise InputError(f"model.dim: expected D >= 2; got {dim}")
     known = inspect.signature(MODELS[name]).parameters
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise ValueError(
+        raise InputError(
             f"model: {name} has no option {', '.join(unknown)}. Known: {', '.join(known)}"
         )
     spec = MODELS[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})

@@ -1,5 +1,6 @@
 """A small network of 3x3 convolutions for images of 8 to 64 pixels (beyond the paper)."""
 
+from nat_jax.errors import InputError
 from nat_jax.models.layers import Conv, Dense, Spec
 
 
@@ -22,7 +23,7 @@ def convnet(
         ValueError: more pools than blocks.
     """
     if not 0 <= pools <= len(widths):
-        raise ValueError(
+        raise InputError(
             f"model.options.pools: expected 0 to {len(widths)}, the number of widths; got {pools}"
         )
     convs = tuple(

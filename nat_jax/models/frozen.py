@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
+from nat_jax.errors import InputError
 from nat_jax.models import Model, Params
 from nat_jax.models.pooling import pool
 from nat_jax.runtime import sharding
@@ -100,12 +101,12 @@ def resolve_layers(
         ValueError: no name, or an unknown one; the known ones are listed.
     """
     if not names:
-        raise ValueError(f"{what}: expected at least one; got none")
+        raise InputError(f"{what}: expected at least one; got none")
     short = {"last_conv": (model.last_conv,), "all": model.layer_names}
     resolved = tuple(layer for name in names for layer in short.get(name, (name,)))
     for name in resolved:
         if name not in model.layer_names:
-            raise ValueError(
+            raise InputError(
                 f"{what}: unknown layer {name!r}. Known: last_conv, {', '.join(model.layer_names)}"
             )
     return tuple(dict.fromkeys(resolved))

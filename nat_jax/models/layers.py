@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from nat_jax.errors import InputError
 from nat_jax.models.frontend import FRONTENDS
 
 # The authors' nn.Normalize guards its division with 1e-10.
@@ -126,7 +127,7 @@ def norm_in_parts(norm: nnx.BatchNorm, x: jax.Array, parts: int) -> jax.Array:
     """
     batch, pixels = x.shape[0], tuple(range(1, x.ndim - 1))
     if batch % parts:
-        raise ValueError(
+        raise InputError(
             f"model.bn_groups: expected a divisor of the batch of {batch}; got {parts}"
         )
 
@@ -213,7 +214,7 @@ class Network(nnx.Module):
             setattr(self, name, block(layer, conv.features, scale))
             channels, side = conv.features, conv.output_side(side)
             if side < 1:
-                raise ValueError(
+                raise InputError(
                     f"model: an image of {image_size} pixels vanishes at {name}. "
                     "Raise data.image_size or take fewer or smaller layers"
                 )

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from nat_jax.errors import InputError
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -254,7 +256,7 @@ def curves(
     labelled: Runs = runs if isinstance(runs, Mapping) else {"": runs}
     shown = panels(labelled, chance=chance, dim=dim)
     if not shown:
-        raise ValueError("curves: expected rows with train/, assign/ or eval/ metrics, got none")
+        raise InputError("curves: expected rows with train/, assign/ or eval/ metrics, got none")
     columns = min(3, len(shown))
     lines = math.ceil(len(shown) / columns)
     figure = Figure(figsize=(4.2 * columns, 2.8 * lines), layout="constrained", dpi=150)

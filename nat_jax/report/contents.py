@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from nat_jax.errors import InputError
 from nat_jax.report.tables import TRAINED
 
 MetricsRow = dict[str, float]
@@ -51,7 +52,7 @@ def read(workdir: Path) -> Contents:
         ValueError: no such folder, or a file in it that is not what its name says.
     """
     if not workdir.is_dir():
-        raise ValueError(f"report: expected a workdir, got {workdir}, which is no folder")
+        raise InputError(f"report: expected a workdir, got {workdir}, which is no folder")
     config = _json(workdir / "config.json") or {}
     results = {path.stem: _json(path) for path in sorted(workdir.glob("results/*.json"))}
     result = results.pop("pretrain", None)
@@ -106,7 +107,7 @@ def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got {error}; delete or restore it") from error
+        raise InputError(f"{path}: expected JSON, got {error}; delete or restore it") from error
 
 
 def _metrics(path: Path) -> list[MetricsRow]:
@@ -120,7 +121,7 @@ def _metrics(path: Path) -> list[MetricsRow]:
             rows.append(json.loads(line))
         except ValueError as error:
             if number < len(lines):
-                raise ValueError(f"{path}:{number}: expected a JSON object, got {error}") from error
+                raise InputError(f"{path}:{number}: expected a JSON object, got {error}") from error
     return rows
 
 

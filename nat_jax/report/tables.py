@@ -5,6 +5,8 @@ import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from nat_jax.errors import InputError
+
 NETWORK_NAMES = {
     "raw pixels": "raw pixels",
     "k-means patches": "k-means patches",
@@ -92,10 +94,10 @@ def arrange(rows: Sequence[Row]) -> Table:
     for row in rows:
         missing = {"features", "network", "probe", "labels", "mean"} - set(row)
         if missing:
-            raise ValueError(f"table row: expected the key {', '.join(sorted(missing))} in {row}")
+            raise InputError(f"table row: expected the key {', '.join(sorted(missing))} in {row}")
         key = (row["labels"], row["features"], row["network"], row["probe"])
         if key in values:
-            raise ValueError(f"table: expected one row for {key}, got two")
+            raise InputError(f"table: expected one row for {key}, got two")
         values[key] = row
 
     probes = _unique(row["probe"] for row in rows)

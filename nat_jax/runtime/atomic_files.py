@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from nat_jax.errors import InputError, UserError
+
 _log = logging.getLogger(__name__)
 
 _PARTIAL = ".partial"  # suffix of a file that is being written; its name begins with a dot
@@ -18,7 +20,7 @@ _PARTIAL = ".partial"  # suffix of a file that is being written; its name begins
 _OPTIONS = "group_size:1,uncompressed"
 
 
-class ConversionError(RuntimeError):
+class ConversionError(UserError, RuntimeError):
     """A conversion cannot go on; the message says why, and what is kept."""
 
 
@@ -100,12 +102,12 @@ def kept_for_us(folder: Path, key: str, busy: str) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
-        raise ValueError(f"{key}: cannot use {folder}: {error}. Choose another") from error
+        raise InputError(f"{key}: cannot use {folder}: {error}. Choose another") from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(f"{key}: {busy}") from error
+            raise InputError(f"{key}: {busy}") from error
         except OSError as error:
             _log.info("%s cannot be locked (%s); start no second process", folder, error)
         yield

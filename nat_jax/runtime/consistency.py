@@ -19,10 +19,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from nat_jax.errors import UserError
+
 PyTree = Any
 
 
-class Disagreement(RuntimeError):
+class Disagreement(UserError, RuntimeError):
     """Processes of one run differ in what they must share."""
 
 

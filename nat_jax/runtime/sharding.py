@@ -17,6 +17,8 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from nat_jax.errors import InputError
+
 # Matrices of at least this many elements (4 MiB of float32) are split over "model". Below, a split
 # saves less memory than its collectives cost time.
 SPLIT_FROM = 2**20
@@ -49,7 +51,7 @@ def make_mesh(
     count = len(devices)
     asked = f"mesh.data = {data}, mesh.model = {model}"
     if min(data, model) < -1 or 0 in (data, model) or data == model == -1:
-        raise ValueError(
+        raise InputError(
             "mesh: expected numbers of devices, one of which may be -1 for all that the other "
             f"leaves; got {asked}"
         )
@@ -59,13 +61,13 @@ def make_mesh(
         model = count // data
     if data * model != count:
         fit = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
-        raise ValueError(
+        raise InputError(
             f"mesh: expected mesh.data * mesh.model to be the number of devices, {count}; got "
             f"{asked}. Set --config.mesh.data=-1 and --config.mesh.model to one of: {fit}"
         )
     rows = np.array(_in_order(devices)).reshape(data, model)
     if any(len({device.process_index for device in row}) > 1 for row in rows):
-        raise ValueError(
+        raise InputError(
             "mesh.model: expected the devices along it to belong to one process, as each process "
             f"has images of its own; got {asked}. Set mesh.model to a divisor of the number of "
             "devices of each process"
@@ -154,14 +156,14 @@ def permutation_storage(storage: str, num_records: int, mesh: Mesh) -> tuple[str
     length = -(-num_records // PERMUTATION_UNIT) * PERMUTATION_UNIT
     shards = mesh.shape["data"]
     if length % shards:
-        raise ValueError(
+        raise InputError(
             "assign.storage: expected a number of devices along mesh.data that divides "
             f"{PERMUTATION_UNIT:,}, as the permutation is sharded over them; got {shards}. Set "
             "mesh.data or mesh.model, or --config.assign.storage=replicated"
         )
     if length > np.iinfo(np.int32).max:
         most = np.iinfo(np.int32).max // PERMUTATION_UNIT * PERMUTATION_UNIT
-        raise ValueError(
+        raise InputError(
             f"data: expected at most {most:,} records for a permutation that is sharded; got "
             f"{num_records:,}. Train on a part of them"
         )

@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 
+from nat_jax.errors import UserError
 from nat_jax.runtime import c_signals, consistency
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ _GONE = re.compile(
 )
 
 
-class StartUpError(RuntimeError):
+class StartUpError(UserError, RuntimeError):
     """The processes of a run cannot be brought together."""
 
 

@@ -22,6 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from nat_jax.errors import InputError, UserError
 from nat_jax.training import assignment_state
 
 PyTree = Any
@@ -35,7 +36,7 @@ _FORMAT = 2
 _LEFTOVERS = "*.orbax-checkpoint-tmp*"
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(UserError, RuntimeError):
     """A checkpoint cannot be written, read, or used by this run."""
 
 
@@ -75,7 +76,7 @@ class Checkpoints:
             CheckpointError: if the folder cannot be used.
         """
         if keep < 1:
-            raise ValueError(f"checkpoint.keep: expected at least 1; got {keep}")
+            raise InputError(f"checkpoint.keep: expected at least 1; got {keep}")
         self._directory = Path(directory).absolute()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep, create=not read_only
@@ -114,12 +115,12 @@ class Checkpoints:
             return
         leaves = _named_leaves(state)
         if "assignment" not in leaves:
-            raise ValueError(
+            raise InputError(
                 f"state to save: expected a top-level leaf 'assignment'; got {sorted(leaves)}"
             )
         flaw = assignment_state.flaw(leaves["assignment"])
         if not _all_processes(flaw is None):
-            raise ValueError(
+            raise InputError(
                 f"state to save at step {step}: 'assignment' is not a permutation: "
                 f"{flaw or 'on another process'}; nothing was saved"
             )

@@ -22,6 +22,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from nat_jax.errors import InputError
 from nat_jax.runtime import sharding
 from nat_jax.targets import Targets
 from nat_jax.train_step import (
@@ -69,7 +70,7 @@ def resolve(placement: str, platform: str) -> str:
         if placement == "auto":
             logger.info("the devices solve, as JAX has no CPU backend here (JAX_PLATFORMS)")
             return "device"
-        raise ValueError(
+        raise InputError(
             f"assign.placement: the host cannot solve, as JAX has no CPU backend ({error}). "
             f"Set JAX_PLATFORMS={platform},cpu or --config.assign.placement=device"
         ) from error

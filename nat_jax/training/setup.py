@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from nat_jax import config as configs
 from nat_jax import models, optim, targets
+from nat_jax.errors import InputError
 from nat_jax.evaluate import judge
 from nat_jax.input import pipeline
 from nat_jax.input.device_images import DeviceImages
@@ -156,12 +157,12 @@ def _check_classes(config: ConfigDict, train: Source) -> None:
     if config.targets.kind != "labels":
         return
     if train.num_classes is None:
-        raise ValueError(
+        raise InputError(
             f"targets.kind: 'labels' needs a class for every record; {train.name} has none. Train "
             "without labels: --config.targets.kind=sphere"
         )
     if config.model.dim != train.num_classes:
-        raise ValueError(
+        raise InputError(
             f"model.dim: expected the number of classes of {train.name}, {train.num_classes}, with "
             f"targets.kind='labels'; got {config.model.dim}"
         )
@@ -189,7 +190,7 @@ def place_images(run: Run) -> DeviceImages | None:
     if images is not None:
         return DeviceImages(images, transform.pad, mesh)
     if data.augment_on == "device":
-        raise ValueError(
+        raise InputError(
             "data.augment_on: expected 'host' or 'auto', as the images of "
             f"{source.name} are not kept in memory (1 GiB at most, and no random crops); got "
             "'device'"

@@ -11,6 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from nat_jax import config as configs
+from nat_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +88,7 @@ def put(config: ConfigDict, key: str, value: Any) -> None:
     for name in group.split(".") if group else ():
         node = node[name]
     if last not in node and node.is_locked:
-        raise ValueError(
+        raise InputError(
             f"config.json: unknown key {key!r}; the run was made by another version of nat_jax. "
             "Use that one"
         )
@@ -108,18 +109,18 @@ def check(workdir: Path, config: ConfigDict) -> None:
         ValueError: see ``check_same_run``; or the folder cannot be used.
     """
     if address := re.match(r"[a-z][a-z0-9+.-]+:/", str(workdir)):
-        raise ValueError(
+        raise InputError(
             f"--workdir: expected a folder; got {address[0]}/... To keep a run in a bucket, mount "
             "it (Cloud Storage FUSE, for instance) and give the path of the mount"
         )
     if workdir.is_file():
-        raise ValueError(f"--workdir: expected a folder; {workdir} is a file. Choose another")
+        raise InputError(f"--workdir: expected a folder; {workdir} is a file. Choose another")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if not os.access(workdir, os.W_OK):
             raise PermissionError("it is not writable")
     except OSError as error:
-        raise ValueError(f"--workdir: cannot use {workdir}: {error}. Choose another") from error
+        raise InputError(f"--workdir: cannot use {workdir}: {error}. Choose another") from error
     saved = read_json(workdir / "config.json")
     if saved is None or not any(workdir.glob("**/checkpoints/[0-9]*")):
         return
@@ -167,7 +168,7 @@ def check_same_run(saved: Mapping[str, Any], config: ConfigDict, workdir: Path) 
     for key, old, new in other_training(saved, config):
         if key in LENGTHS and 0 < (old or 0) < new:
             continue
-        raise ValueError(
+        raise InputError(
             f"{workdir} holds a run with {key} = {old!r}; this one has {new!r}. "
             "Choose another folder with --workdir=..., or set the key back"
         )

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nat_jax.errors import InputError
 from nat_jax.evaluate.features import (
     FeatureSet,
     check_finite,
@@ -79,10 +80,10 @@ def knn_sweep(
     """
     check_sets(train, test, num_classes)
     if not ks or not temperatures:
-        raise ValueError(f"expected at least one k and one temperature, got {ks}, {temperatures}")
+        raise InputError(f"expected at least one k and one temperature, got {ks}, {temperatures}")
     for temperature in temperatures:
         if temperature is not None and not temperature > 0:
-            raise ValueError(f"temperature: expected a number above 0 or None, got {temperature}")
+            raise InputError(f"temperature: expected a number above 0 or None, got {temperature}")
     for k in (min(ks), max(ks)):
         _check_k(k, len(train))
     similarity, index = _search(test.features, train.features, max(ks))
@@ -121,7 +122,7 @@ def nearest(queries: np.ndarray, database: np.ndarray, k: int) -> tuple[np.ndarr
     """
     _check_k(k, len(database))
     if queries.shape[1:] != database.shape[1:]:
-        raise ValueError(
+        raise InputError(
             f"expected queries and database of one dimension, got {queries.shape[1]} and "
             f"{database.shape[1]}"
         )
@@ -132,7 +133,7 @@ def nearest(queries: np.ndarray, database: np.ndarray, k: int) -> tuple[np.ndarr
 
 def _check_k(k: int, count: int) -> None:
     if not 1 <= k <= count:
-        raise ValueError(
+        raise InputError(
             f"k: expected 1 to {count}, the number of neighbours to choose from; got {k}"
         )
 

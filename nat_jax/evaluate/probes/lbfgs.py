@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from nat_jax.errors import InputError
 from nat_jax.evaluate.features import (
     FeatureSet,
     check_sets,
@@ -55,7 +56,7 @@ def lbfgs_probe(
     del seed
     check_sets(train, test, num_classes)
     if l2 < 0 or max_iterations < 1 or tolerance < 0:
-        raise ValueError(
+        raise InputError(
             "linear_probe by lbfgs: expected l2 >= 0, max_iterations >= 1, tolerance >= 0; "
             f"got {l2}, {max_iterations}, {tolerance}"
         )

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from nat_jax.errors import InputError
 from nat_jax.evaluate.features import FeatureSet
 from nat_jax.evaluate.probes import sgd
 from nat_jax.evaluate.probes.lbfgs import lbfgs_probe
@@ -53,7 +54,7 @@ def linear_probe(
     """
     unknown = sorted(set(options) - set(fit_options(fit)))
     if unknown:
-        raise ValueError(
+        raise InputError(
             f"linear_probe: {fit} has no option {', '.join(unknown)}; "
             f"known: {', '.join(fit_options(fit))}"
         )
@@ -67,7 +68,7 @@ def fit_options(fit: str) -> dict[str, Any]:
         ValueError: unknown fit; the known ones are listed.
     """
     if fit not in FITS:
-        raise ValueError(f"linear_probe: unknown fit {fit!r}; known: {', '.join(FITS)}")
+        raise InputError(f"linear_probe: unknown fit {fit!r}; known: {', '.join(FITS)}")
     parameters = inspect.signature(FITS[fit]).parameters
     common = ("train", "test", "num_classes", "seed")
     return {name: p.default for name, p in parameters.items() if name not in common}

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from nat_jax.errors import InputError
 from nat_jax.evaluate.features import FeatureSet, check_sets, inverse_deviation
 from nat_jax.evaluate.probes import sgd
 from nat_jax.evaluate.stream import TrainEpoch
@@ -100,7 +101,7 @@ def _recipe(
         below_1={"momentum": momentum},
     )
     if not 0 < decay <= 1 or l2 < 0 or not 0 < learning_rate < math.inf:
-        raise ValueError(
+        raise InputError(
             "linear_probe by sgd: expected decay in (0, 1], l2 >= 0 and learning_rate above 0; "
             f"got {decay}, {l2}, {learning_rate}"
         )

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from nat_jax.errors import InputError
 from nat_jax.evaluate.features import FeatureSet, check_sets
 from nat_jax.evaluate.probes import sgd
 from nat_jax.evaluate.stream import FeatureBatch, TrainEpoch
@@ -142,7 +143,7 @@ def _check(
         below_1={"momentum": momentum, "dropout": dropout},
     )
     if init not in INITS:
-        raise ValueError(f"mlp_probe: unknown init {init!r}; known: {', '.join(INITS)}")
+        raise InputError(f"mlp_probe: unknown init {init!r}; known: {', '.join(INITS)}")
 
 
 def _recipe(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.linalg
 
+from nat_jax.errors import InputError
 from nat_jax.evaluate.features import (
     FeatureSet,
     check_sets,
@@ -53,7 +54,7 @@ def ridge_probe(
     del seed
     check_sets(train, test, num_classes)
     if not l2 > 0:
-        raise ValueError(f"linear_probe by ridge: expected l2 above 0, got {l2}")
+        raise InputError(f"linear_probe by ridge: expected l2 above 0, got {l2}")
     fit = solve(train, num_classes, l2)
     right, start = 0, 0
     for part in row_chunks(test.features, _CHUNK_BYTES):
@@ -150,7 +151,7 @@ def _solved(matrix: np.ndarray, right: np.ndarray) -> np.ndarray:
     try:
         factor = scipy.linalg.cho_factor(matrix, lower=True, overwrite_a=True, check_finite=False)
     except scipy.linalg.LinAlgError as error:
-        raise ValueError(
+        raise InputError(
             f"linear_probe by ridge: the penalty is lost in the rounding of the products "
             f"({error}); raise l2"
         ) from error

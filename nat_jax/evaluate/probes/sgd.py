@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from nat_jax.errors import InputError
 from nat_jax.evaluate.features import FeatureSet, check_labels, padded_length, padded_rows
 from nat_jax.evaluate.stream import FeatureBatch, TrainEpoch
 
@@ -186,7 +187,7 @@ def fit_stream(
             if len(pending) > _IN_FLIGHT:
                 _check_losses(*pending.popleft())
         if step < 0:
-            raise ValueError(f"epoch {epoch} of the training features holds no batch")
+            raise InputError(f"epoch {epoch} of the training features holds no batch")
         while pending:
             _check_losses(*pending.popleft())
         if (epoch + 1) % math.ceil(recipe.epochs / _LINES) == 0:
@@ -241,7 +242,7 @@ def accuracy_stream(
             _check_logits(logits)
             right[layer] += int(np.sum(logits.argmax(axis=1) == labels))
     if not records:
-        raise ValueError("the test features hold no record of weight 1")
+        raise InputError("the test features hold no record of weight 1")
     return {layer: count / records for layer, count in right.items()}
 
 
@@ -251,10 +252,10 @@ def check_options(
     """Raise ValueError, with the probe's name, for counts below 1 or shares outside [0, 1)."""
     for name, count in at_least_1.items():
         if count < 1:
-            raise ValueError(f"{probe}: {name}: expected at least 1, got {count}")
+            raise InputError(f"{probe}: {name}: expected at least 1, got {count}")
     for name, share in (below_1 or {}).items():
         if not 0 <= share < 1:
-            raise ValueError(f"{probe}: {name}: expected a number in [0, 1), got {share}")
+            raise InputError(f"{probe}: {name}: expected a number in [0, 1), got {share}")
 
 
 def _take_step(
@@ -334,7 +335,7 @@ def _logits(params: Tree, stats: Tree, features: jax.Array, *, net: Classifier) 
 
 def _dimension(features: jax.Array | np.ndarray, layer: str) -> int:
     if features.ndim != 2:
-        raise ValueError(
+        raise InputError(
             f"{layer}: expected training features [B, F], got shape {features.shape}; flatten "
             "each record"
         )
@@ -348,7 +349,7 @@ def _check_batch(batch: FeatureBatch, num_classes: int, name: str) -> None:
 def _check_losses(epoch: int, losses: Mapping[str, jax.Array]) -> None:
     for layer, loss in losses.items():
         if not math.isfinite(float(loss)):
-            raise ValueError(
+            raise InputError(
                 f"the probe on {layer} diverged in epoch {epoch} (its loss is {float(loss)}); "
                 "lower learning_rate"
             )
@@ -356,6 +357,6 @@ def _check_losses(epoch: int, losses: Mapping[str, jax.Array]) -> None:
 
 def _check_logits(logits: np.ndarray) -> None:
     if not np.isfinite(logits).all():
-        raise ValueError(
+        raise InputError(
             "the classifier's weights diverged (logits are not finite); lower learning_rate"
         )

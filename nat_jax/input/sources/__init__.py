@@ -2,6 +2,7 @@
 
 import os
 
+from nat_jax.errors import InputError
 from nat_jax.input.sources.array_record import open_array_record
 from nat_jax.input.sources.arrays import open_arrays
 from nat_jax.input.sources.digits import open_digits
@@ -39,7 +40,7 @@ def open_source(spec: str, split: str = "train", *, per_class: int = 0) -> Sourc
         ValueError: the source is unknown, missing or malformed; the message says what to do.
     """
     if split not in SPLITS:
-        raise ValueError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
+        raise InputError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
     kind, _, argument = spec.partition(":")
     if kind not in SOURCES:
         forms = {k: _ARGUMENTS.get(k, "PATH") for k in SOURCES}
@@ -49,9 +50,9 @@ def open_source(spec: str, split: str = "train", *, per_class: int = 0) -> Sourc
             hint = f"; did you mean folder:{spec} or arrays:{spec}?"
         elif "/" in spec:
             hint = f"; there is no {spec}, and what it is stands before a path, as in folder:PATH"
-        raise ValueError(f"unknown source {spec!r}; known: {known}{hint}")
+        raise InputError(f"unknown source {spec!r}; known: {known}{hint}")
     if not argument and kind != "digits":
         wanted = _ARGUMENTS.get(kind, "PATH")
-        raise ValueError(f"source {spec!r} lacks its {wanted}: write {kind}:{wanted}")
+        raise InputError(f"source {spec!r} lacks its {wanted}: write {kind}:{wanted}")
     source = SOURCES[kind](argument, split)
     return FirstOfClass(source, per_class) if per_class and split == "train" else source

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nat_jax.errors import InputError
 from nat_jax.input.sources.metadata import (
     FEATURES,
     INFO,
@@ -121,7 +122,7 @@ def open_array_record(argument: str, split: str) -> ArrayRecordSource:
     path = Path(argument).expanduser().absolute()  # notebooks change their folder
     found = _find(path)
     if not found:
-        raise ValueError(
+        raise InputError(
             f"{name}: no such file, and no file matches; expected a pattern, a file, or a folder "
             "with *.array_record* files. To make them from a folder or a .zip of images: "
             "--config.task=convert --config.data.source=folder:PATH --config.convert.to=DIR"
@@ -162,7 +163,7 @@ def open_prepared(directory: Path, split: str, name: str) -> ArrayRecordSource:
     """
     metadata = read_metadata(directory, name)
     if metadata is None:
-        raise ValueError(f"{name}: no {INFO} and {FEATURES} in {directory}")
+        raise InputError(f"{name}: no {INFO} and {FEATURES} in {directory}")
     groups = {key: _Group(known.paths, known.paths) for key, known in metadata.splits.items()}
     return _open_split(_Layout(name, groups, metadata, directory), split, may_hold_out=False)
 
@@ -193,19 +194,19 @@ class _Layout(NamedTuple):
             expected = dict(zip(declared.paths, declared.lengths, strict=True))
             for path, length in zip(shards.paths, shards.lengths, strict=True):
                 if length != expected[path]:
-                    raise ValueError(
+                    raise InputError(
                         f"{self.name}: {path} has {length} records; dataset_info.json says "
                         f"{expected[path]}. Copy or prepare the data once more"
                     )
         if not len(shards):
-            raise ValueError(f"{self.name}: no records in {_some(shards.paths)}")
+            raise InputError(f"{self.name}: no records in {_some(shards.paths)}")
         fields = None if self.metadata is None else self.metadata.fields
         try:
             first = _first_readable(shards)
             fields = guess_fields(first) if fields is None else fields
             content(first, fields)
         except ValueError as error:
-            raise ValueError(f"{self.name}: {shards.paths[0].name}: {error}") from error
+            raise InputError(f"{self.name}: {shards.paths[0].name}: {error}") from error
         return shards, fields
 
     def class_names(self, key: str, fields: Fields) -> tuple[str, ...] | None:
@@ -238,7 +239,7 @@ def _first_readable(shards: Shards) -> bytes:
             return shards.read(position)
         except RuntimeError as error:
             problem = problem or error
-    raise ValueError(f"none of the first records can be read: {problem}") from problem
+    raise InputError(f"none of the first records can be read: {problem}") from problem
 
 
 def _open_split(layout: _Layout, split: str, *, may_hold_out: bool) -> ArrayRecordSource:
@@ -284,7 +285,7 @@ def _choose(layout: _Layout, split: str, may_hold_out: bool) -> tuple[str, bool]
         return next(iter(layout.groups)), True
     wanted = "train" if split == "train" else "test or validation"
     found = ", ".join(key or "shards without a name of a split" for key in layout.groups)
-    raise ValueError(f"{layout.name}: no {wanted} split; prepared: {found or 'none'}")
+    raise InputError(f"{layout.name}: no {wanted} split; prepared: {found or 'none'}")
 
 
 def _group_by_metadata(
@@ -325,7 +326,7 @@ def _group_by_names(paths: Sequence[Path], name: str) -> _Groups:
         members.sort(key=_number)
         totals = {total for _, total in map(_number, members)}
         if len(totals) > 1:
-            raise ValueError(
+            raise InputError(
                 f"{name}: shards of several sets: {', '.join(map(str, sorted(totals)))} shards "
                 f"of {stem} in all; choose one by a pattern, such as '*-of-{max(totals):05}*'"
             )
@@ -364,7 +365,7 @@ def _check_missing(paths: Sequence[Path], name: str) -> None:
     there = {directory: set(os.listdir(directory)) for directory in {p.parent for p in paths}}
     missing = [path for path in paths if path.name not in there[path.parent]]
     if missing:
-        raise ValueError(
+        raise InputError(
             f"{name}: {len(missing)} of {len(paths)} shards are missing in {missing[0].parent}: "
             f"{_some(missing)}. Copy or make them once more"
         )

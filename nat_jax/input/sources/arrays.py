@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from nat_jax.errors import InputError
 from nat_jax.input.sources.source import Opener, Record, split_positions
 
 # The names under which .npz files keep (train images, train labels, test images, test labels).
@@ -91,7 +92,7 @@ def open_arrays(argument: str, split: str) -> ArraySource:
     """
     path = Path(argument).expanduser()
     if not path.exists():
-        raise ValueError(f"arrays: no such file or folder: {path}")
+        raise InputError(f"arrays: no such file or folder: {path}")
     train, test = _read_idx_folder(path) if path.is_dir() else _read_npz(path)
     images, labels = train
     if test is not None:
@@ -123,14 +124,14 @@ def _read_npz(path: Path) -> tuple[Parts, Parts | None]:
                     return _checked(path, x, file[x], y, _get(file, y)), test
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError, TypeError) as error:
         # numpy gives a bare array, no context manager, for an .npy file.
-        raise ValueError(f"arrays: {path} is not a readable .npz file: {error}") from error
+        raise InputError(f"arrays: {path} is not a readable .npz file: {error}") from error
     except ValueError as error:
         if "pickle" not in str(error):
             raise
-        raise ValueError(
+        raise InputError(
             f"arrays: {path} is not a readable .npz file of plain arrays: {error}"
         ) from error
-    raise ValueError(
+    raise InputError(
         f"arrays: {path} holds {', '.join(keys) or 'nothing'}; expected x_train, y_train "
         "[, x_test, y_test], or x, y, or image, label"
     )
@@ -145,23 +146,23 @@ def _checked(
 ) -> Parts:
     """Check one split's arrays, and give labels the shape [N]."""
     if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in (1, 3, 4)):
-        raise ValueError(
+        raise InputError(
             f"arrays: {x_name} in {path} is {x.dtype}{list(x.shape)}; expected uint8 images "
             "[N, H, W] or [N, H, W, 1|3|4] with values 0..255"
         )
     if x.size == 0:
-        raise ValueError(f"arrays: {x_name} in {path} is empty: {list(x.shape)}")
+        raise InputError(f"arrays: {x_name} in {path} is empty: {list(x.shape)}")
     if y is None:
         return x, None
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
     if y.ndim != 1 or y.dtype.kind not in "iu" or len(y) != len(x):
-        raise ValueError(
+        raise InputError(
             f"arrays: {y_name} in {path} is {y.dtype}{list(y.shape)}; expected one integer label "
             f"for each of the {len(x)} images of {x_name}"
         )
     if y.min() < 0:
-        raise ValueError(f"arrays: {y_name} in {path} has labels below 0 (lowest {y.min()})")
+        raise InputError(f"arrays: {y_name} in {path} has labels below 0 (lowest {y.min()})")
     return x, y
 
 
@@ -169,7 +170,7 @@ def _read_idx_folder(path: Path) -> tuple[Parts, Parts | None]:
     train = _idx_split(path, "train")
     if train is None:
         found = sorted(p.name for p in path.iterdir())[:8]
-        raise ValueError(
+        raise InputError(
             f"arrays: no idx files in {path} (it holds {', '.join(found) or 'nothing'}); expected "
             "train-images-idx3-ubyte and train-labels-idx1-ubyte [and t10k-...], plain or .gz; "
             "for a folder of image files use folder:PATH"
@@ -199,20 +200,20 @@ def _read_idx(path: Path, magic: int) -> np.ndarray:
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"arrays: {path} cannot be read: {error}") from error
+        raise InputError(f"arrays: {path} cannot be read: {error}") from error
     dims = magic & 0xFF
     start = 4 + 4 * dims
     if len(data) < start:
-        raise ValueError(f"arrays: {path} is truncated: {len(data)} bytes")
+        raise InputError(f"arrays: {path} is truncated: {len(data)} bytes")
     found, *shape = struct.unpack(f">{1 + dims}I", data[:start])
     if found != magic:
-        raise ValueError(
+        raise InputError(
             f"arrays: {path} starts with {found:#010x}, not {magic:#010x}: "
             f"not an idx file of unsigned bytes in {dims} dimension(s)"
         )
     size = math.prod(shape)
     if len(data) - start != size:
-        raise ValueError(
+        raise InputError(
             f"arrays: {path} is truncated or damaged: its header says {shape}, so {size} bytes, "
             f"but {len(data) - start} follow"
         )

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from nat_jax.errors import InputError
 from nat_jax.input.sources.arrays import ArraySource
 
 # In the order of the file the test images come from other writers than the training images
@@ -16,7 +17,7 @@ def open_digits(argument: str, split: str) -> ArraySource:
         ValueError: something was given after the name.
     """
     if argument:
-        raise ValueError(f"digits takes no argument, got digits:{argument}")
+        raise InputError(f"digits takes no argument, got digits:{argument}")
     from sklearn.datasets import load_digits
 
     data = load_digits()

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nat_jax.errors import InputError
 from nat_jax.input.sources.file_listing import Group, Listing, Stamp, decoded, encoded
 from nat_jax.input.sources.source import SPLITS, split_positions
 
@@ -233,7 +234,7 @@ class _Layout:
         if len(paths) > 1:
             group = self._groups[flat[0]]
             first = group.prefix + decoded(group.names.partition(b"\0")[0])
-            raise ValueError(
+            raise InputError(
                 f"folder: {self._root} mixes {len(group.sizes)} loose images (such as {first}) "
                 "with class folders; put every image into a class folder, or all into one folder "
                 "(unlabelled)"

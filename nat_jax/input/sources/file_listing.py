@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nat_jax.errors import InputError
+
 IMAGE_SUFFIXES = frozenset(
     (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 )
@@ -194,7 +196,7 @@ def _scan(root: str, prefix: str, real: str) -> _Scanned:
                 else:
                     others += 1
     except OSError as error:
-        raise ValueError(f"folder: cannot list {path}: {error}") from error
+        raise InputError(f"folder: cannot list {path}: {error}") from error
     settled = is_settled(now, times)
     images.sort()
     folders.sort()

@@ -4,6 +4,7 @@ import hashlib
 
 import numpy as np
 
+from nat_jax.errors import InputError
 from nat_jax.input.sources.source import Record, Source
 
 
@@ -22,7 +23,7 @@ class FirstOfClass:
 
     def __init__(self, source: Source, per_class: int):
         if source.num_classes is None:
-            raise ValueError(
+            raise InputError(
                 f"data.per_class: expected labelled records; {source.name} has no classes. Set "
                 "--config.data.per_class=0 for all of them"
             )
@@ -51,7 +52,7 @@ def _first(labels: np.ndarray, num_classes: int, per_class: int, name: str) -> n
     """Return int64[num_classes * per_class], the ascending positions of the first of each class."""
     counts = np.bincount(labels[labels >= 0], minlength=num_classes)
     if counts.min() < per_class:
-        raise ValueError(
+        raise InputError(
             f"data.per_class: expected at most {counts.min()}, the records of class "
             f"{counts.argmin()} of {name}; got {per_class}"
         )

@@ -7,6 +7,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from nat_jax.errors import InputError
 from nat_jax.input.sources.file_index import FileIndex, SplitIndex
 from nat_jax.input.sources.index_cache import DamagedIndex, load_index, open_index
 from nat_jax.input.sources.source import Record, UnreadableRecord
@@ -103,7 +104,7 @@ def open_folder(argument: str, split: str) -> FolderSource:
     """
     root = _root(argument)
     if not os.path.exists(root):
-        raise ValueError(f"folder: no such folder or .zip: {root}")
+        raise InputError(f"folder: no such folder or .zip: {root}")
     index = open_index(root)
     for remark in index.remarks:
         _log.info("folder: %s", remark.format(root=root))
@@ -129,7 +130,7 @@ def _reopen(path: str, split: str, fingerprint: str, kept: Path) -> FolderSource
     except DamagedIndex:  # somebody has emptied the cache
         index = open_index(_root(path))
     if index.splits[split].fingerprint != fingerprint:
-        raise ValueError(
+        raise InputError(
             f"folder: {path} was changed after another process opened it, and its index is no "
             f"longer in {kept}; start again"
         )

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from nat_jax.errors import InputError, UserError
 from nat_jax.input.sources.file_index import FileIndex, Files, SplitIndex, build_index
 from nat_jax.input.sources.file_listing import IMAGE_SUFFIXES, Listing, Stamp, list_folder
 from nat_jax.input.sources.source import SPLITS
@@ -49,7 +50,7 @@ _REMEMBERED = 4
 _recent: dict[str, FileIndex] = {}
 
 
-class DamagedIndex(Exception):
+class DamagedIndex(UserError):
     """An index that is not as it was written; the message says what is wrong."""
 
 
@@ -180,7 +181,7 @@ def _listed(root: str, real: str) -> tuple[FileIndex, bool]:
     start = time.perf_counter()
     listing = _list(root)
     if not listing.groups:
-        raise ValueError(
+        raise InputError(
             f"folder: no images in {root} ({listing.others} other files); "
             f"expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}"
         )

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from nat_jax.errors import InputError
 from nat_jax.input.manifest import Manifest, labels_file, read_manifest
 from nat_jax.input.sources.shards import NAME_KEYS, Fields
 
@@ -70,7 +71,7 @@ def read_metadata(directory: Path, name: str) -> Metadata | None:
     manifest = read_manifest(directory)
     if not (directory / INFO).exists() or not (directory / FEATURES).exists():
         if manifest is not None:
-            raise ValueError(
+            raise InputError(
                 f"{name}: the conversion in {directory} is not finished; "
                 "run its command (--config.task=convert) again, which goes on where it stopped"
             )
@@ -129,7 +130,7 @@ def _parse(path: Path, message: Any) -> Any:
     try:
         return json_format.Parse(path.read_text(), message, ignore_unknown_fields=True)
     except (OSError, ValueError, json_format.ParseError) as error:
-        raise ValueError(
+        raise InputError(
             f"{path} is damaged, or not of a TFDS that writes array_record ({error}): copy or "
             "prepare the data set once more"
         ) from error
@@ -153,7 +154,7 @@ def _shard_paths(directory: Path, data_set: str, split: Any) -> tuple[Path, ...]
         try:
             name = (split.filepath_template or _TEMPLATE).format_map(variables)
         except (KeyError, ValueError, IndexError) as error:
-            raise ValueError(
+            raise InputError(
                 f"{directory / INFO}: expected a pattern of TFDS for the names of files; "
                 f"got {split.filepath_template!r}"
             ) from error
@@ -171,7 +172,7 @@ def _converted(
         if labels is not None and labels.shape != (sum(known.lengths),):
             raise ValueError(f"{labels.shape} labels")
     except (OSError, EOFError, ValueError, KeyError) as error:
-        raise ValueError(
+        raise InputError(
             f"the conversion in {directory} is damaged ({error!r}); "
             "run its command (--config.task=convert) again, which checks and repairs it"
         ) from error
@@ -189,19 +190,19 @@ def _choose_features(
     if "image" in images:
         images = ["image"]
     if len(images) > 1:
-        raise ValueError(
+        raise InputError(
             f"{name}: several images in each record of this data set ({', '.join(images)}), and "
             "none of them is called 'image'"
         )
     if not images:
         found = ", ".join(f"{key}: {kind}" for key, kind in kinds.items())
-        raise ValueError(
+        raise InputError(
             f"{name}: no feature 'image' in this data set (it has {', '.join(kinds)}); expected "
             f"one encoded Image; got {found}"
         )
     dtype = features[images[0]].image.dtype
     if dtype not in ("", "uint8"):
-        raise ValueError(
+        raise InputError(
             f"{name}: feature {images[0]!r} holds images of {dtype}; expected uint8. "
             "Convert them, and read them with --config.data.source=arrays:PATH or folder:PATH"
         )

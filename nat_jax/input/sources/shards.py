@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nat_jax.errors import InputError
+
 # No read-ahead and no threads of the reader's own: both only help those who read in order.
 _OPTIONS = "readahead_buffer_size:0,max_parallelism:0"
 _BUFFER = 2**15  # of the file, in bytes; larger ones read more than a record at a time
@@ -174,7 +176,7 @@ def guess_fields(record: bytes) -> Fields:
     if len(images) != 1:
         found = ", ".join(sorted(features)) or "none at all"
         what = f"several images ({', '.join(images)})" if images else "no encoded image"
-        raise ValueError(
+        raise InputError(
             f"{what} in a record; expected one, in a feature 'image'; its features: {found}"
         )
     label = "label" if "label" in features and features["label"].int64_list.value else None
@@ -197,7 +199,7 @@ def _features(record: bytes) -> Any:
     except error_class:
         features = None
     if not features:
-        raise ValueError(
+        raise InputError(
             "expected an encoded image or a tf.train.Example; "
             f"got {len(record)} bytes that begin with {record[:16]!r}"
         )
@@ -208,7 +210,7 @@ def _values(features: Any, key: str, kind: str) -> Any:
     values = getattr(features[key], kind).value if key in features else ()
     if not values:
         what = {"bytes_list": "bytes", "int64_list": "an integer"}[kind]
-        raise ValueError(f"no feature {key!r} with {what} (it has {', '.join(sorted(features))})")
+        raise InputError(f"no feature {key!r} with {what} (it has {', '.join(sorted(features))})")
     return values
 
 
@@ -237,7 +239,7 @@ def _count_records(path: Path) -> int:
         count = reader.num_records()
         reader.close()
     except RuntimeError as error:
-        raise ValueError(
+        raise InputError(
             f"{path} is damaged, cut off or not an array_record file: {error}"
         ) from error
     return count
@@ -254,7 +256,7 @@ def _allow_open_files(count: int) -> None:
         return
     allowed = wanted if hard == unlimited else min(wanted, hard)
     if allowed < count + _SPARE_FILES:
-        raise ValueError(
+        raise InputError(
             f"{count} shards are more files than this process may open ({hard}): raise the limit "
             f"with `ulimit -Hn {wanted}`, or write fewer, larger shards"
         )

@@ -5,6 +5,7 @@ from typing import Protocol, TypedDict
 
 import numpy as np
 
+from nat_jax.errors import InputError, UserError
 from nat_jax.input.counter_random import hash64
 
 SPLITS = ("train", "test")
@@ -70,7 +71,7 @@ class Source(Protocol):
 Opener = Callable[[str, str], Source]
 
 
-class UnreadableRecord(Exception):
+class UnreadableRecord(UserError):
     """A record whose bytes could not be read, with all that is known about it."""
 
     def __init__(self, name: str, label: int, reason: str):
@@ -97,7 +98,7 @@ def split_positions(count: int, split: str) -> np.ndarray:
         ValueError: there is nothing to hold out.
     """
     if count < 2:
-        raise ValueError(
+        raise InputError(
             f"{count} image: too few to hold one out for testing; "
             "give at least 2, or a train/ and a test/ folder"
         )

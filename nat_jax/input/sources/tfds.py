@@ -4,6 +4,7 @@ import difflib
 import os
 from pathlib import Path
 
+from nat_jax.errors import InputError
 from nat_jax.input.sources.array_record import ArrayRecordSource, open_prepared
 from nat_jax.input.sources.metadata import FEATURES, FORMAT, INFO, read_info
 
@@ -28,16 +29,16 @@ def open_tfds(argument: str, split: str) -> ArrayRecordSource:
         for path in (data_dir / name).glob(pattern)
     ]
     if not prepared:
-        raise ValueError(_not_prepared(name, data_dir))
+        raise InputError(_not_prepared(name, data_dir))
     parents = sorted({p.parent for p in prepared})
     if len(parents) > 1:
         configs = ", ".join(f"tfds:{p.relative_to(data_dir).as_posix()}" for p in parents)
-        raise ValueError(f"tfds: {name} is prepared in several configurations; name one: {configs}")
+        raise InputError(f"tfds: {name} is prepared in several configurations; name one: {configs}")
     if version:
         matching = [p for p in prepared if p.name == version]
         if not matching:
             found = ", ".join(sorted(p.name for p in prepared))
-            raise ValueError(
+            raise InputError(
                 f"tfds: {name} is not prepared in version {version}; prepared: {found}"
             )
         prepared = matching
@@ -54,7 +55,7 @@ def _open_directory(
     if FORMAT not in formats or not (directory / FEATURES).exists():
         what = "by an old TFDS, without features.json" if FORMAT in formats else f"as {main_format}"
         why = "" if FORMAT in formats else ", which only TensorFlow reads"
-        raise ValueError(
+        raise InputError(
             f"tfds: {directory} is prepared {what}{why}; "
             f"prepare it once more as {FORMAT}: {_command(data_set, data_dir)}"
         )

@@ -16,6 +16,7 @@ import zlib
 
 import numpy as np
 
+from nat_jax.errors import InputError
 from nat_jax.input.sources.file_listing import (
     Group,
     Listing,
@@ -55,11 +56,11 @@ def list_zip(path: str) -> Listing:
             members = [m for m in archive.infolist() if not m.is_dir()]
             last = archive.NameToInfo  # where a name stands twice, the later content counts
     except (OSError, zipfile.BadZipFile) as error:
-        raise ValueError(
+        raise InputError(
             f"folder: {path} is neither a folder nor a readable .zip: {error}.{_hint(path)}"
         ) from error
     if any(m.flag_bits & 1 for m in members):
-        raise ValueError(f"folder: {path} is protected by a password; give one without")
+        raise InputError(f"folder: {path} is protected by a password; give one without")
     by_folder: dict[str, list[zipfile.ZipInfo]] = {}
     for member in members:
         folder, slash, _ = member.filename.rpartition("/")
@@ -78,7 +79,7 @@ def list_zip(path: str) -> Listing:
             try:
                 groups.append(_group(prefix, images, last))
             except OverflowError as error:
-                raise ValueError(f"folder: {path} is damaged: {error}") from error
+                raise InputError(f"folder: {path} is damaged: {error}") from error
     stamp = Stamp({"": times_of(status)}, {}, status.st_size)
     return Listing(groups, others, stamp, None if is_settled(now, stamp.times[""]) else path)
 
@@ -114,11 +115,11 @@ class ZipReader:
         try:
             self._file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
         except OSError as error:
-            raise ValueError(f"folder: cannot open {path}: {error}") from error
+            raise InputError(f"folder: cannot open {path}: {error}") from error
         # Not at the end of the program, where threads may still be reading.
         weakref.finalize(self, os.close, self._file).atexit = False
         if self._changed():
-            raise ValueError(f"folder: {path} was changed after it was listed; start again")
+            raise InputError(f"folder: {path} was changed after it was listed; start again")
 
     def read(self, name: str, size: int, member: np.void) -> bytes:
         """Read one member.

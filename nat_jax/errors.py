@@ -1,0 +1,13 @@
+"""Errors that the user can fix: the program prints their message, and a traceback of all others."""
+
+
+class UserError(Exception):
+    """A mistake in the input, or a condition outside the program, that the user can correct.
+
+    The message states what is wrong, what was expected, what was found, and how to fix it.
+    Subclasses are also a ValueError or a RuntimeError, so that callers may catch those.
+    """
+
+
+class InputError(UserError, ValueError):
+    """A setting, a file, a data set or an argument is not what it must be."""
