@@ -94,21 +94,23 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> T
     for seed in config.seeds:
         place = workdirs.seed_folder(config, folder, seed)
         run = set_up(config, seed, place, mesh=mesh, sources=sources, cache=cache)
-        state = _train(run, folder, began)
+        # Before training, so that mistakes in the evaluation's settings are found.
+        evaluator = judge.Judge(config, *sources[1:], run.step.model, seed=seed, cache=cache)
+        state = _train(run, evaluator, folder, began)
         trained = _network(run, state)
         if jax.process_index() == 0:
             with preemption.nothing_to_save():
                 _say_health(run)
-                results[seed] = _judge_run(run, int(state.step), trained)
+                results[seed] = _judge_run(run, evaluator, int(state.step), trained)
         began = time.perf_counter()
     with preemption.nothing_to_save():
         if jax.process_index() == 0:
-            _publish(folder, run, results)
+            _publish(folder, run, evaluator, results)
         consistency.wait_for_all("published")  # however long that took
     return state
 
 
-def _train(run: Run, folder: Path, began: float) -> TrainState:
+def _train(run: Run, evaluator: judge.Judge, folder: Path, began: float) -> TrainState:
     """Bring a run to its last step, from wherever its newest checkpoint stands."""
     checkpoints = checkpoint.Checkpoints(
         run.workdir / "checkpoints", keep=run.config.checkpoint.keep
@@ -128,7 +130,7 @@ def _train(run: Run, folder: Path, began: float) -> TrainState:
                 f"{run.total_steps}. Raise epochs, or choose another folder with --workdir=..."
             )
         if int(state.step) < run.total_steps:
-            state = _Loop(run, checkpoints, began).run(state)
+            state = _Loop(run, evaluator, checkpoints, began).run(state)
         return state
     except Exception as error:
         alone = startup.lost_peer(error) is not None
@@ -162,46 +164,47 @@ def _say_health(run: Run) -> None:
         logger.info("seed %d: %s", run.seed, sentence)
 
 
-def _judge_run(run: Run, step: int, trained: Network) -> list[judge.Row]:
+def _judge_run(run: Run, evaluator: judge.Judge, step: int, trained: Network) -> list[judge.Row]:
     """Score raw pixels, the untrained and the trained network, and draw the pictures.
 
     What an earlier call found for the same weights under the same protocol is read back. Nothing
     here waits for another process.
     """
-    panel = run.panel
     path = run.workdir / "judged.json"
     asked = {
         "step": step,
-        "protocol": panel.protocol(),
+        "protocol": evaluator.protocol(),
         "training": {**workdirs.training(run.config), **run.identity()},
     }
     saved = workdirs.read_json(path)
     if workdirs.answers(saved, asked):
         return saved["rows"]
     rows: list[judge.Row] = []
-    if panel.has_labels:
-        rows += panel.baselines()
-        rows += panel.network(UNTRAINED, untrained_network(run.config, run.seed))
-        rows += panel.network(panel.trained, trained)
+    if evaluator.has_labels:
+        rows += evaluator.baselines()
+        rows += evaluator.network(UNTRAINED, untrained_network(run.config, run.seed))
+        rows += evaluator.network(evaluator.trained, trained)
     else:
         logger.info("no labels: probes are skipped, neighbours are still drawn")
-    _draw(run, panel, trained)
+    _draw(run, evaluator, trained)
     workdirs.write_json(path, {**asked, "rows": rows})
     return rows
 
 
-def _draw(run: Run, panel: judge.Judge, network: Network) -> None:
+def _draw(run: Run, evaluator: judge.Judge, network: Network) -> None:
     """Draw the first layer's filters and some test images' nearest neighbours."""
     folder = run.workdir / "pictures"
     folder.mkdir(parents=True, exist_ok=True)
     kernel = jax.device_get(network.params["conv1"]["map"]["kernel"])
     (folder / "filters.png").write_bytes(report.filters(kernel, "First-layer filters"))
     for layer in dict.fromkeys(("z", run.step.model.last_conv)):
-        found = panel.neighbours(network, layer, queries=8, count=10)
+        found = evaluator.neighbours(network, layer, queries=8, count=10)
         (folder / f"neighbours_{layer}.png").write_bytes(report.neighbours(*found))
 
 
-def _publish(workdir: Path, run: Run, results: dict[int, list[judge.Row]]) -> None:
+def _publish(
+    workdir: Path, run: Run, evaluator: judge.Judge, results: dict[int, list[judge.Row]]
+) -> None:
     """Write the table over all seeds and the report, and print where they are."""
     if any(results.values()):
         table = judge.aggregate(results)
@@ -211,7 +214,7 @@ def _publish(workdir: Path, run: Run, results: dict[int, list[judge.Row]]) -> No
             "metric": "accuracy",
             "value": value,
             "untrained": untrained,
-            "protocol": {**run.panel.protocol(), "config": configs.to_dict(run.config)},
+            "protocol": {**evaluator.protocol(), "config": configs.to_dict(run.config)},
             "run": {
                 **run.identity(),
                 "seed": list(results),
@@ -229,8 +232,14 @@ def _publish(workdir: Path, run: Run, results: dict[int, list[judge.Row]]) -> No
 class _Loop:
     """The only training loop: batches in, steps dispatched, results read two steps later."""
 
-    def __init__(self, run: Run, checkpoints: checkpoint.Checkpoints, began: float) -> None:
-        self._run, self._checkpoints = run, checkpoints
+    def __init__(
+        self,
+        run: Run,
+        evaluator: judge.Judge,
+        checkpoints: checkpoint.Checkpoints,
+        began: float,
+    ) -> None:
+        self._run, self._evaluator, self._checkpoints = run, evaluator, checkpoints
         self._began: float | None = began  # until the first step is done
         self._first_step: dict[str, float] = {}  # until it is in a row
         self._save_every = configs.steps_from(run.config, "checkpoint.every_", run.steps_per_epoch)
@@ -369,7 +378,7 @@ class _Loop:
     def _judges_at(self, done: int) -> bool:
         every = self._run.config.eval.every_epochs * self._run.steps_per_epoch
         due = every and done % every == 0 and 0 < done < self._run.total_steps
-        return bool(due and self._run.panel.has_labels)
+        return bool(due and self._evaluator.has_labels)
 
     def _is_judged(self, done: int) -> bool:
         return any(
@@ -381,6 +390,6 @@ class _Loop:
         network = _network(self._run, state)
         if jax.process_index() != 0 or self._is_judged(done):
             return  # the next step waits for the first process
-        rows = self._run.panel.network(self._run.panel.trained, network)
+        rows = self._evaluator.network(self._evaluator.trained, network)
         scores = {f"eval/{r['features']}/{r['probe']}/{r['labels']}": r["value"] for r in rows}
         self._write(done, scores)

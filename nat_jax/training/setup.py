@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 from nat_jax import config as configs
 from nat_jax import models, optim, targets
 from nat_jax.errors import InputError
-from nat_jax.evaluate import judge
 from nat_jax.input import pipeline
 from nat_jax.input.device_images import DeviceImages
 from nat_jax.input.reader import ImageCache
@@ -42,7 +41,6 @@ class Run:
     workdir: Path
     sources: Sources
     cache: ImageCache
-    panel: judge.Judge
     step: Step
     targets: targets.Targets
     steps_per_epoch: int
@@ -112,9 +110,6 @@ def set_up(
     )
     platform = mesh.devices.flat[0].platform
     model = make_model(config, platform)
-    panel = judge.Judge(  # finds mistakes in the evaluation's settings before training, not after
-        config, sources.probe_train, sources.probe_test, model, seed=seed, cache=cache
-    )
     step = Step(
         model=model,
         optimizer=optimizer,
@@ -148,9 +143,7 @@ def set_up(
         storage,
         workdir,
     )
-    return Run(
-        config, seed, workdir, sources, cache, panel, step, noise, steps_per_epoch, total_steps
-    )
+    return Run(config, seed, workdir, sources, cache, step, noise, steps_per_epoch, total_steps)
 
 
 def _check_classes(config: ConfigDict, train: Source) -> None:
