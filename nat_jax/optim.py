@@ -17,7 +17,7 @@ _LARGE = 2**20
 
 @dataclasses.dataclass(frozen=True)
 class Optimizer:
-    """Settings of SGD; equal settings give the identical optax transformation.
+    """Settings of SGD; equal settings share one optax transformation.
 
     Attributes:
         learning_rate: l0, for the loss ``1/(2n) sum |z - c|^2``.
@@ -85,7 +85,7 @@ def make_optimizer(settings: Optimizer) -> optax.GradientTransformation:
 def measured(gradient: optax.Updates) -> tuple[optax.Updates, jax.Array]:
     """Return a gradient, bit for bit, and its norm, float32 scalar.
 
-    On CPUs large arrays come back multiplied by a one that depends on their norm. An update may
+    On CPUs large arrays are multiplied by 1.0 with a data dependency on the norm. An update may
     overwrite a gradient; where it is not known to come after the norm, XLA:CPU keeps two copies,
     which cost AlexNet 151 MB, and 5 % of a step of 16 images (``benchmarks/step.py``). A norm that
     is not finite makes them not a number.

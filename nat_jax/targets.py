@@ -74,8 +74,8 @@ def _inverse_norm(x: jax.Array) -> jax.Array:
 class SphereTable:
     """Sphere rows held in an array float32[>=N, D]; the array may be sharded over its rows.
 
-    Then each device looks the asked rows up in its share, and a sum over the devices brings them
-    together: what travels are B row numbers and B rows, never the table.
+    When sharded, each device gathers the requested rows in its shard and a sum over devices
+    combines them, so a gather communicates B row numbers and B rows, never the table.
     """
 
     rows: jax.Array
@@ -177,7 +177,7 @@ def _build_table(
         first = jax.lax.axis_index(axis) * per_device
         return _rows_from(key, first, per_device, dim)
 
-    # Left to itself, the compiler lets every device compute the whole table and keep its share.
+    # Without shard_map, the compiler makes every device compute the full table and keep its shard.
     build = jax.shard_map(
         build,
         mesh=sharding.mesh,
@@ -202,13 +202,14 @@ def initial_assignment(
     """Return the first permutation int32[N]: image i owns row ``assignment[i]``.
 
     Sphere rows are independent noise already, so the identity is as random as any permutation;
-    basis rows repeat with period k and are dealt at random. Labels are dealt to nobody.
+    basis rows repeat with period k and are assigned at random. With labels, the assignment is
+    unused.
 
     Args:
         kind: "sphere", "basis" or "labels".
         num_records: N.
-        key: typed PRNG key of the deal.
-        length: how long the permutation shall be, at least N; entries from N on own themselves.
+        key: typed PRNG key of the random assignment.
+        length: padded length of the permutation, at least N; entry i >= N is i.
 
     Raises:
         ValueError: more records than int32 can number.
@@ -217,5 +218,5 @@ def initial_assignment(
     length = num_records if length is None else length
     if kind != "basis":
         return jnp.arange(length, dtype=jnp.int32)  # each device makes its share of it
-    dealt = jax.random.permutation(key, jnp.arange(num_records, dtype=jnp.int32))
-    return jnp.concatenate([dealt, jnp.arange(num_records, length, dtype=jnp.int32)])
+    rows = jax.random.permutation(key, jnp.arange(num_records, dtype=jnp.int32))
+    return jnp.concatenate([rows, jnp.arange(num_records, length, dtype=jnp.int32)])

@@ -1,4 +1,4 @@
-"""The auction: bidding brings in most rows, shortest augmenting paths the rest."""
+"""The auction: bidding matches most rows, shortest augmenting paths match the rest."""
 
 import math
 import operator
@@ -63,7 +63,7 @@ def auction(
         max_rounds: limit on `Assignment.rounds` for each problem; at the limit the rows that are
             left take free columns in order. None: no limit; at most n**2 + O(n) rounds are
             possible, a few hundred are usual at n = 256.
-        kernel: on NVIDIA GPUs of compute capability 8.0 and later, run the whole search in one
+        kernel: on NVIDIA GPUs of compute capability 8.0 and later, run the complete search in one
             Pallas program for each problem of at most 2048 columns. Its result is checked: a wrong
             one would cost time. It has been compiled for such GPUs but not yet been run on one.
             Elsewhere nothing changes.
@@ -75,7 +75,7 @@ def auction(
         columns are exchanged), plus a rounding term of order n * 2**-24 * (max|c| + max|p|), where
         a common offset of all costs does not count. Integer costs are solved exactly with gap 0
         as long as (max(c) - min(c)) + max|p| < 2**24, for which (max(c) - min(c)) * (n + 1) < 2**24
-        suffices without `prices`; beyond, the gap says what was reached.
+        suffices without `prices`; beyond that, the gap is the bound that was reached.
 
     Raises:
         TypeError: `cost` or `prices` is no array of real numbers.
@@ -162,7 +162,7 @@ def _solve_one(
     *start, eps, max_rounds = start_and_limits
     n, m = given.shape
     problem = standardise(given, maximize)
-    eps = jnp.where(problem.whole, jnp.floor(eps), eps) / problem.unit
+    eps = jnp.where(problem.integral, jnp.floor(eps), eps) / problem.unit
     eps = jnp.minimum(eps, _LARGEST_EPS)
     ladder = _rough_phases(n, m)
     if start:
@@ -193,10 +193,10 @@ def _search_in_loops(
 
     def bid(k: jax.Array, phases: tuple[_Phase, _Phase]) -> tuple[_Phase, _Phase]:
         _, before = phases
-        # The last phase deals in whole prices where costs are whole: its sums are then exact.
-        whole = jnp.round(before.prices * problem.unit) / problem.unit
-        deals_whole = problem.whole & (k == final)
-        before = before._replace(prices=jnp.where(deals_whole, whole, before.prices))
+        # The last phase uses integer prices where costs are integers: its sums are then exact.
+        rounded = jnp.round(before.prices * problem.unit) / problem.unit
+        integer_prices = problem.integral & (k == final)
+        before = before._replace(prices=jnp.where(integer_prices, rounded, before.prices))
         return before, _bid(cost, before, levels[k], max_rounds=max_rounds)
 
     none = _Phase(begin.prices, begin.owner, jnp.int32(0))
@@ -214,12 +214,12 @@ def _search_in_kernel(
     *,
     interpret: bool = False,
 ) -> _paths.Matching:
-    """Do as `_search_in_loops` in one program; keep what of its result holds, match the rest."""
+    """Search in one Pallas program; check its result, keep the valid part and match the rest."""
     from nat_jax.assign import _kernel  # Pallas takes long to import
 
     cost = problem.cost
     skipped = jnp.arange(len(levels)) < begin.phase
-    grain = jnp.where(problem.whole, 1 / problem.unit, 0)
+    grain = jnp.where(problem.integral, 1 / problem.unit, 0)
     ended = _kernel.solve(
         cost,
         begin.prices,

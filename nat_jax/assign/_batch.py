@@ -48,7 +48,7 @@ def wide(cost: jax.Array) -> jax.Array:
 
 
 def _with_vmap_rule(solve: Callable[..., Solved]) -> Callable[..., Solved]:
-    """Give `solve` its own rule for vmap: side by side on accelerators, in turn on the CPU.
+    """Attach a vmap rule to `solve`: batched on accelerators, sequential on the CPU.
 
     Loops run side by side go on until the slowest problem ends, which gains nothing on a CPU.
     """

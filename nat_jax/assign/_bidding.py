@@ -26,7 +26,7 @@ class Bidding(NamedTuple):
 
     prices: jax.Array  # float32[m]
     owner: jax.Array  # int32[m], -1: free
-    bidders: jax.Array  # int32[slots], -1: nobody is left for this slot
+    bidders: jax.Array  # int32[slots], -1: no row is left for this slot
     called: jax.Array  # int32, how many of the idle rows have come up to bid
     rounds: jax.Array  # int32
 
@@ -143,8 +143,8 @@ def bid(
     def body(s: Bidding) -> Bidding:
         return _bidding_round(cost, eps, queue, number, s)
 
-    nobody = jnp.full(slots, -1, jnp.int32)
-    bidders, called = _call_up(nobody, queue, number, jnp.int32(0))
+    unmatched = jnp.full(slots, -1, jnp.int32)
+    bidders, called = _call_up(unmatched, queue, number, jnp.int32(0))
     return lax.while_loop(goes_on, body, Bidding(prices, owner, bidders, called, rounds))
 
 

@@ -23,7 +23,7 @@ class Solved(NamedTuple):
 
 
 def certify(given: jax.Array, problem: Standard, ended: _paths.Matching) -> Solved:
-    """Complete the matching, bound its distance from the optimum and say how it ended."""
+    """Complete the matching, bound its distance from the optimum and set the status."""
     n, m = given.shape
     cost, prices = problem.cost, ended.prices
     missing = ended.col4row < 0
@@ -39,7 +39,7 @@ def certify(given: jax.Array, problem: Standard, ended: _paths.Matching) -> Solv
     rounding = ROUNDOFF * (jnp.abs(held) + jnp.abs(best)) + 2 * problem.entry_error
     largest = problem.largest + jnp.max(jnp.abs(prices))
     given_prices = prices * problem.unit
-    exact = problem.whole & jnp.all(given_prices == jnp.round(given_prices))
+    exact = problem.integral & jnp.all(given_prices == jnp.round(given_prices))
     exact &= largest * problem.unit < EXACT_INTEGERS
     rounding = jnp.where(exact, 0, rounding)
     taken = jnp.zeros(m, bool).at[col4row].set(True)

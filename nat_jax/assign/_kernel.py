@@ -1,8 +1,8 @@
-"""The whole auction of a problem in one Pallas program, for NVIDIA GPUs (Triton).
+"""The complete auction for one problem as a single Pallas kernel, for NVIDIA GPUs (Triton).
 
 The XLA loops of `_bidding` and `_paths` cost a GPU several launches for each of some hundred
 rounds. Here one program goes through the same algorithm: bidding with falling eps, then shortest
-augmenting paths. `jax.vmap` gives one program to each problem.
+augmenting paths. `jax.vmap` runs one program per problem.
 
 A round of bids should take some 2,000 cycles at m = 256 and 4,000 at m = 1024, a step of a path 600
 to 900: counted from the machine code, not measured.
@@ -48,7 +48,7 @@ def solve(
         prices: float32[m], finite, to start from.
         levels: float32[k]; eps of each phase of bidding, k >= 1.
         max_rounds: int32; limit on the rounds.
-        grain: float32; prices of the last phase are multiples of it (0: any). For whole costs.
+        grain: float32; prices of the last phase are multiples of it (0: any).
         interpret: run on any device, slowly, for tests.
 
     Returns:
@@ -101,16 +101,16 @@ def _kernel(
     columns = table.columns()
     start = plgpu.load(start_ref.at[columns], mask=columns < m, other=jnp.float32(0))
     table.prices[columns] = start
-    nobody = jnp.full(width, -1, jnp.int32)
-    table.owner[columns] = nobody
+    unmatched = jnp.full(width, -1, jnp.int32)
+    table.owner[columns] = unmatched
 
     def phase(k: jax.Array, s: _Before) -> _Before:
         table.barrier()
         prices, owner = table.prices[columns], table.owner[columns]
-        # The last phase deals in whole prices where costs are whole: its sums are then exact.
+        # The last phase uses integer prices where costs are integers: its sums are then exact.
         unit = jnp.where(grain > 0, grain, 1)
-        whole = jnp.floor(prices / unit + 0.5) * unit
-        prices = jnp.where((grain > 0) & (k == phases - 1), whole, prices)
+        rounded = jnp.floor(prices / unit + 0.5) * unit
+        prices = jnp.where((grain > 0) & (k == phases - 1), rounded, prices)
         table.prices[columns] = prices
         eps = levels_ref[k]
         first = _release(table, eps)
@@ -121,7 +121,7 @@ def _kernel(
         return _Before(prices, owner, first, rounds)
 
     zero = jnp.int32(0)
-    begin = _Before(start, nobody, zero, zero)
+    begin = _Before(start, unmatched, zero, zero)
     before = lax.fori_loop(zero, jnp.int32(phases), phase, begin)
     first = before.first
     if n == m:
@@ -133,7 +133,7 @@ def _kernel(
 
 
 class _Before(NamedTuple):
-    """What a phase started from, and where it has left the others."""
+    """The start of a phase, and the counts accumulated over the phases before it."""
 
     prices: jax.Array  # float32[width]
     owner: jax.Array  # int32[width]
@@ -142,7 +142,7 @@ class _Before(NamedTuple):
 
 
 class _Choices(NamedTuple):
-    """What some rows hold, beside the best they could."""
+    """The column some rows hold and the best column available to them."""
 
     rows: jax.Array  # int32[slots]
     column: jax.Array  # int32[slots], -1: none

@@ -29,8 +29,8 @@ _NONE = np.int32(np.iinfo(np.int32).max)
 class Table(NamedTuple):
     """References to the problem and to the state of its solution.
 
-    What is scattered to has places at its end for what nobody wants: an unmasked store to distinct
-    places is right in interpret mode too.
+    Arrays that are scattered to have spare places at their end for masked-out values: an unmasked
+    store to distinct places is right in interpret mode too.
     """
 
     cost: Any  # float32[n, m]
@@ -189,7 +189,7 @@ def _sortable(x: jax.Array) -> jax.Array:
 
 
 def _unsortable(bits: jax.Array) -> jax.Array:
-    """Undo `_sortable`; `_NONE` gives NaN."""
+    """Undo `_sortable`; `_NONE` maps to NaN."""
     return lax.bitcast_convert_type(bits ^ ((bits >> 31) & _NONE), jnp.float32)
 
 

@@ -20,7 +20,7 @@ class Matching(NamedTuple):
     prices: jax.Array  # float32[m]
     owner: jax.Array  # int32[m], -1: free
     col4row: jax.Array  # int32[n], -1: none
-    tried: jax.Array  # int32, rows of the list dealt with
+    tried: jax.Array  # int32, rows of the list already processed
     infeasible: jax.Array  # bool, some row has no path over allowed pairs
     cut_off: jax.Array  # bool, the limit on rounds came before the prices were even
     rounds: jax.Array  # int32

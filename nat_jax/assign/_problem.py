@@ -1,4 +1,4 @@
-"""The problem: what was given, checked, and brought to a standard form."""
+"""The problem: input checks and the conversion of costs to a standard form."""
 
 import contextlib
 from typing import Any, NamedTuple
@@ -41,7 +41,7 @@ def full_precision(cost: ArrayLike) -> contextlib.AbstractContextManager[Any]:
 
 
 def _is_traced() -> bool:
-    """Say whether what is computed now becomes part of a program."""
+    """Return whether the current code is being traced into a program."""
     return isinstance(jnp.zeros(()), jax.core.Tracer)
 
 
@@ -55,7 +55,7 @@ def _on_host(cost: ArrayLike) -> np.ndarray | None:
 
 
 def as_cost(cost: ArrayLike) -> jax.Array:
-    """Return `cost` as an array of real numbers of rank two or more, or say what is wrong."""
+    """Return `cost` as an array of real numbers of rank two or more; raise if it is none."""
     host = _on_host(cost)
     if host is not None and host.dtype.kind not in "fiubV":  # V: the 16-bit floats of ml_dtypes
         raise TypeError(f"cost must hold real numbers, got dtype {host.dtype}")
@@ -87,7 +87,7 @@ class Standard(NamedTuple):
     dense: jax.Array  # bool; if true, no pair is forbidden
     nonfinite: jax.Array  # bool
     entry_error: jax.Array  # float32, by how much `cost` may miss the given value
-    whole: jax.Array  # bool, the costs are integers, whatever their type, and represented exactly
+    integral: jax.Array  # bool, all costs are integers (of any dtype) and exact
 
 
 def standardise(cost: jax.Array, maximize: bool) -> Standard:
@@ -113,7 +113,7 @@ def standardise(cost: jax.Array, maximize: bool) -> Standard:
         dense=jnp.bool_(True),
         nonfinite=jnp.bool_(False),
         entry_error=jnp.where(exact, 0, jnp.float32(ROUNDOFF)),
-        whole=exact,
+        integral=exact,
     )
 
 
@@ -146,7 +146,7 @@ def _standardise_floats(cost: jax.Array, maximize: bool) -> Standard:
         dense=dense,
         nonfinite=bad,
         entry_error=jnp.float32(8 * TINY + (ROUNDOFF if dtype == jnp.float64 else 0)),
-        whole=_all_whole(known, offset) & (largest <= EXACT_INTEGERS),
+        integral=_all_integral(known, offset) & (largest <= EXACT_INTEGERS),
     )
 
 
@@ -159,16 +159,16 @@ def _range_of_finite(cost: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return low, high, jnp.any(~finite & (cost != jnp.inf))
 
 
-def _all_whole(cost: jax.Array, offset: jax.Array) -> jax.Array:
+def _all_integral(cost: jax.Array, offset: jax.Array) -> jax.Array:
     """Whether ``cost - offset`` holds integers and infinities only; the first row mostly tells."""
 
     def whole(some: jax.Array) -> jax.Array:
         return jnp.all(some - offset == jnp.floor(some - offset))
 
-    def all_whole(cost: jax.Array) -> jax.Array:
+    def all_integral(cost: jax.Array) -> jax.Array:
         # Arithmetic takes subnormal numbers for zero; their bits are not.
         bits = lax.bitcast_convert_type(cost, f"uint{8 * cost.dtype.itemsize}") << 1
         tiny = lax.bitcast_convert_type(jnp.finfo(cost.dtype).tiny, bits.dtype) << 1
         return whole(cost) & ~jnp.any((bits > 0) & (bits < tiny))
 
-    return lax.cond(whole(cost[0]), all_whole, lambda _: jnp.bool_(False), cost)
+    return lax.cond(whole(cost[0]), all_integral, lambda _: jnp.bool_(False), cost)

@@ -1,4 +1,4 @@
-"""What the bidding starts from: prices guessed from the costs, or the caller's."""
+"""Initial prices of the bidding: estimated from the costs, or the caller's."""
 
 from functools import partial
 from typing import NamedTuple
@@ -19,7 +19,7 @@ _SAMPLE = 64  # rows that ranges are measured on where they only make the search
 
 
 class Start(NamedTuple):
-    """What the bidding starts from."""
+    """The initial state of the bidding."""
 
     prices: jax.Array  # float32[m]
     owner: jax.Array  # int32[m]
@@ -28,10 +28,10 @@ class Start(NamedTuple):
 
 
 def cold_start(problem: Standard) -> Start:
-    """Start at the first phase, nobody matched."""
+    """Start at the first phase, with every row unmatched."""
     prices = _mean_prices(problem)
-    nobody = jnp.full(problem.cost.shape[1], -1, jnp.int32)
-    return Start(prices, nobody, jnp.int32(0), _span(problem.cost, prices))
+    unmatched = jnp.full(problem.cost.shape[1], -1, jnp.int32)
+    return Start(prices, unmatched, jnp.int32(0), _span(problem.cost, prices))
 
 
 def warm_start(problem: Standard, prices: jax.Array, *, last_phase: int) -> Start:
@@ -63,8 +63,8 @@ def given_prices(problem: Standard, prices: jax.Array, exchanged: bool) -> jax.A
 
 
 def _mean_prices(problem: Standard) -> jax.Array:
-    """Return prices to start from where nothing is known."""
-    # Features near one direction make a column cheap or dear as a whole; its mean says so.
+    """Return initial prices estimated from the column means."""
+    # Features near one direction shift all costs of a column; its mean estimates that shift.
     means = lax.cond(problem.dense, partial(jnp.mean, axis=0), _mean_of_finite, problem.cost)
     n, m = problem.cost.shape
     if n == m:

@@ -1,8 +1,8 @@
-"""A bundle: a network, its weights, how images are brought to it, and where it comes from.
+"""A bundle: a network, its weights, its image preprocessing and its provenance.
 
 The folder holds ``bundle.json``, ``weights.npz``, possibly programs (``nat_jax.export.program``),
-and ``SHA256SUMS``, which ``sha256sum -c SHA256SUMS`` checks too. It is written beside its place and
-renamed, so that there is a whole bundle or none.
+and ``SHA256SUMS``, which ``sha256sum -c SHA256SUMS`` checks too. It is written to a
+temporary folder and renamed, so a bundle is either complete or absent.
 """
 
 import dataclasses
@@ -33,16 +33,16 @@ _BATCH = 256
 
 
 class BundleError(UserError, RuntimeError):
-    """A bundle cannot be read or written; the message says what is wrong with it."""
+    """A bundle cannot be read or written; the message names the fault."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Bundle(Network):
-    """A network that knows how it is fed and where it comes from.
+    """A frozen network with its image preprocessing and its provenance.
 
     Attributes:
         arguments: those of ``models.make_model`` that make its definition, but for the platform.
-        resize: shortest side of an image before its middle is cut out; 0: the whole is scaled.
+        resize: shortest side of an image before the centre crop; 0: the complete image is scaled.
         config: the config of its run, as JSON has it.
         run: seed, step (0: untrained), and the data that it was trained on.
     """
@@ -63,7 +63,7 @@ class Bundle(Network):
         """Return images' features, in evaluation mode.
 
         Args:
-            images: uint8[B, S, S, 3], RGB, of the size that ``preprocess`` gives.
+            images: uint8[B, S, S, 3], RGB, of the size that ``preprocess`` returns.
             layer: "z", "conv1", ..., or "last_conv"; see ``model.layer_names``.
             max_features: average-pool feature maps of more values to at most this many, as the
                 probes do with ``eval.max_features``; None leaves them as they are.
@@ -98,7 +98,7 @@ class Bundle(Network):
     def preprocess(
         self, image: str | os.PathLike[str] | bytes | np.ndarray | Image.Image
     ) -> np.ndarray:
-        """Bring an image to the size that the network takes, as those it was judged on.
+        """Resize and crop an image as in evaluation.
 
         Args:
             image: a file's path or its bytes, a PIL image, or uint8 [H, W] or [H, W, 1|3|4].
@@ -118,7 +118,7 @@ class Bundle(Network):
 
     @property
     def transform(self) -> Transform:
-        """What becomes of images before the network sees them."""
+        """The preprocessing of images for this network."""
         return eval_transform(image_size=self.model.image_size, resize=self.resize)
 
     def save(
@@ -226,13 +226,13 @@ def load(folder: str | os.PathLike[str], *, platform: str | None = None) -> Bund
 
 
 def is_bundle(folder: str | os.PathLike[str]) -> bool:
-    """Say whether a folder looks like a bundle, if perhaps a damaged one."""
+    """Return whether a folder looks like a bundle, possibly a damaged one."""
     return any((Path(folder).expanduser() / name).exists() for name in (CARD, SUMS, WEIGHTS))
 
 
 def _check_files(place: Path) -> None:
     """Raise BundleError unless the files are those that were written, to the byte."""
-    again = "Copy it again, or export it anew (--config.task=export)"
+    again = "Copy it again, or export it again (--config.task=export)"
     if not place.is_dir():
         raise BundleError(f"there is no folder {place.absolute()}; expected that of a bundle")
     if not is_bundle(place):
@@ -248,9 +248,9 @@ def _check_files(place: Path) -> None:
             if not (place / name).is_file():
                 raise BundleError(f"{place} is incomplete: {name} is missing. {again}")
             if sums.get(name) != atomic_files.sha256(place / name):
-                raise BundleError(f"{place} is damaged: {name} is not what {SUMS} says. {again}")
+                raise BundleError(f"{place} is damaged: {name} does not match {SUMS}. {again}")
         if atomic_files.sums_text(sums) != text.encode():
-            raise BundleError(f"{place} is damaged: {SUMS} is not what was written. {again}")
+            raise BundleError(f"{place} is damaged: {SUMS} was changed. {again}")
     except (OSError, ValueError) as error:  # the text is no UTF-8, or a name is no file's
         raise BundleError(f"{place} cannot be read: {SUMS}: {error}. {again}") from error
 
@@ -268,7 +268,7 @@ def _check_weights(place: Path, model: models.Model, weights: Mapping[str, np.nd
 
 
 def _padded_batches(images: np.ndarray, batch_size: int) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield batches and how many of their rows count.
+    """Yield padded batches and the number of valid rows of each.
 
     The last one is padded to the others' length, a lone one to a power of two: few shapes are
     compiled, and images are computed in batches of the length in which they were judged.

@@ -1,4 +1,4 @@
-"""Networks to judge or export, from a run's folder, from a bundle, or untrained."""
+"""Networks for evaluation or export, from a run's folder, from a bundle, or untrained."""
 
 import logging
 import os

@@ -1,4 +1,4 @@
-"""A network's features as a StableHLO program, which runs where JAX is but nat_jax is not.
+"""A network's features as a StableHLO program, which needs JAX but not nat_jax.
 
 The program takes the weights as an argument, as ``weights.npz`` has them, so that they are on disk
 once. It runs on CPUs, NVIDIA GPUs and TPUs, with any number of images. JAX promises to run it for

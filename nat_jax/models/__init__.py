@@ -18,7 +18,7 @@ from nat_jax.errors import InputError
 from nat_jax.models.alexnet import alexnet
 from nat_jax.models.convnet import convnet
 from nat_jax.models.frontend import FRONTENDS
-from nat_jax.models.layers import Network, Spec, Watch
+from nat_jax.models.layers import Layers, Spec, Watch
 
 MODELS: dict[str, Callable[..., Spec]] = {
     "alexnet": alexnet,
@@ -74,16 +74,16 @@ class Model:
             train: use the batch's own statistics (over the global batch, or each of its
                 ``bn_groups`` parts) and dropout.
             key: PRNG key of the dropout masks.
-            watch: see ``network.Network.layers``.
+            watch: see ``layers.Layers``.
         """
-        graphdef, *states = nnx.split(_abstract_network(self), nnx.Param, nnx.BatchStat, ...)
+        graphdef, *states = nnx.split(_abstract_layers(self), nnx.Param, nnx.BatchStat, ...)
         params_state, stats_state, rest = states
         nnx.replace_by_pure_dict(params_state, params)
         nnx.replace_by_pure_dict(stats_state, batch_stats)
         # copy=True: variables of an outer trace cannot be updated inside a gradient's trace.
         network = nnx.merge(graphdef, params_state, stats_state, rest, copy=True)
         watching = {} if watch is None else {"watch": watch}
-        outputs = network.layers(images, train=train, key=key, **watching)
+        outputs = network(images, train=train, key=key, **watching)
         return outputs, nnx.to_pure_dict(nnx.state(network, nnx.BatchStat))
 
     @property
@@ -147,12 +147,12 @@ def make_model(
     spec = MODELS[name](**{k: tuple(v) if isinstance(v, list) else v for k, v in options.items()})
     platform = platform or jax.default_backend()
     model = Model(spec, dim, image_size, frontend, dtype, platform, bn_groups)
-    _abstract_network(model)  # raises if the image is too small for the layers
+    _abstract_layers(model)  # raises if the image is too small for the layers
     return model
 
 
-def _network(model: Model, rngs: nnx.Rngs) -> Network:
-    return Network(
+def _layers(model: Model, rngs: nnx.Rngs) -> Layers:
+    return Layers(
         model.spec,
         dim=model.dim,
         image_size=model.image_size,
@@ -165,12 +165,12 @@ def _network(model: Model, rngs: nnx.Rngs) -> Network:
 
 
 @functools.cache
-def _abstract_network(model: Model) -> Network:
-    return nnx.eval_shape(lambda: _network(model, nnx.Rngs(0)))
+def _abstract_layers(model: Model) -> Layers:
+    return nnx.eval_shape(lambda: _layers(model, nnx.Rngs(0)))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _init(model: Model, key: jax.Array) -> tuple[Params, Params]:
-    network = _network(model, nnx.Rngs(params=key))
+    network = _layers(model, nnx.Rngs(params=key))
     params, batch_stats = nnx.state(network, nnx.Param, nnx.BatchStat)
     return nnx.to_pure_dict(params), nnx.to_pure_dict(batch_stats)

@@ -1,7 +1,7 @@
-"""Batch norm folded into the linear maps: the same network, without it.
+"""Fold batch norm into the linear maps that precede it.
 
-What networks are compared by elsewhere (VOC 2007 after Krähenbühl et al., ICLR 2016) knows no batch
-norm; the paper folds its running statistics into the kernels before it transfers them (section 4).
+The transfer protocol of VOC 2007 (Krähenbühl et al., ICLR 2016) uses networks without batch norm;
+the paper folds its running statistics into the kernels before it transfers them (section 4).
 """
 
 import dataclasses

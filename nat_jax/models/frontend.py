@@ -1,4 +1,4 @@
-"""From uint8 images to what the first convolution sees.
+"""Front ends: from uint8 images to the input of the first convolution.
 
 The front end is part of the network, so that a trained model takes raw RGB and cannot be fed
 wrongly (paper, section 4: training on image gradients instead of colours).

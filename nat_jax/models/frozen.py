@@ -1,4 +1,4 @@
-"""A network with its weights, in evaluation mode: what is judged, exported, asked for features."""
+"""A network with its weights, in evaluation mode, for evaluation, export and feature extraction."""
 
 import dataclasses
 import functools
@@ -40,7 +40,7 @@ class Network:
                 leaves them as they are.
 
         Returns:
-            A function of uint8[B, H, W, 3] that gives float[B, ...] by layer, on all devices of
+            A function of uint8[B, H, W, 3] that returns {layer: float[B, ...]}, on all devices of
             this process.
         """
 
@@ -95,7 +95,7 @@ def resolve_layers(
     Args:
         names: the names; "last_conv" is the last convolution, "all" every layer.
         model: the network.
-        what: where a message says that they stand.
+        what: the key that error messages name.
 
     Raises:
         ValueError: no name, or an unknown one; the known ones are listed.

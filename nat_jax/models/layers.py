@@ -1,4 +1,4 @@
-"""Convolutional blocks, fully connected blocks and a unit-norm head: what every network here is."""
+"""Convolution blocks, fully connected blocks and a unit-norm head, the parts of every network."""
 
 import dataclasses
 import functools
@@ -90,7 +90,7 @@ def unit_norm(x: jax.Array) -> jax.Array:
 
 Init = Callable[..., jax.Array]
 
-# Given a layer's name and what its linear map returns, [B, ..., C], gives what goes on from there.
+# (layer name, output [B, ..., C] of its linear map) -> the value passed on in its place.
 Watch = Callable[[str, jax.Array], jax.Array]
 
 
@@ -112,7 +112,7 @@ def _unwatched(name: str, output: jax.Array) -> jax.Array:
 
 
 def norm_in_parts(norm: nnx.BatchNorm, x: jax.Array, parts: int) -> jax.Array:
-    """Apply batch norm in training mode with statistics over each of some parts of the batch.
+    """Apply training-mode batch norm with separate statistics for each part of the batch.
 
     Only the means over each image's pixels are regrouped, so that devices exchange [B, C] values at
     the most, however the parts lie on them.
@@ -149,7 +149,7 @@ def norm_in_parts(norm: nnx.BatchNorm, x: jax.Array, parts: int) -> jax.Array:
 
 
 class Block(nnx.Module):
-    """A linear map (convolution or matrix), batch norm unless it is left out, and ReLU.
+    """A linear map (convolution or matrix), optional batch norm, and ReLU.
 
     The map keeps its bias, as in the authors' code, although batch norm cancels it.
     """
@@ -170,7 +170,7 @@ class Block(nnx.Module):
         self.norm = norm(features, scale_init=scale_init, rngs=rngs) if batch_norm else None
 
     def after_map(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Return what the block makes of its linear map's output."""
+        """Apply batch norm and ReLU to the linear map's output."""
         if self.norm is None:
             return nnx.relu(x)
         if train and self.bn_groups > 1:
@@ -178,7 +178,7 @@ class Block(nnx.Module):
         return nnx.relu(self.norm(x, use_running_average=not train))
 
 
-class Network(nnx.Module):
+class Layers(nnx.Module):
     """Front end, convolution blocks, fully connected blocks, unit features."""
 
     def __init__(
@@ -238,7 +238,7 @@ class Network(nnx.Module):
         first = len(self.spec.convs) + 1
         return [(f"fc{i}", dense) for i, dense in enumerate(self.spec.denses, start=first)]
 
-    def layers(
+    def __call__(
         self,
         images: jax.Array,
         *,

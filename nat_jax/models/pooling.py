@@ -1,4 +1,4 @@
-"""Feature maps made small enough to be probed."""
+"""Pooling of feature maps to a size that probes can use."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ def pool(x: jax.Array, max_features: int) -> jax.Array:
 
     Zhang et al. (ECCV 2016) resize AlexNet's maps to 10 x 10 x 96, 6 x 6 x 256, 5 x 5 x 384 twice
     and 6 x 6 x 256, which are 9,600 or 9,216 values: the sizes that `max_features` =
-    PUBLISHED_FEATURES gives here. Where they interpolate, this averages: every pixel counts.
+    PUBLISHED_FEATURES produces here. Where they interpolate, this averages: every pixel counts.
 
     Args:
         x: float[B, h, w, c].

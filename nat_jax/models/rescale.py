@@ -1,8 +1,8 @@
-"""Data-dependent rescaling of a network without batch norm, as transfers need it.
+"""Data-dependent rescaling of a network without batch norm, for transfer learning.
 
 After Krähenbühl et al., Data-dependent initializations of convolutional neural networks (ICLR
-2016): first every channel of the layers that are initialised afresh, then whole layers, so that all
-of them learn at one pace. Layers that were trained keep their channels as they are.
+2016): first every channel of the newly initialised layers, then complete layers, so that all of
+them learn at the same rate. Layers that were trained keep their channels as they are.
 """
 
 import logging
@@ -34,7 +34,7 @@ def rescale_channels(
     layers: Sequence[str] | None = None,
     bias: float = 0.1,
 ) -> Params:
-    """Give every channel unit variance and one mean over some images, layer after layer.
+    """Rescale every channel to unit variance and a common mean over some images, layer by layer.
 
     What a linear map returns for a channel, over all images and pixels, has mean m and deviation s
     before; its kernel is divided by s, and its bias becomes (old - m) / s + ``bias``, so that mean
@@ -94,7 +94,7 @@ def rescale_channels(
 def balance_layers(
     model: Model, params: Params, images: jax.Array | np.ndarray, key: jax.Array
 ) -> Params:
-    """Scale whole layers so that a gradient changes all of them at one rate.
+    """Scale the layers so that a gradient changes all of them at the same relative rate.
 
     A layer's rate is rms(gradient of its kernel) / rms(kernel), the gradient being that of white
     noise at the network's top, before features are brought to unit norm. The outputs there come to
