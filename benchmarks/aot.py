@@ -6,11 +6,12 @@ Needs no accelerator, only the compilers: `pip install 'jax[cuda12]'` for GPUs, 
 for TPUs (each is skipped, with a line, where it is missing). Compiles the auction, the Pallas
 program of one launch, and the matching of a train step over 16 devices. Prints for each: the
 operations (on a GPU: launches) in one iteration of the innermost loops, the collectives inside any
-loop, the temporary memory of a device, and, where `ptxas` is at hand, the registers and spilled
+loop, the temporary memory of a device, and, where `ptxas` is installed, the registers and spilled
 bytes of the Pallas program. Nothing runs, so nothing is timed. The exit status is 1 if something
 did not compile or a loop holds a collective: devices whose loops end at different times would wait
-for each other. That they would be seen is shown by a control, a batch of loops over the devices
-under plain jit.
+for each other. A control, a batch of loops over the devices under plain jit, must have some.
+
+``--gpus`` and ``--programs`` select some of the GPUs and of the programs, by parts of their names.
 """
 
 import os
@@ -22,45 +23,33 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 
 import argparse
 import dataclasses
-import datetime
 import functools
-import importlib.metadata
 import importlib.util
-import json
-import platform
 import re
 import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import collectives_read as reading
 import jax
 import jax.numpy as jnp
-import numpy as np
+import measure
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nat_jax import assign, models, optim
 from nat_jax.assign import _kernel
+from nat_jax.runtime import sharding
 from nat_jax.train_step import Step, match
-
-COLLECTIVES = re.compile(
-    r"^(all-reduce|all-gather|all-to-all|reduce-scatter|collective-(permute|broadcast))"
-)
-# Operations that are neither a launch on a GPU nor work on a TPU.
-FREE = {
-    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "call",
-    "conditional", "after-all", "partition-id", "iota", "opt-barrier",
-}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """What the compiler wants to know of a GPU; sizes in bytes."""
+    """A GPU's description for the compiler; sizes in bytes."""
 
     name: str
     capability: tuple[int, int]
@@ -73,6 +62,7 @@ class Gpu:
     shared_per_core: int
 
     def description(self) -> str:
+        """Return the text that XLA reads."""
         major, minor = self.capability
         return f"""
 gpu_device_info {{
@@ -126,8 +116,8 @@ def kernel_programs() -> Iterator[Program]:
         types = (jnp.float32, jnp.float32, jnp.float32, jnp.int32, jnp.float32)
         arguments = tuple(map(jax.ShapeDtypeStruct, map(tuple, sizes), types))
         yield Program(f"Pallas program {_times(shape)}", function, arguments)
-        whole = functools.partial(assign.auction, kernel=True)
-        yield Program(f"auction with it {_times(shape)}", whole, arguments[:1])
+        auction = functools.partial(assign.auction, kernel=True)
+        yield Program(f"auction with it {_times(shape)}", auction, arguments[:1])
 
 
 def step_programs(mesh: Mesh) -> Iterator[Program]:
@@ -156,63 +146,12 @@ def _times(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape))
 
 
-def computations(text: str) -> dict[str, list[tuple[str, str]]]:
-    """Return the (opcode, line) pairs of each computation of an optimised program."""
-    found: dict[str, list[tuple[str, str]]] = {}
-    name = ""
-    for line in text.splitlines():
-        begin = re.match(r"(?:ENTRY )?%?([\w.-]+) .*->.*\{$", line)
-        if begin:
-            name = begin[1]
-            found[name] = []
-        operation = re.match(r"\s+(?:ROOT )?%?[\w.-]+ = (?:\(.*?\)|\S+) ([a-z][\w-]*)\(", line)
-        if operation and name:
-            found[name].append((operation[1], line))
-    return found
-
-
-def within(name: str, program: dict[str, list[tuple[str, str]]]) -> Iterator[tuple[str, str]]:
-    """Yield the operations of a computation and of those it calls, not of loops inside it."""
-    for opcode, line in program[name]:
-        yield opcode, line
-        if opcode in ("call", "conditional", "async-start"):
-            for group in re.findall(r"(?:to_apply|calls|\w+_computations?)=\{?([^}\s]*)", line):
-                for callee in re.findall(r"%?([\w.-]+)", group):
-                    yield from within(callee, program) if callee in program else ()
-
-
-def loops(text: str) -> list[dict]:
-    """Return for each loop what it does, whether it holds another loop, and its operations."""
-    program = computations(text)
-    found = []
-    for operations in program.values():
-        for opcode, line in operations:
-            if opcode != "while":
-                continue
-            parts = re.findall(r"(?:condition|body)=%?([\w.-]+)", line)
-            inside = [operation for part in parts for operation in within(part, program)]
-            source = re.search(r'op_name="([^"]*)"', line)
-            found.append({
-                "source": source[1] if source else parts[-1],
-                "innermost": all(opcode != "while" for opcode, _ in inside),
-                "operations": sum(opcode not in FREE for opcode, _ in inside),
-                "collectives": sum(bool(COLLECTIVES.match(opcode)) for opcode, _ in inside),
-            })  # fmt: skip
-    return found
-
-
-def measure(target: str, program: Program, mesh: Mesh, capability: tuple[int, int] | None) -> dict:
+def examine(target: str, program: Program, mesh: Mesh, capability: tuple[int, int] | None) -> dict:
     """Compile a program for the devices of a mesh; return what is known of the result."""
-    sharding = NamedSharding(mesh, P("data") if program.split else P())
-    arguments = [
-        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in program.arguments
-    ]
-    row = {
-        "target": target,
-        "program": program.name,
-        "devices": mesh.size,
-        "control": program.control,
-    }
+    where = NamedSharding(mesh, P("data") if program.split else P())
+    arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where) for x in program.arguments]
+    row = {"target": target, "program": program.name, "devices": mesh.size}
+    row |= {"control": program.control}
     is_kernel = program.name.startswith("Pallas")
     with tempfile.TemporaryDirectory() as dump:
         options = {"xla_dump_to": dump} if is_kernel else {}
@@ -225,143 +164,83 @@ def measure(target: str, program: Program, mesh: Mesh, capability: tuple[int, in
         seconds = time.monotonic() - begin
         machine_code = assemble(Path(dump), capability) if is_kernel and capability else {}
     text = compiled.as_text()
-    found = loops(text)
-    innermost = [loop["operations"] for loop in found if loop["innermost"]]
+    found = reading.loops(text)
+    innermost = [[each["source"], each["operations"]] for each in found if each["innermost"]]
     return row | {
         "compiled": True,
         "seconds": round(seconds, 1),
         "loops": len(found),
-        "operations_per_round": max(innermost, default=0),
+        "operations_per_round": max((count for _, count in innermost), default=0),
         "collectives_in_loops": sum(loop["collectives"] for loop in found),
-        "operations": sum(op not in FREE for ops in entry(text) for op, _ in ops),
+        "operations": sum(opcode not in reading.FREE for opcode, _ in reading.entry(text)),
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,
         **machine_code,
-        "innermost_loops": [
-            [loop["source"], loop["operations"]] for loop in found if loop["innermost"]
-        ],
+        "innermost_loops": innermost,
     }
-
-
-def entry(text: str) -> list[list[tuple[str, str]]]:
-    """Return the operations of the program's entry computation."""
-    name = re.search(r"^ENTRY %?([\w.-]+)", text, re.MULTILINE)[1]
-    return [list(within(name, computations(text)))]
 
 
 def assemble(dump: Path, capability: tuple[int, int]) -> dict:
     """Assemble the kernel's PTX; return its registers and spilled bytes, {} without ptxas."""
     spec = importlib.util.find_spec("nvidia")
     folders = spec.submodule_search_locations if spec else ()
-    tools = [path for folder in folders for path in Path(folder).glob("*/bin/ptxas")]
+    tools = [path for folder in folders or () for path in Path(folder).glob("*/bin/ptxas")]
     sources = [path for path in dump.glob("*.ptx") if ".entry auction" in path.read_text()]
     if not tools or not sources:
         return {}
     arch = "sm_{}{}".format(*capability) + ("a" if capability == (9, 0) else "")
     command = [tools[0], "-v", f"--gpu-name={arch}", sources[0], "-o", dump / "out"]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return {
-        "registers": int(re.search(r"Used (\d+) registers", report)[1]),
-        "spilled_bytes": int(re.search(r"(\d+) bytes spill stores", report)[1]),
-    }
+    patterns = {"registers": r"Used (\d+) registers", "spilled_bytes": r"(\d+) bytes spill stores"}
+    found = {name: re.search(pattern, report) for name, pattern in patterns.items()}
+    return {name: int(match[1]) for name, match in found.items() if match}
 
 
-def meshes(kind: str) -> Iterator[tuple[str, Mesh, tuple[int, int] | None]]:
-    """Yield the name of each target, a mesh of 16 of its devices, and the compute capability."""
+def devices_of(kind: str, rest: str) -> Sequence[Any]:
+    """Return devices that are not there: of "tpu", "v5e:4x4" or of "cuda", "H200:2x8"."""
     if kind == "tpu":
-        devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
-        yield "TPU v5e", _mesh(devices), None
-        return
-    for gpu in GPUS:
-        for shape in ("1x1x1", "1x2x8"):
-            described = topologies.get_topology_desc(
-                platform="cuda",
-                topology_name="",
-                target_config=gpu.description(),
-                topology=shape,
-            )
-            yield gpu.name, _mesh(described.devices), gpu.capability
-
-
-def _mesh(devices: Any) -> Mesh:
-    grid = np.array(devices).reshape(-1, 1)
-    return Mesh(grid, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+        return topologies.get_topology_desc(platform="tpu", topology_name=rest).devices
+    name, _, shape = rest.partition(":")
+    (gpu,) = [each for each in GPUS if each.name == name]
+    return topologies.get_topology_desc(
+        platform="cuda",
+        topology_name="",
+        target_config=gpu.description(),
+        topology=f"1x{shape}",
+    ).devices
 
 
 def missing(kind: str) -> str:
     """Return the package to install for a kind of device, "" if its compiler is there."""
     if kind == "tpu":
         return "" if importlib.util.find_spec("libtpu") else "libtpu"
-    plugins = (f"jax_plugins.xla_cuda{version}" for version in (12, 13))
     try:
+        plugins = (f"jax_plugins.xla_cuda{version}" for version in (12, 13))
         there = any(importlib.util.find_spec(plugin) for plugin in plugins)
     except ModuleNotFoundError:
         there = False
     return "" if there else f"jax[cuda12]=={jax.__version__}"
 
 
-def versions() -> dict[str, str]:
-    """Return the versions of the compilers."""
-    names = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu")
-    found = {}
-    for name in names:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def main() -> None:
-    """Compile everything and print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--platform", choices=("cuda", "tpu", "all"), default="all")
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
-    jax.config.update("jax_enable_compilation_cache", False)
-
-    rows: list[dict] = []
-    print(f"{'target':8} {'program':27} {'loops':>6} {'per round':>9} {'in all':>7} {'coll.':>6}"
-          f" {'temp KiB':>9} {'registers':>9} {'spilled':>8} {'compile s':>9}")  # fmt: skip
-    kinds = ("cuda", "tpu") if arguments.platform == "all" else (arguments.platform,)
-    for kind in kinds:
-        if package := missing(kind):
-            print(f"{kind}: skipped, its compiler is missing: pip install '{package}'")
-            continue
-        for target, mesh, capability in meshes(kind):
-            programs: list[Program] = []
-            if mesh.size == 1 or kind == "tpu":
-                programs += solver_programs()
-            if mesh.size == 1:
-                programs += kernel_programs()
-            if mesh.size > 1:
-                programs += step_programs(mesh)
-            for program in programs:
-                rows.append(measure(target, program, mesh, capability))
-                show(rows[-1])
-    failures = [
-        row
-        for row in rows
-        if not row["compiled"] or bool(row["collectives_in_loops"]) != row["control"]
-    ]
-    if rows:
-        print(f"{len(rows) - len(failures)} of {len(rows)} as they should be")
-    for row in failures:
-        print(f"FAILED: {row['target']}, {row['program']}")
-    if arguments.output:
-        result = {
-            "benchmark": "aot",
-            "rows": rows,
-            "versions": versions(),
-            "date": datetime.date.today().isoformat(),
-            "machine": f"{platform.machine()}, {platform.system()}, CPU",
-        }
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-    sys.exit(bool(failures))
+def jobs(kind: str, gpus: Sequence[str]) -> Iterator[tuple[str, Program, Mesh, Any]]:
+    """Yield target, program, mesh and compute capability of all that is compiled."""
+    if kind == "tpu":
+        mesh = sharding.make_mesh(devices=devices_of("tpu", "v5e:4x4"))
+        for program in (*solver_programs(), *step_programs(mesh)):
+            yield "TPU v5e", program, mesh, None
+        return
+    for gpu in (gpu for gpu in GPUS if not gpus or gpu.name in gpus):
+        one, many = (
+            sharding.make_mesh(devices=devices_of("cuda", f"{gpu.name}:{shape}"))
+            for shape in ("1x1", "2x8")
+        )
+        for program in (*solver_programs(), *kernel_programs()):
+            yield gpu.name, program, one, gpu.capability
+        for program in step_programs(many):
+            yield gpu.name, program, many, gpu.capability
 
 
 def show(row: dict) -> None:
-    """Print one line of the table."""
+    """Print a row."""
     if not row["compiled"]:
         print(f"{row['target']:8} {row['program']:27} did not compile: {row['error']}", flush=True)
         return
@@ -372,6 +251,37 @@ def show(row: dict) -> None:
         f"{row.get('spilled_bytes', ''):>8} {row['seconds']:9}",
         flush=True,
     )
+
+
+def main() -> None:
+    """Compile everything and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--platform", choices=("cuda", "tpu", "all"), default="all")
+    parser.add_argument("--gpus", type=measure.words, default=[], help="H200, A100, L4")
+    parser.add_argument("--programs", type=measure.words, default=[""], help="parts of names")
+    parser.add_argument("--output", type=Path, help="JSON")
+    options = parser.parse_args()
+    jax.config.update("jax_enable_compilation_cache", False)
+
+    rows: list[dict] = []
+    print(f"{'target':8} {'program':27} {'loops':>6} {'per round':>9} {'in all':>7} {'coll.':>6}"
+          f" {'temp KiB':>9} {'registers':>9} {'spilled':>8} {'compile s':>9}")  # fmt: skip
+    for kind in ("cuda", "tpu") if options.platform == "all" else (options.platform,):
+        if package := missing(kind):
+            print(f"{kind}: skipped, its compiler is missing: pip install '{package}'")
+            continue
+        for target, program, mesh, capability in jobs(kind, options.gpus):
+            if any(part in program.name for part in options.programs):
+                rows.append(examine(target, program, mesh, capability))
+                show(rows[-1])
+    packages = ("jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "libtpu")
+    result = {"benchmark": "aot", **measure.environment(*packages), "rows": rows}
+    measure.write(options.output, result)
+    measure.finish([
+        f"{row['target']}, {row['program']}"
+        for row in rows
+        if not row["compiled"] or bool(row["collectives_in_loops"]) != row["control"]
+    ])  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The problems of ``benchmarks/assign.py``: families of random costs, and what training meets.
+"""The problems of ``assign.py``: families of random costs, and costs recorded during training.
 
 With F the features, T the targets, both unit rows of dimension 128, g standard normal of length
-about sqrt(128), and cost = -F T^T where nothing else is said:
+about sqrt(128), and cost = -F T^T unless stated otherwise:
 
     sphere          F uniform on the sphere: nothing in common with T
     near-collapsed  F = unit(mu + 0.1 g / sqrt(128)): features near one direction mu, as those of an
@@ -14,37 +14,24 @@ about sqrt(128), and cost = -F T^T where nothing else is said:
     quantised       sphere, rounded to 0, ..., 100,000
     Machol-Wien     cost[i, j] = (i + 1) (j + 1), the worst case of shortest-path solvers
 
-The first five are the ones that count (``FEATURES``). A problem of them comes with a similar one,
-whose features have been moved by 0.1 in random directions: its prices are a warm start.
+The first five are the main ones (``FEATURES``).
 """
 
+import argparse
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+import runpy
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import measure
 import numpy as np
 
 FEATURES = ("sphere", "near-collapsed", "half-way", "clustered", "matched")
 OTHERS = ("uniform", "integers", "quantised", "Machol-Wien")
 MOMENTS = ("early", "middle", "late")
 _DIM = 128
-_MOVED = 0.1
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """One problem, or one batch of them.
-
-    Attributes:
-        cost: float32[n, n] or float32[k, n, n].
-        similar: costs of the same shape, whose solution's prices are a warm start.
-        starts: prices float32[n] or float32[k, n] by the name of this warm start.
-    """
-
-    cost: np.ndarray
-    similar: np.ndarray | None = None
-    starts: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,19 +42,19 @@ class Case:
         family: the kind.
         n: rows of each problem.
         count: problems in a batch; 0 for single problems.
-        make: returns the problem of a seed.
-        seeds: how many of them there are.
+        make: returns the costs of a seed, float32[n, n] or float32[k, n, n].
+        seeds: the number of problems.
     """
 
     family: str
     n: int
     count: int
-    make: Callable[[int], Problem]
+    make: Callable[[int], np.ndarray]
     seeds: int
 
     @property
     def shape(self) -> str:
-        """The shape as it is written in tables: "256" or "32x256"."""
+        """The shape as written in tables: "256" or "32x256"."""
         return f"{self.count}x{self.n}" if self.count else str(self.n)
 
 
@@ -75,8 +62,8 @@ def _unit(x: np.ndarray) -> np.ndarray:
     return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def _noise(rng: np.random.Generator, n: int, size: float) -> np.ndarray:
-    return size / np.sqrt(_DIM) * rng.standard_normal((n, _DIM))
+def _noise(rng: np.random.Generator, n: int, length: float) -> np.ndarray:
+    return length / np.sqrt(_DIM) * rng.standard_normal((n, _DIM))
 
 
 def _features(family: str, rng: np.random.Generator, targets: np.ndarray) -> np.ndarray:
@@ -88,44 +75,35 @@ def _features(family: str, rng: np.random.Generator, targets: np.ndarray) -> np.
     if family == "clustered":
         centres = _unit(rng.standard_normal((10, _DIM)))
         return _unit(centres[rng.integers(0, 10, n)] + _noise(rng, n, 0.5))
-    size = {"half-way": 4.0, "matched": 1.0}[family]
-    return _unit(targets[rng.permutation(n)] + _noise(rng, n, size))
+    length = {"half-way": 4.0, "matched": 1.0}[family]
+    return _unit(targets[rng.permutation(n)] + _noise(rng, n, length))
 
 
-def _one(family: str, n: int, seed: int) -> Problem:
-    """Return the single problem of a family."""
-    names = (*FEATURES, *OTHERS)
-    rng = np.random.default_rng([seed, n, names.index(family)])
+def _one(family: str, n: int, seed: int) -> np.ndarray:
+    """Return the costs of a single problem of a family."""
+    rng = np.random.default_rng([seed, n, (*FEATURES, *OTHERS).index(family)])
     if family == "uniform":
-        return Problem(rng.random((n, n), np.float32))
+        return rng.random((n, n), np.float32)
     if family == "integers":
-        return Problem(rng.integers(0, 101, (n, n)).astype(np.float32))
+        return rng.integers(0, 101, (n, n)).astype(np.float32)
     if family == "Machol-Wien":
         steps = np.arange(1, n + 1)
-        return Problem(np.outer(steps, steps).astype(np.float32))
+        return np.outer(steps, steps).astype(np.float32)
     targets = _unit(rng.standard_normal((n, _DIM)))
     features = _features("sphere" if family == "quantised" else family, rng, targets)
     cost = -features @ targets.T
     if family == "quantised":
-        return Problem(np.round(1e5 * (cost - cost.min()) / np.ptp(cost)).astype(np.float32))
-    moved = _unit(features + _noise(rng, n, _MOVED))
-    return Problem(cost.astype(np.float32), (-moved @ targets.T).astype(np.float32))
-
-
-def _stack(problems: list[Problem]) -> Problem:
-    similar = [problem.similar for problem in problems if problem.similar is not None]
-    return Problem(
-        np.stack([problem.cost for problem in problems]), np.stack(similar) if similar else None
-    )
+        cost = np.round(1e5 * (cost - cost.min()) / np.ptp(cost))
+    return cost.astype(np.float32)
 
 
 def synthetic(family: str, n: int, count: int, seeds: int) -> Case:
     """Return the case of a family."""
 
-    def make(seed: int) -> Problem:
+    def make(seed: int) -> np.ndarray:
         if not count:
             return _one(family, n, seed)
-        return _stack([_one(family, n, 1000 * seed + k) for k in range(100, 100 + count)])
+        return np.stack([_one(family, n, 1000 * seed + k) for k in range(100, 100 + count)])
 
     return Case(family, n, count, make, seeds)
 
@@ -133,37 +111,99 @@ def synthetic(family: str, n: int, count: int, seeds: int) -> Case:
 @functools.cache
 def _saved(path: Path) -> dict[str, np.ndarray]:
     with np.load(path) as arrays:
-        return {name: arrays[name] for name in arrays.files}
+        return {name: arrays[name] for name in ("z", "t")}
 
 
-def _cost(features: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    return -features @ np.swapaxes(targets, -1, -2)
-
-
-def _from_training(path: Path, n: int, count: int, apart: int, seed: int) -> Problem:
-    """Return a problem that a training run met; of several batches joined if n is larger."""
+def _recorded(path: Path, n: int, count: int, apart: int, seed: int) -> np.ndarray:
+    """Return recorded costs; several batches are joined if n is larger than a batch."""
     saved = _saved(path)
-    need = (count or 1) * n // saved["rows"].shape[1]
-    where = slice(seed * apart * need, (seed * apart + 1) * need)
+    need = (count or 1) * n // saved["z"].shape[1]
+    start = seed * apart * need
     lead = (count, n) if count else (n,)
-    z, after, t = (saved[name][where].reshape(*lead, -1) for name in ("z", "z_after", "t"))
-    starts = {
-        name: saved[name][where].reshape(*lead) for name in ("prices", "rises") if name in saved
-    }
-    cost = _cost(z, t)
-    if "rises" in starts:
-        starts["rises"] = starts["rises"] - cost.mean(axis=-2)
-    return Problem(cost, _cost(after, t), starts)
+    z, t = (saved[name][start : start + need].reshape(*lead, -1) for name in ("z", "t"))
+    return -z @ np.swapaxes(t, -1, -2)
 
 
-def from_training(folder: Path, n: int, count: int, seeds: int) -> Iterator[Case]:
-    """Yield the cases of the files that ``benchmarks/nat_costs.py`` wrote, by data and moment."""
+def recorded(folder: Path, n: int, count: int, seeds: int) -> Iterator[Case]:
+    """Yield the cases of the files that ``record`` wrote, by data set and moment."""
     paths = [path for moment in MOMENTS for path in folder.glob(f"*_{moment}.npz")]
     for path in sorted(paths, key=lambda path: path.stem.rpartition("_")[0]):
         data, _, moment = path.stem.rpartition("_")
-        batches, batch = _saved(path)["rows"].shape
+        batches, batch, _ = _saved(path)["z"].shape
         there = batches * batch // ((count or 1) * n) if n % batch == 0 else 0
         if there:
             used = min(seeds, there)
-            make = functools.partial(_from_training, path, n, count, there // used)
+            make = functools.partial(_recorded, path, n, count, there // used)
             yield Case(f"{data} {moment}", n, count, make, used)
+
+
+def record(arguments: argparse.Namespace) -> None:
+    """Train a packaged config without judging, and save problems that its steps match.
+
+    Writes ``DIR/<config>_<moment>.npz`` with z and t, each float32[K, B, D], for K consecutive
+    re-matching steps: the first of the run ("early"), the last of the middle re-matching epoch
+    ("middle") and of the last one ("late"). The cost of step k is -z[k] @ t[k].T.
+    """
+    import jax
+
+    from nat_jax.input import pipeline, transforms
+    from nat_jax.input.reader import ImageCache
+    from nat_jax.runtime import sharding
+    from nat_jax.train_step import forward
+    from nat_jax.training.host_matching import compile_step
+    from nat_jax.training.setup import initial_state, open_sources, set_up
+
+    path = measure.ROOT / "configs" / f"{arguments.record}.py"
+    config = runpy.run_path(str(path))["get_config"]()
+    config.data.source = arguments.source
+    config.epochs = arguments.epochs or config.epochs
+    run = set_up(
+        config,
+        0,
+        arguments.costs / arguments.record,
+        mesh=sharding.make_mesh(config.mesh.data),
+        sources=open_sources(config),
+        cache=ImageCache(),
+    )
+    data = config.data
+    stream = pipeline.train_batches(
+        run.sources.train,
+        transforms.train_transform(
+            image_size=data.image_size, resize=data.resize, pad=data.pad, flip=data.flip
+        ),
+        batch_size=config.batch_size,
+        seed=run.seed,
+        start_step=0,
+        num_steps=run.total_steps,
+        cache=run.cache,
+        threads=data.threads,
+    )
+    features = jax.jit(lambda state, image: forward(run.step.model, state, image).features)
+    moment_of = _moments(run, arguments.moment)
+    kept: dict[str, list[tuple[Any, Any]]] = {moment: [] for moment in MOMENTS}
+    state = initial_state(run)
+    for number, host in enumerate(stream):
+        used = {name: host[name] for name in ("image", "index", "weight")}
+        batch = sharding.global_batch(used, run.step.mesh)
+        if moment := moment_of.get(number):
+            t = run.targets.gather(state.assignment[batch["index"]])
+            kept[moment].append(jax.device_get((features(state, batch["image"]), t)))
+        step = compile_step(run.step, reassign=run.reassigns(number))
+        state, metrics = step(state, run.targets, batch)
+        if (number + 1) % config.log.every_steps == 0:
+            print(f"step {number + 1} of {run.total_steps}: {float(metrics['train/loss']):.3f}")
+    arguments.costs.mkdir(parents=True, exist_ok=True)
+    for moment, pairs in kept.items():
+        z, t = (np.stack(each) for each in zip(*pairs, strict=True))
+        np.savez(arguments.costs / f"{arguments.record}_{moment}.npz", z=z, t=t)
+
+
+def _moments(run: Any, count: int) -> dict[int, str]:
+    """Return the moment of each step that is saved."""
+    every, length = run.config.assign.reassign_every_epochs, run.steps_per_epoch
+    epochs = list(range(0, -(-run.total_steps // length), every))
+    ends = [min(run.total_steps, (epoch + 1) * length) for epoch in epochs]
+    if len(epochs) < 3 or count > length:
+        raise SystemExit(f"{len(epochs)} re-matching epochs of {length} steps are too few")
+    starts = {"early": 0, "middle": ends[len(ends) // 2] - count, "late": ends[-1] - count}
+    return {start + k: moment for moment, start in starts.items() for k in range(count)}

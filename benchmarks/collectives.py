@@ -1,40 +1,24 @@
-"""Compile the ImageNet step for many devices, and list what they send each other and need to hold.
-
-    python benchmarks/collectives.py --output docs/results/collectives.json
+"""``scale.py collectives``: compile the ImageNet step for many devices, list what they exchange.
 
 Nothing runs. The step is that of configs/alexnet.py (224 pixels, D = 2048): plain, matching on the
-devices, and matching on the hosts. It is compiled for 8 and 512 simulated CPU devices, and for
-accelerators that are not there: a v5e:2x4 and a v5e:16x16 of TPUs (`pip install libtpu`) and 2 x 8
-H200s (`pip install 'jax[cuda12]'`); these are skipped, with a line, where their compiler is
-missing. Batches are the paper's 256 images, matched as a whole, and 256 images a device, matched in
-blocks of 256; the data set is ImageNet, and a billion images on 512 devices.
-
-The exit status is 1 if a step exchanges what it should not: gradients more or less than once, more
-sums over channels than batch norm needs, features or rows when it does not match, anything as large
-as the data set, anything unknown, anything in a loop. Writes a table beside the JSON. Each target
-is compiled in a process of its own; --targets names some of them, and those that the output already
-has stay in it.
+devices, and matching on the hosts. It is compiled for simulated CPU devices and for accelerators
+that are not there. Batches are the paper's 256 images, matched as one problem, and 256 images a
+device, matched in blocks of 256; the data set is ImageNet, and a billion images on 512 devices.
 """
 
-import argparse
-import datetime
 import json
-import os
-import platform
-import subprocess
-import sys
+import runpy
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import aot
-import collectives_table
+import collectives_read as reading
 import jax
 import jax.numpy as jnp
+import measure
 import numpy as np
-from collectives_read import Collective, Sizes, in_loops, read, touched
-from jax.experimental import topologies
+from collectives_read import Collective, Sizes, bytes_of, in_loops, read
 from jax.sharding import Mesh
 
 from nat_jax import models, optim, targets
@@ -42,7 +26,6 @@ from nat_jax.runtime import sharding
 from nat_jax.train_step import Step, create_state, state_shardings
 from nat_jax.training.host_matching import HostStep, compile_step
 
-ROOT = Path(__file__).resolve().parents[1]
 IMAGENET = 1_281_167
 BILLION = 10**9
 BLOCK = 256
@@ -56,6 +39,13 @@ TARGETS: dict[str, tuple[tuple[int, int], ...]] = {
     "cuda:H200:2x8": ((IMAGENET, 256), (IMAGENET, 0)),
 }
 VARIANTS = ("plain", "match on devices", "match on hosts")
+COLUMNS = {
+    "gradients": (reading.GRADIENT,),
+    "sums over channels": (reading.CHANNELS,),
+    "features, target rows": (reading.FEATURES,),
+    "indices, rows, solutions, weights": (reading.INTEGERS, reading.SOLUTION, reading.WEIGHTS),
+    "single numbers": (reading.SCALARS,),
+}
 
 # Leaves each array in a collective of its own; GPU programs string them together without a shape.
 APART = {
@@ -85,17 +75,15 @@ class Compiled(NamedTuple):
 
 def imagenet_step(mesh: Mesh, records: int, batch: int, variant: str) -> Problem:
     """Return the step of configs/alexnet.py on a mesh, for another data set or batch."""
-    sys.path.insert(0, str(ROOT / "configs"))
-    import alexnet
-
-    config = alexnet.get_config()
+    config = runpy.run_path(str(measure.ROOT / "configs" / "alexnet.py"))["get_config"]()
+    platform = mesh.devices.flat[0].platform
     network = models.make_model(
         config.model.name,
         dim=config.model.dim,
         image_size=config.data.image_size,
         frontend=config.model.frontend,
         dtype=config.model.dtype,
-        platform={"cuda": "gpu"}.get(mesh.devices.flat[0].platform, mesh.devices.flat[0].platform),
+        platform={"cuda": "gpu"}.get(platform, platform),
     )
     storage, length = sharding.permutation_storage(config.assign.storage, records, mesh)
     step = Step(
@@ -137,19 +125,13 @@ def problem(step: Step, noise: targets.Targets, *, records: int, batch: int) -> 
         "index": jax.ShapeDtypeStruct((batch,), np.int32),
         "weight": jax.ShapeDtypeStruct((batch,), np.float32),
     }
-    sizes = Sizes.of(
-        state,
-        batch=batch,
-        dim=step.model.dim,
-        block=step.block,
-        devices=step.mesh.shape["data"],
-    )
+    devices = step.mesh.shape["data"]
     return Problem(
         step,
         sharding.abstract(state, state_shardings(step)),
         sharding.abstract(noise, sharding.replicated(step.mesh)),
         sharding.abstract(shapes, sharding.of_batch(step.mesh)),
-        sizes,
+        Sizes.of(state, batch=batch, dim=step.model.dim, block=step.block, devices=devices),
     )
 
 
@@ -167,10 +149,10 @@ def compile_all(
     posed = sharding.abstract(first.lowered.out_info, first.program.output_shardings)
     blocks, b, _ = posed.cost.shape
     mesh = given.step.mesh
-    said = jax.ShapeDtypeStruct((mesh.size, blocks, b + 3), np.int32)
-    said = sharding.abstract(said, sharding.over_all(mesh))
+    solutions = jax.ShapeDtypeStruct((mesh.size, blocks, b + 3), np.int32)
+    solutions = sharding.abstract(solutions, sharding.over_all(mesh))
     labels = {name: given.batch[name] for name in ("index", "weight")}
-    arguments = (given.state, given.noise, labels, posed, said)
+    arguments = (given.state, given.noise, labels, posed, solutions)
     yield _compile("behind", function.behind.lower, arguments, options)
 
 
@@ -183,16 +165,12 @@ def _compile(
     return Compiled(name, round(time.monotonic() - begin, 1), lowered, program)
 
 
-def measure(given: Problem, *, reassign: bool, apart: dict[str, str] | None = None) -> dict:
+def examine(given: Problem, *, reassign: bool, apart: dict[str, str] | None = None) -> dict:
     """Compile a step; return its collectives, its memory, and what is wrong with them.
-
-    Of each program: the collectives as they are joined, the bytes that a device needs and those
-    that its operations touch, and the floating-point operations of all devices, where JAX knows
-    them (on CPUs).
 
     Args:
         given: the step.
-        reassign: whether it matches its batch anew.
+        reassign: whether it matches its batch.
         apart: the compiler's options with which each array has a collective of its own, if that is
             not so anyway.
     """
@@ -209,14 +187,14 @@ def measure(given: Problem, *, reassign: bool, apart: dict[str, str] | None = No
         if count := in_loops(text):
             faults.append(f"{compiled.name}: {count} collectives in loops")
         found += collectives
-        programs.append({
-            "name": compiled.name,
-            "seconds": compiled.seconds,
-            "collectives": len(joined),
-            "bytes": _memory(compiled.program),
-            "touched": touched(compiled.program.as_text()),
-            "operations": (compiled.lowered.cost_analysis() or {}).get("flops"),
-        })  # fmt: skip
+        memory = compiled.program.memory_analysis()
+        needed = {
+            "arguments": memory.argument_size_in_bytes,
+            "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,  # donated: once
+            "temporary": memory.temp_size_in_bytes,
+        }
+        row = {"name": compiled.name, "seconds": compiled.seconds, "collectives": len(joined)}
+        programs.append(row | {"bytes": needed | {"all": sum(needed.values())}})
     faults += given.sizes.faults(
         found,
         reassign=reassign,
@@ -240,118 +218,99 @@ def measure(given: Problem, *, reassign: bool, apart: dict[str, str] | None = No
     }
 
 
-def _memory(program: Any) -> dict[str, int]:
-    """Return the bytes that a device needs; arguments that are donated count once."""
-    memory = program.memory_analysis()
-    parts = {
-        "arguments": memory.argument_size_in_bytes,
-        "results": memory.output_size_in_bytes - memory.alias_size_in_bytes,
-        "temporary": memory.temp_size_in_bytes,
-    }
-    return parts | {"all": sum(parts.values())}
-
-
-def mesh_of(target: str) -> Mesh:
-    """Return a mesh of a target's devices along "data"."""
-    kind, _, rest = target.partition(":")
-    if kind == "cpu":
-        return sharding.make_mesh()
-    if kind == "tpu":
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=rest).devices
-    else:
-        name, _, shape = rest.partition(":")
-        (gpu,) = [each for each in aot.GPUS if each.name == name]
-        devices = topologies.get_topology_desc(
-            platform="cuda",
-            topology_name="",
-            target_config=gpu.description(),
-            topology=f"1x{shape}",
-        ).devices
-    # as they come: to place them along the wires changes no byte and no program
-    return sharding.make_mesh(devices=devices)
-
-
-def compile_target(target: str) -> None:
-    """Compile all of a target's steps and print a line of JSON for each."""
+def compile_target(target: str) -> Iterator[dict]:
+    """Compile all of a target's steps; yield a row for each."""
     jax.config.update("jax_enable_compilation_cache", False)
-    mesh = mesh_of(target)
-    apart = APART if target.startswith("cuda") else None
+    kind, _, rest = target.partition(":")
+    # The order of devices changes no byte and no program.
+    mesh = sharding.make_mesh(devices=None if kind == "cpu" else aot.devices_of(kind, rest))
     for records, batch in TARGETS[target]:
         for variant in VARIANTS:
             batch = batch or BLOCK * mesh.size
             given = imagenet_step(mesh, records, batch, variant)
-            row = {
-                "target": target,
-                "devices": mesh.size,
-                "records": records,
-                "batch": batch,
-                "block": given.step.block or batch,
-                "permutation": given.step.storage,
+            row = {"target": target, "devices": mesh.size, "records": records, "batch": batch}
+            row |= {"block": given.step.block or batch, "permutation": given.step.storage}
+            apart = APART if kind == "cuda" else None
+            yield row | {
                 "variant": variant,
+                **examine(given, reassign=variant != "plain", apart=apart),
             }
-            row |= measure(given, reassign=variant != "plain", apart=apart)
-            print(json.dumps(row), flush=True)
 
 
 def rows_of(target: str) -> list[dict]:
-    """Compile a target's steps in a process of its own."""
+    """Compile a target's steps in a process of its own; [] where its compiler is missing."""
     kind, _, count = target.partition(":")
+    if kind != "cpu" and (package := aot.missing(kind)):
+        print(f"{target}: skipped, its compiler is missing: pip install '{package}'")
+        return []
     flags = f"--xla_force_host_platform_device_count={count}" if kind == "cpu" else ""
-    environment = os.environ | {"XLA_FLAGS": flags, "NPROC": "16"}
-    command = [sys.executable, __file__, "--compile", target]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        rows = []
-        for line in process.stdout:
-            if line.startswith("{"):
-                rows.append(json.loads(line))
-                print(collectives_table.line(rows[-1]), flush=True)
-    if process.returncode:
-        raise SystemExit(f"{target}: the compiling process ended with {process.returncode}")
+    variables = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "NPROC": "16"}
+    rows = []
+    for row in measure.run_child("scale.py", "collectives", "--child", target, **variables):
+        rows.append(row)
+        print(f"{target}, {row['records']:,} images, {', '.join(_cells(row))}", flush=True)
     return rows
 
 
-def main() -> None:
-    """Compile the targets and write what was found."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS))
-    parser.add_argument("--compile", choices=TARGETS, help=argparse.SUPPRESS)
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
-    if arguments.compile:
-        compile_target(arguments.compile)
-        return
+def memory_of(row: dict) -> int:
+    """Return the bytes that a device needs, in the program that needs most."""
+    return max(program["bytes"]["all"] for program in row["programs"])
+
+
+def carried(row: dict, names: Iterable[str]) -> tuple[int, int]:
+    """Return the number of arrays of some sorts that a step exchanges, and their bytes."""
+    sizes = [
+        bytes_of(dtype, shape)
+        for each in row["collectives"]
+        for name, dtype, shape in each["parts"]
+        if name in names
+    ]
+    return len(sizes), sum(sizes)
+
+
+def _cells(row: dict) -> list[str]:
+    cells = [f"{row['batch']:,}", f"{row['block']:,}", row["variant"]]
+    cells.append(str(sum(program["collectives"] for program in row["programs"])))
+    for names in COLUMNS.values():
+        count, size = carried(row, names)
+        cells.append(f"{count} x: {measure.size(size)}" if count else "")
+    return [*cells, measure.size(row["sent"]), measure.size(memory_of(row))]
+
+
+def page(rows: list[dict]) -> str:
+    """Return the page of all steps."""
+    head = ["devices", "images", "batch", "block", "step", "collectives", *COLUMNS]
+    head += ["sent by each device", "memory of a device"]
+    cells = ([row["target"], f"{row['records']:,}", *_cells(row)] for row in rows)
+    return f"""# What the devices of a pod exchange
+
+Read from compiled programs by `python benchmarks/scale.py collectives --output
+docs/results/collectives.json`; nothing ran. The step is that of `configs/alexnet.py`. A cell is the
+number of arrays and the bytes of the global arrays. "Sent" is by each device and step, if every
+exchange is a ring; memory includes parameters, the batch and temporary arrays. A step that matches
+on the hosts is two programs: its collectives are those of both, its memory that of the larger one.
+[`collectives.json`](collectives.json) has every collective.
+
+{measure.table(head, cells)}"""
+
+
+def run(chosen: Iterable[str], before: Iterable[dict]) -> tuple[list[dict], list[str]]:
+    """Compile targets; return the rows, with those of other targets from before, and the faults."""
     rows: dict[str, list[dict]] = {}
-    if arguments.output and arguments.output.exists():
-        for row in json.loads(arguments.output.read_text())["rows"]:
-            rows.setdefault(row["target"], []).append(row)
-    for target in arguments.targets:
-        kind = target.partition(":")[0]
-        if kind != "cpu" and (package := aot.missing(kind)):
-            print(f"{target}: skipped, its compiler is missing: pip install '{package}'")
-            continue
-        rows[target] = rows_of(target)
-        if arguments.output:
-            _write(arguments.output, [row for name in TARGETS for row in rows.get(name, ())])
-    faults = [(row, fault) for name in rows for row in rows[name] for fault in row["faults"]]
-    for row, fault in faults:
-        print(f"FAILED: {row['target']}, {row['batch']} images, {row['variant']}: {fault}")
-    sys.exit(bool(faults))
+    for row in before:
+        rows.setdefault(row["target"], []).append(row)
+    for target in chosen:
+        rows[target] = rows_of(target) or rows.get(target, [])
+    every = [row for name in TARGETS for row in rows.get(name, ())]
+    faults = [
+        f"{row['target']}, {row['batch']} images, {row['variant']}: {fault}"
+        for row in every
+        for fault in row["faults"]
+    ]
+    return every, faults
 
 
-def _write(path: Path, rows: list[dict]) -> None:
-    result = {
-        "benchmark": "collectives",
-        "versions": aot.versions(),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {platform.system()}, CPU",
-    }
-    head = json.dumps(result, indent=1).removesuffix("\n}")
-    lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n')
-    path.with_suffix(".md").write_text(collectives_table.page(rows))
-
-
-if __name__ == "__main__":
-    main()
+def child(target: str) -> None:
+    """Print a row of JSON for each of a target's steps."""
+    for row in compile_target(target):
+        print(json.dumps(row), flush=True)

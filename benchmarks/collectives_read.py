@@ -1,8 +1,8 @@
-"""Reads from a compiled train step what its devices send each other, and what that is.
+"""Read from a compiled program what its loops do, and what its devices send each other.
 
 A step may exchange sums of gradients, sums for batch norm, single numbers, and, when the batch is
-matched anew, features and row numbers of the batch. ``Sizes`` knows how large each of these is, and
-``faults`` says what else there is, or how much too often.
+matched, features and row numbers of the batch. ``Sizes`` knows how large each of these is, and
+``Sizes.faults`` returns what else there is, or what is exchanged too often.
 """
 
 import dataclasses
@@ -13,14 +13,22 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
-from aot import COLLECTIVES, FREE, computations, loops, within
 
+Operation = tuple[str, str]  # opcode and line
+
+COLLECTIVES = re.compile(
+    r"^(all-reduce|all-gather|all-to-all|reduce-scatter|collective-(permute|broadcast))"
+)
+# Operations that are neither a launch on a GPU nor work on a TPU.
+FREE = {
+    "parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "call",
+    "conditional", "after-all", "partition-id", "iota", "opt-barrier",
+}  # fmt: skip
 BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "f64": 8}  # or 4
 
 GRADIENT = "gradients of matrices and kernels"
-CHANNELS = (
-    "sums over each channel"  # batch norm's moments and what comes back; gradients of vectors
-)
+# Batch norm's moments, forward and back, and the gradients of vectors.
+CHANNELS = "sums over each channel"
 FEATURES = "B x D features or target rows"
 INTEGERS = "B indices or rows"
 WEIGHTS = "B weights of records"
@@ -31,17 +39,74 @@ RECORDS = "N-sized"
 ALLOWED = (GRADIENT, CHANNELS, FEATURES, INTEGERS, WEIGHTS, SOLUTION, SCALARS)
 
 
+def computations(text: str) -> dict[str, list[Operation]]:
+    """Return the operations of each computation of an optimised program."""
+    found: dict[str, list[Operation]] = {}
+    name = ""
+    for line in text.splitlines():
+        if begin := re.match(r"(?:ENTRY )?%?([\w.-]+) .*->.*\{$", line):
+            name = begin[1]
+            found[name] = []
+        operation = re.match(r"\s+(?:ROOT )?%?[\w.-]+ = (?:\(.*?\)|\S+) ([a-z][\w-]*)\(", line)
+        if operation and name:
+            found[name].append((operation[1], line))
+    return found
+
+
+def within(name: str, program: dict[str, list[Operation]]) -> Iterator[Operation]:
+    """Yield the operations of a computation and of those it calls, not of loops inside it."""
+    for opcode, line in program[name]:
+        yield opcode, line
+        if opcode in ("call", "conditional", "async-start"):
+            for group in re.findall(r"(?:to_apply|calls|\w+_computations?)=\{?([^}\s]*)", line):
+                for callee in re.findall(r"%?([\w.-]+)", group):
+                    yield from within(callee, program) if callee in program else ()
+
+
+def entry(text: str) -> list[Operation]:
+    """Return the operations of a program's entry computation."""
+    name = re.search(r"^ENTRY %?([\w.-]+)", text, re.MULTILINE)
+    assert name
+    return list(within(name[1], computations(text)))
+
+
+def loops(text: str) -> list[dict[str, Any]]:
+    """Return source, operations and collectives of each loop, and whether it is innermost."""
+    program = computations(text)
+    found = []
+    for operations in program.values():
+        for opcode, line in operations:
+            if opcode != "while":
+                continue
+            parts = re.findall(r"(?:condition|body)=%?([\w.-]+)", line)
+            inside = [operation for part in parts for operation in within(part, program)]
+            source = re.search(r'op_name="([^"]*)"', line)
+            found.append({
+                "source": source[1] if source else parts[-1],
+                "innermost": all(opcode != "while" for opcode, _ in inside),
+                "operations": sum(opcode not in FREE for opcode, _ in inside),
+                "collectives": sum(bool(COLLECTIVES.match(opcode)) for opcode, _ in inside),
+            })  # fmt: skip
+    return found
+
+
+def in_loops(program: str) -> int:
+    """Return the number of collectives inside loops."""
+    return sum(loop["collectives"] for loop in loops(program))
+
+
+def bytes_of(dtype: str, shape: Iterable[int]) -> int:
+    """Return the bytes of an array."""
+    return math.prod(shape) * BYTES.get(dtype, 4)
+
+
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One array of a collective; ``shape`` is that of the whole, which no device may hold."""
+    """One array of a collective; ``shape`` is the global one, which no device may hold."""
 
     carries: str
     dtype: str
     shape: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * BYTES.get(self.dtype, 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +115,8 @@ class Collective:
 
     Attributes:
         kind: all-reduce, all-gather, reduce-scatter, all-to-all, collective-permute, ...
-        devices: how many take part in each group.
-        source: what it stems from, as JAX names it.
+        devices: the number of devices of each group.
+        source: the operation that it stems from, as JAX names it.
         parts: the arrays.
     """
 
@@ -62,8 +127,8 @@ class Collective:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the arrays as wholes."""
-        return sum(part.bytes for part in self.parts)
+        """Bytes of the global arrays."""
+        return sum(bytes_of(part.dtype, part.shape) for part in self.parts)
 
     @property
     def sent(self) -> float:
@@ -74,7 +139,7 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """How large everything is that a step may exchange.
+    """The sizes of everything that a step may exchange.
 
     Attributes:
         records: N; entries of the permutation, which may be padded.
@@ -112,7 +177,7 @@ class Sizes:
         )
 
     def carries(self, kind: str, dtype: str, shape: tuple[int, ...]) -> str:
-        """Say what an array of a collective is."""
+        """Return what an array of a collective is."""
         size, real = math.prod(shape), dtype.startswith(("f", "bf"))
         summed = kind in ("all-reduce", "reduce-scatter")
         per_block = self.batch // self.blocks
@@ -135,30 +200,28 @@ class Sizes:
         *,
         reassign: bool,
         sharded: bool = False,
-        table: bool = False,
         halves: bool = False,
     ) -> list[str]:
         """Return what a step exchanges that it should not, in words.
 
         Args:
             found: its collectives, those of all its programs.
-            reassign: whether the step matches its batch anew.
+            reassign: whether the step matches its batch.
             sharded: whether the permutation is sharded over the devices.
-            table: whether a table of targets is.
-            halves: whether it is two programs; the second one computes batch norm's moments anew,
-                and asks for the features once more.
+            halves: whether it is two programs; the second one computes batch norm's moments again,
+                and gathers the features once more.
         """
         parts = [(part, each) for each in found for part in each.parts]
-        said = [
+        faults = [
             f"{part.carries}: {each.kind} of {part.dtype}{list(part.shape)} from {each.source!r}"
             for part, each in parts
             if part.carries not in ALLOWED
         ]
         kernels = Counter(math.prod(p.shape) for p, _ in parts if p.carries == GRADIENT)
         for size, count in (kernels - Counter(self.weights)).items():
-            said.append(f"{GRADIENT}: {count} of {size} elements too many")
+            faults.append(f"{GRADIENT}: {count} of {size} elements too many")
         for size, count in (Counter(self.weights) - kernels).items():
-            said.append(f"{GRADIENT}: {count} of {size} elements are never summed")
+            faults.append(f"{GRADIENT}: {count} of {size} elements are never summed")
         # The gradient of each vector; of each layer two moments, and one sum more on the way back.
         least = 2 * sum(self.channels)
         most = (3 + 2 * halves) * sum(self.channels) + sum(self.vectors)
@@ -166,21 +229,21 @@ class Sizes:
             most += self.batch * reassign
         channels = sum(math.prod(p.shape) for p, _ in parts if p.carries == CHANNELS)
         if not least <= channels <= most:
-            said.append(f"{CHANNELS}: {channels} numbers, not {least} to {most}")
+            faults.append(f"{CHANNELS}: {channels} numbers, not {least} to {most}")
         count = Counter(part.carries for part, _ in parts)
         spread = reassign and self.blocks % self.devices != 0  # blocks lie across devices
         limits = {
-            FEATURES: (2 + halves) * spread + (1 + reassign) * table,
-            INTEGERS: 2 * reassign + (2 + reassign) * sharded + 2 * table,
+            FEATURES: (2 + halves) * spread,
+            INTEGERS: 2 * reassign + (2 + reassign) * sharded,
             WEIGHTS: int(spread),
             SOLUTION: int(halves),
         }
-        said += [
+        faults += [
             f"{name}: {count[name]}, not {limit} at the most"
             for name, limit in limits.items()
             if count[name] > limit
         ]
-        return said
+        return faults
 
 
 def read(program: str, sizes: Sizes) -> list[Collective]:
@@ -189,37 +252,10 @@ def read(program: str, sizes: Sizes) -> list[Collective]:
     for operations in computations(program).values():
         for opcode, line in operations:
             if COLLECTIVES.match(opcode) and not opcode.endswith("-done"):
-                # On a TPU one that goes on beside other work stands in each of their fusions.
+                # On a TPU a collective that overlaps with other work is in each of their fusions.
                 channel = re.search(r"channel_id=\d+", line)
                 found[channel[0] if channel else line] = _collective(opcode, line, sizes)
     return list(found.values())
-
-
-def in_loops(program: str) -> int:
-    """Return how many collectives stand inside loops."""
-    return sum(loop["collectives"] for loop in loops(program))
-
-
-def touched(program: str) -> int:
-    """Return the bytes that a device's operations read and write, if nothing stays in caches."""
-    parts = computations(program)
-    sizes = {}
-    for operations in parts.values():
-        for opcode, line in operations:
-            name, _, result = line.partition(" = ")
-            arrays = _leaves(result.partition(f" {opcode}(")[0])
-            sizes[name.split()[-1].lstrip("%")] = sum(Part("", *array).bytes for array in arrays)
-    main = re.search(r"^ENTRY %?([\w.-]+)", program, re.MULTILINE)
-    assert main
-    total = 0
-    for opcode, line in within(main[1], parts):
-        if opcode in FREE or opcode.endswith(("-start", "-done")):
-            continue
-        name, _, rest = line.partition(" = ")
-        operands = rest.partition(f" {opcode}(")[2].partition(")")[0]
-        total += sizes[name.split()[-1].lstrip("%")]
-        total += sum(sizes.get(each, 0) for each in re.findall(r"%([\w.-]+)", operands))
-    return total
 
 
 def _collective(opcode: str, line: str, sizes: Sizes) -> Collective:
@@ -255,7 +291,7 @@ def _split(types: str) -> Iterator[str]:
 
 
 def _group(line: str) -> int | None:
-    """Return how many devices take part in each group; None if the line does not say."""
+    """Return the number of devices of each group; None if the line does not contain it."""
     if found := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
         return int(found[1])
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
@@ -264,18 +300,3 @@ def _group(line: str) -> int | None:
         axes = dict(re.findall(r"('\w+')=(\d+)", found[1]))
         return math.prod(int(axes[name]) for name in re.findall(r"'\w+'", found[2]))
     return None
-
-
-def table(found: Iterable[Collective]) -> list[dict[str, Any]]:
-    """Add collectives of a kind up by what they carry."""
-    rows: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for each in found:
-        for part in each.parts:
-            row = rows.setdefault(
-                (each.kind, part.carries, part.dtype),
-                {"kind": each.kind, "carries": part.carries, "dtype": part.dtype}
-                | {"arrays": 0, "bytes": 0},
-            )
-            row["arrays"] += 1
-            row["bytes"] += part.bytes
-    return sorted(rows.values(), key=lambda row: -row["bytes"])

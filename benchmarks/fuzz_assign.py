@@ -8,24 +8,19 @@ A cell is a solver, a shape, a type, a way of calling (eager, jit, vmap, batched
 come cells in which every pair of these occurs, then others at random; one case in ten is a
 problem that hypothesis draws. The problems and the checks are those of ``tests/assign``: a valid
 matching, an honest status, a total within ``gap`` of the float64 optimum (in exact arithmetic), the
-promised accuracy, prices that prove it, and integers exact. Besides, a quarter of each cell's
-problems come twice and with their rows and columns in another order.
+promised accuracy, prices that prove it, and integers exact. A quarter of each cell's problems also
+come twice and with their rows and columns in another order.
 
-A case that fails is named by what to give to ``--only``; so is the cell that a hang ends the run
-in. ``--only`` also takes a cell, and then solves and names its problems one by one.
+A case that fails is printed as an argument of ``--only``; so is the cell in which a hang ends the
+run. ``--only`` also takes a cell, and then solves and names its problems one by one.
 """
 
 import argparse
-import datetime
-import json
 import os
-import platform
 import sys
 import threading
 import time
 from collections import Counter
-from fractions import Fraction
-from importlib import metadata
 from pathlib import Path
 
 DEVICES = 8
@@ -37,9 +32,9 @@ os.environ["XLA_FLAGS"] = (
 )
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "assign"))
 
-import hardware  # noqa: E402
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import measure  # noqa: E402
 import numpy as np  # noqa: E402
 import problems  # noqa: E402
 from draws import SHARES, Draw, calls, faults_of  # noqa: E402
@@ -53,7 +48,7 @@ BLOCK = 500  # draws between looks at the clock
 
 
 class Record:
-    """What has been found so far."""
+    """Counts, faults and the largest gaps so far."""
 
     def __init__(self) -> None:
         self.counts: dict[str, Counter[str]] = {
@@ -61,7 +56,6 @@ class Record:
         }
         self.cases = self.cells = 0
         self.failures: list[dict[str, str]] = []
-        self.tightest = (Fraction(0), "")
         self.coarsest = dict.fromkeys(assign.SOLVERS, (0.0, ""))
 
     def count(self, case: Case) -> None:
@@ -79,12 +73,10 @@ class Record:
             print(f"FAILED {fault.check}: {fault.message[:500]}\n    --only '{only}'", flush=True)
 
     def measure(self, case: Case, cost: np.ndarray, result: assign.Assignment) -> None:
-        """Keep the result that comes closest to its gap and the one whose gap is largest."""
-        gap, maximize = float(result.gap), "maximize" in case.cell.named
+        """Keep the result of each solver whose gap is largest."""
+        gap = float(result.gap)
         if not 0 < gap < np.inf or int(result.status) != assign.Status.OPTIMAL_WITHIN_EPS:
             return
-        ratio = Fraction(problems.excess(cost, result, maximize=maximize), problems.exact(gap))
-        self.tightest = max(self.tightest, (ratio, str(case)))
         finite = cost[np.isfinite(cost)].astype(np.float64)
         most = min(cost.shape) * float(np.ptp(finite))
         # Below the smallest normal numbers nothing is promised; larger eps and prices cost more.
@@ -188,26 +180,11 @@ def draw(number: int, seed: int, record: Record) -> None:
         problem()
     except AssertionError:
         drawn, found = failed[-1]  # hypothesis ends with the simplest
-        record.fail(as_text(drawn), found)
-
-
-def as_text(drawn: Draw) -> str:
-    """Write a draw as JSON, with the infinities and NaN as Python's dialect has them."""
-    options = {k: v.tolist() if k == "prices" else v for k, v in drawn.options.items()}
-    return json.dumps({"cost": drawn.cost.tolist(), "solver": drawn.solver, "options": options})
+        record.fail(f"{drawn.solver} {drawn.options} {drawn.cost.tolist()}", found)
 
 
 def replay(only: str, record: Record, watchdog: Watchdog) -> None:
     """Solve one case, or every case of a cell by itself."""
-    watchdog.at(only)
-    if only.startswith("{"):
-        read = json.loads(only)
-        if "prices" in read["options"]:
-            read["options"]["prices"] = np.array(read["options"]["prices"], np.float32)
-        drawn = Draw(np.array(read["cost"], np.float32), read["solver"], read["options"])
-        record.cases += 1
-        record.fail(only, faults_of(drawn))
-        return
     *cell_words, kind, seed = only.split("/") if only.count("/") == 6 else (only, "", "0")
     cell = Cell.of("/".join(cell_words))
     every = [Case(cell, kind, int(seed))] if kind else cases_of(cell, 0)
@@ -224,13 +201,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=3600, help="start nothing after these")
     parser.add_argument("--endless", type=float, default=ENDLESS, help="seconds that are a hang")
-    parser.add_argument("--only", help="a case or a cell, as a failure names it")
+    parser.add_argument("--only", help="a case or a cell, as failures print them")
     parser.add_argument("--output", type=Path, help="JSON")
     return parser.parse_args()
 
 
 def fuzz(arguments: argparse.Namespace, record: Record, watchdog: Watchdog) -> bool:
-    """Run cells and draws until there are cases enough; say whether all pairs were covered."""
+    """Run cells and draws until there are cases enough; return whether all pairs were covered."""
     begin = time.monotonic()
 
     def over() -> bool:
@@ -263,7 +240,7 @@ def fuzz(arguments: argparse.Namespace, record: Record, watchdog: Watchdog) -> b
 
 
 def main() -> None:
-    """Fuzz, or replay, and say what was found."""
+    """Fuzz, or replay, and show what was found."""
     arguments = parse()
     record, watchdog = Record(), Watchdog(arguments.endless)
     begin = time.monotonic()
@@ -277,8 +254,6 @@ def main() -> None:
 
     for name, counts in record.counts.items():
         print(f"{name}: " + ", ".join(f"{value} {number}" for value, number in counts.items()))
-    tightest, at = record.tightest
-    print(f"closest to its gap: {float(tightest):.4g} of it, {at}")
     for solver, (share, case) in record.coarsest.items():
         print(f"largest gap of {solver}: {share:.3g} of S, {case}")
     print(
@@ -287,29 +262,21 @@ def main() -> None:
     )
     result = {
         "benchmark": "fuzz_assign",
+        **measure.environment("jax", "jaxlib", "numpy", "scipy", "optax"),
+        "seed": arguments.seed,
         "cases": record.cases,
         "programs": record.cells,
         "all_pairs": covered,
+        "seconds": round(seconds),
         "faults": record.failures,
         "counts": record.counts,
-        "closest_to_gap": {"distance_by_gap": float(tightest), "only": at},
         "largest_gap": {
             solver: {"share_of_S": share, "only": case}
             for solver, (share, case) in record.coarsest.items()
         },
-        "seed": arguments.seed,
-        "seconds": round(seconds),
-        "date": datetime.date.today().isoformat(),
-        "versions": {
-            "python": platform.python_version(),
-            **{k: metadata.version(k) for k in ("jax", "jaxlib", "numpy", "scipy", "optax")},
-        },
-        "machine": f"{platform.machine()}, {platform.system()}, {hardware.cpu()}",
     }
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-    sys.exit(bool(record.failures))
+    measure.write(arguments.output, result)
+    measure.finish([fault["message"] for fault in record.failures])
 
 
 if __name__ == "__main__":

@@ -59,11 +59,8 @@ class Cell(NamedTuple):
     def size(self) -> int:
         """Return the number of problems: small ones, which are solved faster, are more."""
         area = self.shape[0] * self.shape[1]
-        return 16 if area == 0 else 640 if area <= 49 else 448 if area <= 256 else _of_large(area)
-
-
-def _of_large(area: int) -> int:
-    return 112 if area <= 64 * 64 else 32
+        sizes = ((0, 16), (49, 640), (256, 448), (64 * 64, 112))
+        return next((number for most, number in sizes if area <= most), 32)
 
 
 class Case(NamedTuple):
@@ -110,17 +107,6 @@ class Case(NamedTuple):
             return prices.astype(dtype)
 
 
-def every_cell() -> list[Cell]:
-    """Return the whole product."""
-    return [
-        Cell(solver, shape, dtype, way, options)
-        for solver in assign.SOLVERS
-        for shape, dtype, way, options in itertools.product(
-            SHAPES, problems.DTYPES, problems.WAYS, OPTIONS[solver]
-        )
-    ]
-
-
 def pairs_of(cell: Cell) -> set[tuple]:
     """Return the pairs of values that a cell covers."""
     return set(itertools.combinations(enumerate(cell), 2))
@@ -132,9 +118,12 @@ def order(seed: int) -> Iterator[tuple[Cell, bool]]:
     Of a hundred at random always that one comes next that has most pairs not yet seen.
     """
     rng = np.random.default_rng(seed)
-    cells = every_cell()
-    rng.shuffle(cells)
-    cells = [Cell(*cell) for cell in cells]
+    cells = [
+        Cell(solver, *rest)
+        for solver in assign.SOLVERS
+        for rest in itertools.product(SHAPES, problems.DTYPES, problems.WAYS, OPTIONS[solver])
+    ]
+    cells = [cells[k] for k in rng.permutation(len(cells))]
     missing = set().union(*map(pairs_of, cells))
     rest = list(cells)
     while missing:

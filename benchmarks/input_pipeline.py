@@ -1,52 +1,54 @@
-"""Time the input pipeline beside its limit and its rivals, on real photographs.
+"""Time the input pipeline, its limit and its rivals in turn, on real photographs.
 
     python benchmarks/input_pipeline.py --data DIR --scratch DIR --quick
     python benchmarks/input_pipeline.py --data DIR --scratch DIR --torch PYTHON \
         --tensorflow PYTHON --output docs/results/input_pipeline.json
+    python benchmarks/input_pipeline.py --sections files --data DIR --scratch DIR \
+        --output docs/results/many_files.json
 
-``--data`` is a folder with voc2007_subset.zip, imagenette_like.zip and cifar10.zip, ``--torch`` and
+``--data`` is a folder with voc2007_subset.zip and cifar10.zip, ``--torch`` and
 ``--tensorflow`` the interpreters of environments with torch and torchvision, and with tensorflow.
+Sections:
 
-The limit is the bare work, one process for each core, from bytes in memory: decode, scale with the
-same filter the part that is cut out, throw it away (``input_contenders.py``); "naive" scales the
-whole image, then crops. The pipeline decodes large files at half size or less where that suffices;
-none of these photographs is large enough. The rivals are a PyTorch DataLoader over ImageFolder and
-tf.data (``input_rivals.py``), with as many workers as cores. All take turns, A B C A B C, each in
-processes of its own, on the same cores, and ratios are taken round by round.
+    whole     complete pipelines. The limit is the bare work, one process for each core, from bytes
+              in memory: decode, scale with the same filter the part that is cut out, throw it away;
+              "naive" scales the complete image, then crops. The rivals are a PyTorch DataLoader
+              over ImageFolder and tf.data, with as many workers as cores (``input_programs.py``)
+    waiting   the share of time that a loop waits for data whose step sleeps for 50 ms, as a host
+              does while its accelerator works
+    files     start-up and use of a folder of ``--files`` small images, ImageNet's layout without
+              ImageNet: in a new process without an index, in another one with the index that the
+              first has kept, then ``--starts`` processes that only open it (not in the default)
 
-Further sections: what the stages cost (``input_stages.py``), how long a loop waits for data whose
-step sleeps for 50 ms, as a host does while its accelerator works, and what happens to memory over
-many batches (``input_long.py``).
+Programs take turns, A B C C B A, each in processes of its own, on the same cores, and ratios are
+taken round by round. Files are in the page cache.
 """
 
 import argparse
-import datetime
+import dataclasses
 import json
+import math
 import os
-import platform
+import shutil
+import statistics
+import subprocess
 import sys
-from importlib import metadata
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import hardware
 import input_data
-import input_long
 import input_tables
-from input_data import Photos
-from input_turns import Contender, ratio, summary, take_turns
+import measure
+from input_tables import FASTER, KINDS
+from measure import words
 
-SECTIONS = ("whole", "variants", "stages", "waiting", "memory")
-_PACKAGES = ("nat_jax", "numpy", "pillow", "simplejpeg", "grain", "array_record", "jax")
-_OTHERS = ("torch", "torchvision", "tensorflow")
+SECTIONS = ("whole", "waiting", "files")
 _STEP = 0.05  # seconds of the loop that may wait
 _LOADS = (0.5, 0.7, 0.9)  # of what the pipeline can do
-_FASTER = "simplejpeg"
-
-
-def words(text: str) -> list[str]:
-    """Split a list at commas."""
-    return [word.strip() for word in text.split(",") if word.strip()]
+_END = 60  # seconds that a program may take to end
+_BATCH = 256  # of the files section
 
 
 def parse() -> argparse.Namespace:
@@ -56,299 +58,285 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scratch", type=Path, required=True, help="for the images, laid out")
     parser.add_argument("--torch", help="Python interpreter with torch and torchvision")
     parser.add_argument("--tensorflow", help="Python interpreter with tensorflow")
-    parser.add_argument("--sections", type=words, default=list(SECTIONS), help=", ".join(SECTIONS))
+    parser.add_argument("--sections", type=words, default=list(SECTIONS[:2]), help=str(SECTIONS))
     parser.add_argument("--cores", type=int, help="how many to use; all by default")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=3, help="of each turn")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--copies", type=int, default=4, help="of each large photograph")
-    parser.add_argument("--batches", type=int, default=20_000, help="of the memory section")
+    parser.add_argument("--files", type=int, default=200_000, help="of the files section")
+    parser.add_argument("--reads", type=int, default=5_000, help="random records of the same")
+    parser.add_argument("--starts", type=int, default=7, help="processes that open them again")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="few programs, in under a minute")
-    parser.add_argument("--output", type=Path, help="JSON; the tables go beside it as .md")
+    parser.add_argument("--quick", action="store_true", help="few programs, in about a minute")
+    parser.add_argument("--output", type=Path, help="JSON; the tables go to a .md file next to it")
     arguments = parser.parse_args()
-    unknown = set(arguments.sections) - set(SECTIONS)
-    if unknown:
+    if unknown := set(arguments.sections) - set(SECTIONS):
         parser.error(f"unknown sections {', '.join(unknown)}; known: {', '.join(SECTIONS)}")
+    if "waiting" in arguments.sections and "whole" not in arguments.sections:
+        parser.error("the section waiting needs the rates of the section whole")
     if arguments.quick:
         arguments.rounds, arguments.seconds, arguments.batch = 2, 0.5, 64
-        arguments.copies, arguments.batches = 1, 200
+        arguments.copies, arguments.files, arguments.reads, arguments.starts = 1, 12_000, 500, 2
     return arguments
 
 
-def use_cores(wanted: int | None) -> int:
-    """Bind this process, and so all it starts, to some cores; return how many."""
-    if not hasattr(os, "sched_setaffinity"):
-        return wanted or os.cpu_count() or 1
-    there = sorted(os.sched_getaffinity(0))
-    if wanted:
-        os.sched_setaffinity(0, there[:wanted])
-    return len(os.sched_getaffinity(0))
+class Failed(RuntimeError):
+    """A program has ended; the message is the last line of its output."""
 
 
-class Programs:
-    """Makes the contenders of one set of photographs.
+@dataclasses.dataclass
+class Contender:
+    """A program of ``input_programs.py``, or several at once, and the turns it has done.
 
-    Args:
-        photos: the images.
-        cores: processes, threads or workers of each.
-        arguments: the options.
+    Attributes:
+        name: as in the tables.
+        specs: JSON arguments, one for each process; all work at the same time.
+        python: the interpreter of its environment.
+        about: decoder and versions, as the program reports them.
+        turns: images, seconds and processor seconds of each turn.
+        images: in each turn, over all processes.
     """
 
-    def __init__(self, photos: Photos, cores: int, arguments: argparse.Namespace):
-        self._photos, self._cores, self._arguments = photos, cores, arguments
-        self._train = str(photos.folder / "train")
+    name: str
+    specs: Sequence[dict[str, Any]]
+    python: str = sys.executable
+    about: dict[str, Any] = dataclasses.field(default_factory=dict)
+    turns: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    images: int = 0
 
-    def limit(self, decoder: str, crop: str = "random_crop", *, views: int = 1) -> Contender:
-        """Return the bare loop."""
-        name = f"limit, {decoder}"
-        return self._limit(name, {"decoder": decoder, "crop": crop, "views": views})
+    def start(self) -> None:
+        """Start the processes and wait until they can take turns."""
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115  # closed with the processes
+        program = str(Path(__file__).with_name("input_programs.py"))
+        self._processes = [
+            subprocess.Popen(
+                [self.python, program, json.dumps(spec)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                text=True,
+                env=measure.child_environment(),
+            )
+            for spec in self.specs
+        ]
+        for process in self._processes:
+            self.about.update(self._answer(process))
 
-    def naive(self, decoder: str) -> Contender:
-        """Return the bare loop that scales the whole image, then crops."""
-        naive = {"decoder": decoder, "crop": "random_crop", "views": 1, "naive": True}
-        return self._limit(f"limit, naive, {decoder}", naive)
-
-    def _limit(self, name: str, spec: dict[str, Any]) -> Contender:
-        common = {"kind": "limit", "folder": self._train, **spec}
-        seeds = (self._arguments.seed + i for i in range(self._cores))
-        return Contender(name, "input_contenders.py", [{**common, "seed": s} for s in seeds])
-
-    def ours(
-        self,
-        kind: str,
-        decoder: str,
-        crop: str = "random_crop",
-        *,
-        batch: int | None = None,
-        views: int = 1,
-        workers: bool = False,
-    ) -> Contender | None:
-        """Return nat_jax's pipeline, None where that kind of source is missing."""
-        if kind not in self._photos.sources:
-            return None
-        spec = {
-            "kind": "ours",
-            "source": self._photos.sources[kind],
-            "decoder": decoder,
-            "crop": crop,
-            "batch": batch or self._arguments.batch,
-            "views": views,
-            "threads": self._cores,
-            "workers": self._cores if workers else 0,
-            "seed": self._arguments.seed,
+    def turn(self, images: int) -> dict[str, float]:
+        """Let each process do a share of the images."""
+        share = math.ceil(images / len(self._processes))
+        for process in self._processes:
+            assert process.stdin is not None
+            print(share, file=process.stdin, flush=True)
+        answers = [self._answer(process) for process in self._processes]
+        return {
+            "images": sum(answer["images"] for answer in answers),
+            "seconds": max(answer["seconds"] for answer in answers),
+            "cpu": sum(answer["cpu"] for answer in answers),
         }
-        name = f"ours, {kind}, {decoder}" + (f", batches of {batch}" if batch else "")
-        name += ", worker processes" if workers else ""
-        return Contender(name, "input_contenders.py", [spec])
 
-    def torch(self, crop: str = "random_crop") -> Contender | None:
-        """Return PyTorch's DataLoader, None without its environment."""
-        if not self._arguments.torch:
-            return None
-        spec = self._rival("torch", crop) | {"workers": self._cores}
-        name = "PyTorch DataLoader, Pillow"
-        return Contender(name, "input_rivals.py", [spec], python=self._arguments.torch)
+    def warm_up(self, seconds: float, multiple: int) -> None:
+        """Choose the number of images of a turn that takes so many seconds."""
+        self.images = multiple
+        for _ in range(2):  # the first turn is slower than those that follow
+            done = self.turn(self.images)
+            rate = done["images"] / done["seconds"]
+            self.images = max(1, round(rate * seconds / multiple)) * multiple
 
-    def tf_data(self, *, threads: int | None, fused: bool) -> Contender | None:
-        """Return a tf.data pipeline, None without its environment."""
-        if not self._arguments.tensorflow:
-            return None
-        spec = self._rival("tf.data", "random_crop") | {"threads": threads, "fused": fused}
-        name = "tf.data, " + (f"{threads} threads" if threads else "AUTOTUNE")
-        name += ", decode_and_crop" if fused else ""
-        return Contender(name, "input_rivals.py", [spec], python=self._arguments.tensorflow)
+    def _answer(self, process: subprocess.Popen) -> dict[str, Any]:
+        assert process.stdout is not None
+        if line := process.stdout.readline():
+            return json.loads(line)
+        process.wait(timeout=_END)
+        self._log.seek(0)
+        lines = self._log.read().decode(errors="replace").strip().splitlines()
+        raise Failed(f"{self.name}: {lines[-1] if lines else 'ended without output'}")
 
-    def _rival(self, name: str, crop: str) -> dict[str, Any]:
-        common = {"rival": name, "folder": self._train, "crop": crop}
-        return common | {"batch": self._arguments.batch, "seed": self._arguments.seed}
+    def stop(self) -> None:
+        """End the processes."""
+        for process in getattr(self, "_processes", ()):
+            if process.stdin is not None:
+                process.stdin.close()
+        for process in getattr(self, "_processes", ()):
+            try:
+                process.wait(timeout=_END)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
+    def rates(self) -> list[float]:
+        """Return the images per second of each turn."""
+        return [turn["images"] / turn["seconds"] for turn in self.turns]
 
-def whole(programs: Programs, cores: int, quick: bool) -> list[Contender | None]:
-    """Return who takes part in the comparison of whole pipelines."""
-    found = [programs.limit(_FASTER), programs.ours("folder", _FASTER)]
-    found += [programs.ours("arrayrecord", _FASTER), programs.torch()]
-    found += [programs.tf_data(threads=None, fused=False)]
-    if quick:
-        return found
-    return [
-        *found,
-        programs.ours("zip", _FASTER),
-        programs.ours("tfds", _FASTER),
-        programs.tf_data(threads=cores, fused=False),
-        programs.tf_data(threads=None, fused=True),
-        programs.naive(_FASTER),
-        programs.limit("Pillow"),
-        programs.naive("Pillow"),
-        programs.ours("folder", "Pillow"),
-        programs.ours("arrayrecord", "Pillow"),
-    ]
+    def costs(self) -> list[float]:
+        """Return the processor seconds of an image in each turn."""
+        return [turn["cpu"] / turn["images"] for turn in self.turns]
 
 
-def variants(programs: Programs, kind: str) -> dict[str, list[Contender | None]]:
-    """Return who takes part in the comparisons of other settings, by name."""
-    inception = "random_resized_crop"
-    return {
-        "Inception-style crops": [
-            programs.limit(_FASTER, inception),
-            programs.ours(kind, _FASTER, inception),
-            programs.torch(inception),
-        ],
-        "two views": [
-            programs.limit(_FASTER, views=2),
-            programs.ours(kind, _FASTER, views=2),
-        ],
-        "evaluation, middle crop": [
-            programs.limit(_FASTER, "center_crop"),
-            programs.ours(kind, _FASTER, "center_crop"),
-        ],
-        "other batches and workers": [
-            programs.limit(_FASTER),
-            programs.ours(kind, _FASTER),
-            programs.ours(kind, _FASTER, batch=64),
-            programs.ours(kind, _FASTER, workers=True),
-        ],
-    }
+def contenders(
+    folder: Path, kinds: dict[str, str], cores: int, options: argparse.Namespace
+) -> list[Contender]:
+    """Return the programs that are compared; those of other environments if these are given."""
+    common = {"batch": options.batch, "seed": options.seed, "folder": str(folder / "train")}
+
+    def limit(decoder: str, *, naive: bool = False) -> Contender:
+        spec = {**common, "program": "limit", "decoder": decoder, "naive": naive}
+        specs = [spec | {"seed": options.seed + k} for k in range(cores)]
+        return Contender(f"limit, {'naive, ' * naive}{decoder}", specs)
+
+    def ours(kind: str, decoder: str) -> Contender:
+        spec = {**common, "program": "ours", "source": kinds[kind], "decoder": decoder}
+        return Contender(f"ours, {kind}, {decoder}", [spec | {"threads": cores}])
+
+    found = [limit(FASTER), *(ours(kind, FASTER) for kind in KINDS)]
+    if options.torch:
+        spec = {**common, "program": "torch", "workers": cores}
+        found.append(Contender("PyTorch DataLoader, Pillow", [spec], python=options.torch))
+    if options.tensorflow:
+        for fused in (False, True):
+            name = "tf.data, AUTOTUNE" + ", decode_and_crop" * fused
+            spec = {**common, "program": "tf.data", "fused": fused}
+            found.append(Contender(name, [spec], python=options.tensorflow))
+    if not options.quick:
+        found += [ours("zip", FASTER), limit(FASTER, naive=True), limit("Pillow")]
+        found += [limit("Pillow", naive=True), *(ours(kind, "Pillow") for kind in KINDS)]
+    return found
 
 
 def compare(
-    name: str, contenders: list[Contender | None], cores: int, arguments: argparse.Namespace
+    name: str, chosen: Iterable[Contender], cores: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Let programs take turns; return their results and ratios."""
-    there = [contender for contender in contenders if contender is not None]
-    multiple = cores * arguments.batch
-    running, skipped = take_turns(
-        there, rounds=arguments.rounds, seconds=arguments.seconds, multiple=multiple
-    )
-    for line in skipped:
-        print(f"{name}: skipped: {line}", file=sys.stderr)
+    """Let programs take turns; return their results, ratios, and why others did not run."""
+    running: list[Contender] = []
+    skipped: list[str] = []
+
+    def drop(contender: Contender, error: Exception) -> None:
+        measure.log(f"{name}: skipped: {error}")
+        skipped.append(str(error))
+        contender.stop()
+
+    try:
+        for contender in chosen:
+            try:
+                contender.start()
+                # A multiple of all threads' batches: none is idle while another makes the last.
+                contender.warm_up(options.seconds, cores * options.batch)
+                running.append(contender)
+            except (Failed, OSError) as error:
+                drop(contender, error)
+        for contender in measure.interleave(list(running), options.rounds):
+            try:
+                if contender in running:
+                    contender.turns.append(contender.turn(contender.images))
+            except Failed as error:
+                drop(contender, error)
+                running.remove(contender)
+    finally:
+        for contender in running:
+            contender.stop()
     mine = [contender for contender in running if contender.name.startswith("ours")]
     ratios = []
     for one in mine:
         for other in running:
             same = one.about["decoder"] == other.about.get("decoder")
-            is_limit = other.name.startswith("limit")
-            if other in mine or (is_limit and not same):
+            if other in mine or (other.name.startswith("limit") and not same):
                 continue
-            ratios.append(ratio(one, other))
+            faster = measure.ratios(one.rates(), other.rates())
+            cpu = measure.ratios(other.costs(), one.costs())[1]
+            ratios.append({"one": one.name, "other": other.name, "quartiles": faster, "cpu": cpu})
     results = [summary(contender, cores) for contender in running]
     return {"name": name, "results": results, "ratios": ratios, "skipped": skipped}
 
 
-def wait(groups: list[dict], photos: Photos, cores: int, options: argparse.Namespace) -> list[dict]:
-    """Measure how long a loop waits, with batches that are a share of what the pipeline can do."""
-    found = []
-    rows = [row for group in groups if group["name"] == photos.name for row in group["results"]]
-    for kind in ("folder", "arrayrecord"):
-        rates = [
-            row["images_per_second_per_core"]
-            for row in rows
-            if row["name"] == f"ours, {kind}, {_FASTER}"
-        ]
-        for load in _LOADS if rates else ():
-            batch = max(1, int(load * rates[0] * cores * _STEP) // 2 * 2)
-            spec = {"source": photos.sources[kind], "batch": batch, "threads": cores}
-            spec |= {"what": "waiting", "step_seconds": _STEP, "seed": options.seed}
-            spec["steps"] = 40 if options.quick else 400
-            actual = batch / (rates[0] * cores * _STEP)
-            row = {"kind": kind, "photos": photos.name, "batch": batch, "step_ms": 1000 * _STEP}
-            found.append(row | {"load": round(actual, 3)} | input_long.start(spec))
-            if options.quick:
-                break
-    return found
-
-
-def remember(cores: int, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Watch the memory over many batches of small images, with threads and with processes."""
-    archive = options.data / "cifar10.zip"
-    if not archive.exists():
-        return [{"skipped": f"{archive.name} is not in the data"}]
-    found = []
-    for mode, workers in (("threads", 0), ("worker processes", cores)):
-        spec = {"what": "memory", "source": f"folder:{archive}", "batch": 64, "threads": cores}
-        spec |= {"workers": workers, "batches": options.batches, "seed": options.seed}
-        print(f"memory, {mode}", file=sys.stderr)
-        found.append({"mode": mode, **input_long.start(spec)})
-        if options.quick:
-            break
-    return found
-
-
-def environment(cores: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Return what the numbers depend on."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    command = "python benchmarks/input_pipeline.py --data DIR --scratch DIR"
-    command += " --torch PYTHON" if options.torch else ""
-    command += " --tensorflow PYTHON" if options.tensorflow else ""
-    used = {"rounds": options.rounds, "seconds": options.seconds, "batch": options.batch}
+def summary(contender: Contender, cores: int) -> dict[str, Any]:
+    """Return the medians of a contender's turns."""
+    low, median, high = measure.quartiles([rate / cores for rate in contender.rates()])
+    busy = statistics.median(turn["cpu"] / turn["seconds"] for turn in contender.turns)
     return {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {platform.system()}, {cores} cores of {hardware.cpu()}",
-        "cores": cores,
-        "python": platform.python_version(),
-        **versions,
-        "seed": options.seed,
-        "command": command,
-        "options": {**used, "copies": options.copies, "sections": options.sections},
+        "name": contender.name,
+        "images_per_second_per_core": median,
+        "quartiles": [low, high],
+        "cpu_us_per_image": round(1e6 * statistics.median(contender.costs()), 1),
+        "share_of_cores": round(busy / cores, 3),
+        "images_per_turn": contender.images,
+        "turns": len(contender.turns),
+        **contender.about,
     }
 
 
+def loop(program: str, **spec: Any) -> dict[str, Any]:
+    """Run a program of ``input_loops.py`` in a new process and return its result."""
+    (found,) = measure.run_child("input_loops.py", json.dumps({"program": program, **spec}))
+    return found
+
+
+def wait(
+    rows: list[dict], kinds: dict[str, str], cores: int, options: argparse.Namespace
+) -> Iterator[dict]:
+    """Measure how long a loop waits, with batches that are a share of what the pipeline can do."""
+    rates = {row["name"]: row["images_per_second_per_core"] for row in rows}
+    for kind in KINDS:
+        if not (rate := cores * rates.get(f"ours, {kind}, {FASTER}", 0)):
+            continue
+        for load in _LOADS[:1] if options.quick else _LOADS:
+            batch = max(1, int(load * rate * _STEP) // 2 * 2)
+            row = {"kind": kind, "batch": batch, "step_ms": 1000 * _STEP}
+            row |= {"load": round(batch / (rate * _STEP), 3)}
+            spec = {"source": kinds[kind], "batch": batch, "threads": cores}
+            spec |= {"steps": 40 if options.quick else 400, "step_seconds": _STEP}
+            yield row | loop("waiting", seed=options.seed, **spec)
+
+
+def start_up(cores: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure the files section."""
+    archive = options.data / "cifar10.zip"
+    folder, data = input_data.many_files(archive, options.scratch, options.files, options.seed)
+    cache = Path(tempfile.mkdtemp(prefix="index_", dir=options.scratch))
+    os.environ["NAT_JAX_CACHE"] = str(cache)
+    spec = {"source": f"folder:{folder}", "seed": options.seed, "reads": options.reads}
+    spec |= {"threads": cores, "batch": _BATCH}
+    try:
+        found = {"data": data, "first": loop("using", **spec), "again": loop("using", **spec)}
+        opened = [loop("opening", source=spec["source"]) for _ in range(options.starts)]
+        kept = [path.stat().st_size for path in cache.rglob("*") if path.is_file()]
+    finally:
+        shutil.rmtree(cache)
+    seconds = [round(one["open_seconds"], 4) for one in opened]
+    return found | {"starts": seconds, "index_bytes": sum(kept)}
+
+
 def main() -> None:
-    """Measure, and show the goals and the tables."""
+    """Measure, and show the tables."""
     options = parse()
-    cores = use_cores(options.cores)
+    cores = measure.use_cores(options.cores or len(measure.core_numbers()))
     options.scratch = options.scratch.resolve()
-    sets = input_data.prepare(options.data, options.scratch, copies=options.copies)
-    sets = sets[:1] if options.quick else sets
-    results: dict[str, Any] = {"benchmark": "input_pipeline", **environment(cores, options)}
+    options.scratch.mkdir(parents=True, exist_ok=True)
     groups: list[dict[str, Any]] = []
-    results |= {"goals": [], "groups": groups}
-    results["missing"] = {photos.name: photos.skipped for photos in sets if photos.skipped}
+    results: dict[str, Any] = {
+        "benchmark": "input_pipeline",
+        **measure.environment(*input_tables.PACKAGES),
+        "cores": cores,
+        "seed": options.seed,
+        "command": " ".join(["python", "benchmarks/input_pipeline.py", *sys.argv[1:]]),
+        "groups": groups,
+    }
+    faults = []
     if "whole" in options.sections:
-        for photos in sets:
-            there = whole(Programs(photos, cores, options), cores, options.quick)
-            groups.append(compare(photos.name, there, cores, options))
-            save(results, options.output)
+        folder, kinds = input_data.photographs(options.data, options.scratch, copies=options.copies)
+        chosen = contenders(folder, kinds, cores, options)
+        groups.append(compare("photos500", chosen, cores, options))
     if "waiting" in options.sections:
-        results["waiting"] = wait(groups, sets[0], cores, options)
-    if "variants" in options.sections and not options.quick:
-        kind = "arrayrecord" if "arrayrecord" in sets[0].sources else "folder"
-        for name, contenders in variants(Programs(sets[0], cores, options), kind).items():
-            groups.append(compare(f"{sets[0].name}, {name}", contenders, cores, options))
-        save(results, options.output)
-    if "memory" in options.sections:
-        results["memory"] = remember(cores, options)
-        save(results, options.output)
-    if "stages" in options.sections:
-        import input_stages  # imports JAX and grain, which the programs above should not wait for
-
-        results["stages"] = stages = {
-            photos.name: input_stages.measure(
-                photos.sources, rounds=options.rounds, seed=options.seed
-            )
-            for photos in sets
-        }
-        results["parsing"] = {name: input_stages.parsing(of) for name, of in stages.items()}
-    print(save(results, options.output))
-
-
-def save(results: dict[str, Any], output: Path | None) -> str:
-    """Write what is there so far, and return it as Markdown."""
-    for group in results["groups"]:
-        for row in group["results"]:
-            results |= {package: row[package] for package in _OTHERS if package in row}
-    results["goals"] = input_tables.goals(results)
+        results["waiting"] = list(wait(groups[0]["results"], kinds, cores, options))
+    if "files" in options.sections:
+        results |= start_up(cores, options)
+        checks = {**results["first"]["checks"], **results["again"]["checks"]}
+        faults = [f"not so: {what}" for what, good in checks.items() if not good]
+    for row in (row for group in groups for row in group["results"]):
+        results |= {package: row[package] for package in input_tables.OTHERS if package in row}
     text = input_tables.tables(results)
-    if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(results, indent=1) + "\n")
-        output.with_suffix(".md").write_text(text)
-    return text
+    print(text)
+    measure.write(options.output, results, text)
+    measure.finish(faults)
 
 
 if __name__ == "__main__":

@@ -2,18 +2,15 @@
 
     python benchmarks/kill_resume.py --kills 50 --output docs/results/kill_resume.json
 
-Each round starts the smoke config in a fresh folder, kills the process (SIGKILL) at a random moment
+Each round starts the smoke config in a new folder, kills the process (SIGKILL) at a random moment
 (one time in five while it starts, else between its first line of output and the end of a run of
 usual length), and starts the same command line again, until a run is left to end. The final
 checkpoint's state, the metrics and the scores must equal those of an uninterrupted run bit for bit,
-and a start that finds a checkpoint must say that it resumed from it or a later one. Prints what
-happened to each round, and writes the sums as JSON.
+and a start that finds a checkpoint must resume from it or a later one.
 """
 
 import argparse
-import datetime
 import json
-import platform
 import random
 import re
 import shutil
@@ -22,22 +19,23 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
+
+import measure
 
 from nat_jax.training.checkpoint import Checkpoints
 from nat_jax.training.metrics import read_rows
 
-ROOT = Path(__file__).parents[1]
+KILLED = -9
 
 
-def command(workdir: Path) -> list[str]:
+def command(workdir: Path, epochs: int) -> list[str]:
     """Return the command line: training alone, saved every third step."""
     return [
-        sys.executable,
-        "-m",
-        "nat_jax.main",
-        f"--config={ROOT / 'configs' / 'smoke.py'}",
+        *(sys.executable, "-m", "nat_jax.main"),
+        f"--config={measure.ROOT / 'configs' / 'smoke.py'}",
         f"--workdir={workdir}",
-        "--config.epochs=12",  # long beside the judging that follows
+        f"--config.epochs={epochs}",
         "--config.eval.every_epochs=0",
         "--config.eval.probes=('knn',)",
         "--config.eval.layers=('z',)",
@@ -47,7 +45,7 @@ def command(workdir: Path) -> list[str]:
     ]
 
 
-def final_state(workdir: Path) -> dict:
+def final_state(workdir: Path) -> dict[str, Any]:
     """Return the digests of the final checkpoint's leaves, the metrics and the scores."""
     checkpoints = Checkpoints(workdir / "checkpoints")
     rows = read_rows(workdir)
@@ -65,18 +63,20 @@ def saved_step(workdir: Path) -> int:
     return max(map(int, names), default=0)
 
 
-def run_for(share: float | None, workdir: Path, log: Path, *, usual: float) -> int:
-    """Run the command line, killed unless it ends before; return its code.
+def run_for(share: float | None, line: list[str], log: Path, *, usual: float) -> int:
+    """Run a command line, killed unless it ends before; return its exit status.
 
     Args:
         share: moment of the kill: below 0 the share of a second from the start; else the share of
             ``usual`` from the first line of output. None lets the run end.
-        workdir: of the run.
+        line: the command line.
         log: file for its output.
         usual: seconds between the first line and the end.
     """
     with log.open("wb") as stream:
-        process = subprocess.Popen(command(workdir), stdout=stream, stderr=stream)
+        process = subprocess.Popen(
+            line, stdout=stream, stderr=stream, env=measure.child_environment()
+        )
     if share is not None and share >= 0:
         while not log.stat().st_size and process.poll() is None:
             time.sleep(0.01)
@@ -88,85 +88,66 @@ def run_for(share: float | None, workdir: Path, log: Path, *, usual: float) -> i
         return process.wait()
 
 
-def start_up(scratch: Path) -> float:
-    """Return the seconds from a process's start to its first line of output."""
-    begin = time.monotonic()
-    run_for(0, scratch / "start_up", scratch / "log", usual=0)
-    return time.monotonic() - begin
-
-
 def resumed(log: Path, at_least: int) -> bool:
-    """Say whether a start that found a checkpoint went on from it, as far as its output tells."""
+    """Return whether a start that found a checkpoint went on from it, as far as its log tells."""
     text = log.read_text()
-    found = re.search(r"(?:resumed .* at step|finished .*: all) (\d+) ", text)
-    if found:
+    if found := re.search(r"(?:resumed .* at step|finished .*: all) (\d+) ", text):
         return int(found[1]) >= at_least
-    return at_least == 0 or "loss" not in text  # killed before it could say
+    return at_least == 0 or "loss" not in text  # killed before it could log that
 
 
 def main() -> None:
     """Run the rounds and print what happened."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--epochs", type=int, default=12, help="of a run; the judging is short")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
-    rng = random.Random(arguments.seed)
+    parser.add_argument("--output", type=Path, help="JSON")
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
     scratch = Path(tempfile.mkdtemp(prefix="kill_resume_"))
 
-    for whole in (scratch / "first", scratch / "whole"):  # the first one fills a compilation cache
+    def run(workdir: Path, share: float | None, log: Path, usual: float = 0) -> tuple[int, float]:
         begin = time.monotonic()
-        if run_for(None, whole, scratch / "log", usual=0):
-            sys.exit((scratch / "log").read_text())
-        duration = time.monotonic() - begin
-    usual = duration - start_up(scratch)
-    expected = final_state(whole)
+        code = run_for(share, command(workdir, options.epochs), log, usual=usual)
+        return code, time.monotonic() - begin
+
+    log = scratch / "log"
+    for name in ("first", "second"):  # the first one fills a compilation cache
+        code, duration = run(scratch / name, None, log)
+        if code:
+            sys.exit(log.read_text())
+    usual = duration - run(scratch / "start_up", 0, log)[1]
+    expected = final_state(scratch / "second")
     if final_state(scratch / "first") != expected:
         sys.exit("two uninterrupted runs differ: nothing to compare with")
-    print(
-        f"uninterrupted run: {duration:.1f} s, {usual:.1f} s of it after its first line, "
-        f"{expected['step']} steps",
-        flush=True,
-    )
+    print(f"uninterrupted run: {duration:.1f} s, {expected['step']} steps", flush=True)
 
-    kills = rounds = failures = 0
-    steps_at_kill = []
-    while kills < arguments.kills:
+    rounds, faults, steps_at_kill = 0, [], []
+    while len(steps_at_kill) < options.kills:
         rounds += 1
         workdir, log = scratch / f"round{rounds}", scratch / f"round{rounds}.log"
-        code, good = -9, True
-        while code == -9 and good:
+        code, good = KILLED, True
+        while code == KILLED and good:
             saved = saved_step(workdir)
             moment = rng.uniform(-1, 0) if rng.random() < 0.2 else rng.random()
-            moment = moment if kills < arguments.kills else None
-            code = run_for(moment, workdir, log, usual=usual)
+            moment = moment if len(steps_at_kill) < options.kills else None
+            code, _ = run(workdir, moment, log, usual)
             good = resumed(log, saved)
-            if code == -9:
-                kills += 1
+            if code == KILLED:
                 steps_at_kill.append(saved_step(workdir))
-        good = good and code == 0 and final_state(workdir) == expected
-        failures += not good
-        print(f"round {rounds}: {kills} kills so far, {'equal' if good else 'FAILED'}", flush=True)
-        if good:
+        if good and code == 0 and final_state(workdir) == expected:
             shutil.rmtree(workdir)
         else:
-            print(log.read_text()[-2000:])
-    result = {
-        "benchmark": "kill_resume",
-        "kills": kills,
-        "rounds": rounds,
-        "failures": failures,
-        "uninterrupted_seconds": round(duration, 1),
-        "saved_steps_at_kill": steps_at_kill,
-        "seed": arguments.seed,
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {platform.system()}, CPU",
-    }
-    print(f"{kills} kills in {rounds} runs: {rounds - failures} ended as the uninterrupted one")
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
-    sys.exit(bool(failures))
+            faults.append(f"round {rounds}, exit status {code}: {log.read_text()[-2000:]}")
+        print(f"round {rounds}: {len(steps_at_kill)} kills, {len(faults)} faults", flush=True)
+    kills = len(steps_at_kill)
+    print(f"{kills} kills in {rounds} runs: {rounds - len(faults)} ended as the uninterrupted one")
+    result = {"benchmark": "kill_resume", **measure.environment("nat_jax", "jax")}
+    result |= {"seed": options.seed, "kills": kills, "rounds": rounds, "failures": len(faults)}
+    result |= {"uninterrupted_seconds": round(duration, 1), "saved_steps_at_kill": steps_at_kill}
+    measure.write(options.output, result)
+    measure.finish(faults)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""The steps that ``benchmarks/step.py`` compares, and the problems it gives them.
+"""The steps that ``step.py`` compares, and the batches that they train on.
 
-Every step is a function of (state, batch), jitted, its state donated. Those of the library are what
-``nat_jax.training.host_matching.compile_step`` returns. The others are written here as anybody
+Every step is a jitted function of (state, batch) whose state is donated. Those of the library are
+what ``nat_jax.training.host_matching.compile_step`` returns. The others are written here as anybody
 would write them: the network's ``apply`` under ``jax.value_and_grad``, optax's SGD, and nothing
 else.
 """
@@ -9,19 +9,19 @@ else.
 import collections
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import measure
 import numpy as np
 import optax
 from sklearn.datasets import load_sample_images
 
 from nat_jax import models, optim, targets
 from nat_jax.runtime import sharding
-from nat_jax.train_step import Step, batch_shardings, create_state, state_shardings
+from nat_jax.train_step import Step, create_state, state_shardings
 from nat_jax.training.host_matching import SOLVER_SECONDS, compile_step
 
 PLAIN = "NAT"
@@ -37,13 +37,11 @@ SOLVERS: dict[str, dict[str, Any]] = {
     KERNEL: dict(solver="auction", solver_options=(("kernel", True),)),
     "scipy": dict(solver="scipy"),
 }
-
-# As the training loop does; see nat_jax/train.py.
-_IN_FLIGHT = 2
+_IN_FLIGHT = 2  # steps, as in the training loop
 
 Batch = dict[str, jax.Array]
 State = Any
-Targets = tuple[jax.Array, jax.Array]  # float32[N, D] rows and int32[N], who owns which
+Targets = tuple[jax.Array, jax.Array]  # float32[N, D] rows and int32[N], the assignment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,18 +49,18 @@ class Problem:
     """A network, its optimiser, and the batches.
 
     Attributes:
-        name: what tables call it.
+        name: as in the tables.
         network: a key of ``models.MODELS``.
         image_size: side in pixels.
         dim: D.
-        batch: B, matched as a whole.
+        batch: B, one assignment problem.
         frontend: a key of ``models.FRONTENDS``.
         classes: of the supervised networks.
         momentum: 0 for plain SGD.
         dtype: compute dtype.
-        batches: how many there are, all on the device, in turn.
-        draws: how often the images of a batch come with other records' numbers, and so with other
-            targets: every matching is one of features and rows that were strangers.
+        batches: number of batches of images, all on the device.
+        draws: number of times that the images of a batch come with other records' indices, and so
+            with other targets: no problem is solved twice.
         rate: learning rate, low enough that none of the losses diverges.
     """
 
@@ -84,13 +82,8 @@ class Problem:
         """Return N."""
         return self.batch * self.batches * self.draws
 
-    @property
-    def optimizer(self) -> optim.Optimizer:
-        """Return the settings of SGD, the same for every step."""
-        return optim.Optimizer(self.rate, momentum=self.momentum)
-
     def model(self, *, supervised: bool = False) -> models.Model:
-        """Return the network, its outputs the classes if ``supervised``, else the features."""
+        """Return the network; its outputs are the classes if ``supervised``, else the features."""
         return models.make_model(
             self.network,
             dim=self.classes if supervised else self.dim,
@@ -98,12 +91,6 @@ class Problem:
             frontend=self.frontend,
             dtype=self.dtype,
         )
-
-    def step(self, *, supervised: bool = False, **settings: Any) -> Step:
-        """Return the settings of the library's step on one device."""
-        mesh = sharding.make_mesh(devices=jax.devices()[:1])
-        network = self.model(supervised=supervised)
-        return Step(network, self.optimizer, mesh, supervised=supervised, **settings)
 
 
 _ALEXNET = Problem("AlexNet 224, B = 256", "alexnet", 224, 2048, 256, "sobel", 1000, 0.0)
@@ -120,7 +107,7 @@ PROBLEMS = {
 
 def make_batches(problem: Problem, seed: int) -> list[Batch]:
     """Return batches of crops of two photographs, each image with a random class, on the device."""
-    random, mesh = np.random.default_rng(seed), problem.step().mesh
+    random, mesh = np.random.default_rng(seed), sharding.make_mesh(devices=jax.devices()[:1])
     photos, size = load_sample_images().images, problem.image_size
     shown = []
     for _ in range(problem.batches):
@@ -147,14 +134,15 @@ class Contender:
     """A step that takes turns with others.
 
     Attributes:
-        name: what tables call it.
+        name: as in the tables.
         step: of (state, batch), the state donated.
         state: before the next step.
         batches: what it trains on, again and again.
-        turns: what each turn that counted took, per step: seconds, processor seconds and, where
-            the host solved, the seconds of it.
+        turns: seconds and processor seconds of a step in each turn that counts and, where the host
+            solves, the seconds of solving.
         metrics: of the last step.
-        lowered: gives the program of a step before optimisation, where it is one of ``jax.jit``.
+        done: number of steps so far.
+        lowered: returns the program of a step before optimisation, where it is one of ``jax.jit``.
     """
 
     name: str
@@ -167,30 +155,29 @@ class Contender:
     lowered: Callable[[], jax.stages.Lowered] | None = None
 
     def turn(self, steps: int) -> dict[str, float]:
-        """Do some steps and wait for them; return seconds, processor seconds and solver seconds."""
-        begin, spent, solving = time.perf_counter(), time.process_time(), 0.0
-        waiting: collections.deque[dict[str, Any]] = collections.deque()
-        for _ in range(steps):
-            batch = self.batches[self.done % len(self.batches)]
-            self.state, self.metrics = self.step(self.state, batch)
-            self.done += 1
-            solving += self.metrics.get(SOLVER_SECONDS, 0.0)
-            waiting.append(self.metrics)
-            if len(waiting) > _IN_FLIGHT:
-                jax.block_until_ready(waiting.popleft())
-        jax.block_until_ready((self.state, self.metrics))
-        taken = {
-            "seconds": time.perf_counter() - begin,
-            "cpu": time.process_time() - spent,
-            "solving": solving,
-        }
-        return {name: value / steps for name, value in taken.items()}
+        """Do some steps and wait for them; return the seconds of each, as in ``turns``."""
+        solving, waiting = 0.0, collections.deque[dict[str, Any]]()
+
+        def run() -> None:
+            nonlocal solving
+            for _ in range(steps):
+                batch = self.batches[self.done % len(self.batches)]
+                self.state, self.metrics = self.step(self.state, batch)
+                self.done += 1
+                solving += self.metrics.get(SOLVER_SECONDS, 0.0)
+                waiting.append(self.metrics)
+                if len(waiting) > _IN_FLIGHT:
+                    jax.block_until_ready(waiting.popleft())
+            jax.block_until_ready((self.state, self.metrics))
+
+        _, taken = measure.timed(run)
+        return {name: value / steps for name, value in (taken | {"solving": solving}).items()}
 
 
 def contenders(
     problem: Problem, batches: Sequence[Batch], solvers: Sequence[str], seed: int
 ) -> Iterator[Contender]:
-    """Yield the contenders, each with a state of its own; those of one network start alike."""
+    """Yield the contenders, each with its own state; those of one network start from equal ones."""
     yield of_library(problem, batches, PLAIN, seed)
     yield by_hand(problem, batches, BY_HAND, noise_loss, seed)
     yield by_hand(problem, batches, SOFTMAX, classifier_loss, seed)
@@ -209,16 +196,21 @@ def of_library(
     seed: int,
     *,
     reassign: bool = False,
+    supervised: bool = False,
     **settings: Any,
 ) -> Contender:
-    """Return a step of the library."""
-    step = problem.step(**settings)
+    """Return a step of the library on one device; ``settings`` are those of ``Step``."""
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    optimizer = optim.Optimizer(problem.rate, momentum=problem.momentum)
+    network = problem.model(supervised=supervised)
+    step = Step(network, optimizer, mesh, supervised=supervised, **settings)
     rows, assignment = _targets(problem, seed)
-    chosen = targets.Basis(step.model.dim) if step.supervised else targets.SphereTable(rows)
+    chosen = targets.Basis(network.dim) if supervised else targets.SphereTable(rows)
     run = compile_step(step, reassign=reassign)
-    state = create_state(step.model, step.optimizer, assignment, jax.random.key(seed))
+    state = create_state(network, optimizer, assignment, jax.random.key(seed))
     state = jax.device_put(state, state_shardings(step))
-    used = [{key: batch[key] for key in batch_shardings(step)} for batch in batches]
+    names = ("image", "index", "weight", *["label"] * supervised)
+    used = [{name: batch[name] for name in names} for batch in batches]
     return Contender(name, lambda state, batch: run(state, chosen, batch), state, used)
 
 
@@ -261,14 +253,8 @@ def by_hand(
         )
         updates, opt_state = optimizer.update(gradient, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
-        state = {
-            "params": params,
-            "batch_stats": batch_stats,
-            "opt_state": opt_state,
-            "step": state["step"] + 1,
-            "key": state["key"],
-        }
-        return state, {LOSS: value}
+        new = {"params": params, "batch_stats": batch_stats, "opt_state": opt_state}
+        return new | {"step": state["step"] + 1, "key": state["key"]}, {LOSS: value}
 
     noise = _targets(problem, seed)
     used = [{k: v for k, v in batch.items() if k != "weight"} for batch in batches]
@@ -289,7 +275,7 @@ def noise_loss(params: Any, z: jax.Array, batch: Batch, noise: Targets) -> jax.A
 
 
 def classifier_loss(params: Any, z: jax.Array, batch: Batch, noise: Targets) -> jax.Array:
-    """Return the mean cross-entropy of a linear layer behind the features."""
+    """Return the mean cross-entropy of a linear layer on the features."""
     logits = z @ params["classifier"]["kernel"] + params["classifier"]["bias"]
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]))
 

@@ -1,7 +1,7 @@
 """Programs beside the train step, compiled for TPU pods that are not there: they must compile.
 
 Part of a pod is another machine to the compiler than the whole of it. Needs libtpu (the extra
-``tpu``), which compiles without a TPU; see benchmarks/collectives.py for the step itself.
+``tpu``), which compiles without a TPU; see benchmarks/scale.py for the step itself.
 """
 
 import importlib.util
@@ -68,7 +68,7 @@ def summing(first_only):
     stacked = jax.ShapeDtypeStruct(
         (processes, 4096), jnp.uint8, sharding=NamedSharding(mesh, P("process"))
     )
-    permutation._add_up.lower(stacked, NamedSharding(mesh, P())).compile()
+    assignment_state._add_up.lower(stacked, NamedSharding(mesh, P())).compile()
 
 attempt("sum over processes", lambda: summing(first_only=False))
 attempt("sum on one device each", lambda: summing(first_only=True))

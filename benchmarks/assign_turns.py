@@ -1,70 +1,67 @@
-"""The measuring of ``benchmarks/assign.py``: every solver in turn, as often as time allows."""
+"""The measuring of ``assign.py``: every solver in turn, as often as time allows."""
 
 import argparse
 import dataclasses
 import gc
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import assign_problems
 import assign_solvers
 import jax
-import jax.numpy as jnp
+import measure
 import numpy as np
-from assign_problems import Case, Problem
+from assign_problems import Case
 from assign_solvers import Solver
 from scipy.optimize import linear_sum_assignment
 
-from nat_jax import assign
-
 _LARGE = 1024  # one problem of each family above
 _TOLERANCE = 1e-6  # of the sum of the optimum's |costs|
-# Seconds of the first call, how many turns follow, and how many calls are timed in each. A first
-# call above the last line counts itself: what it warmed up is nothing beside what it took.
+# Seconds of the first call, the number of turns that follow, and of calls that are timed in each.
+# A slower first call counts itself.
 _TURNS = ((0.05, 5, 3), (0.5, 3, 1))
 _ONCE = 1.0  # seconds above which a solver does one problem of a case only
 
 
 @dataclasses.dataclass
-class Timed:
-    """What one solver did to one problem."""
+class Entry:
+    """The calls of one solver on one problem."""
 
     solver: Solver
-    arguments: tuple
+    argument: Any
     turns: int = 0
     repeats: int = 0
-    cpu: list[float] = dataclasses.field(default_factory=list)
-    wall: list[float] = dataclasses.field(default_factory=list)
+    calls: list[dict[str, float]] = dataclasses.field(default_factory=list)
 
     def call(self) -> Any:
-        """Solve once, and note how long it took."""
-        wall, cpu = time.perf_counter(), time.process_time()
-        result = self.solver.solve(*self.arguments)
-        self.cpu.append(time.process_time() - cpu)
-        self.wall.append(time.perf_counter() - wall)
+        """Solve once, and keep the seconds."""
+        result, seconds = measure.timed(lambda: self.solver.solve(self.argument))
+        self.calls.append(seconds)
         return result
 
     def plan(self) -> None:
         """Decide from the first call how many follow."""
-        first = self.cpu[0]
+        first = self.calls[0]["seconds"]
         self.turns, self.repeats = next((plan for most, *plan in _TURNS if first < most), (0, 0))
         if self.turns:
-            self.cpu.clear()
-            self.wall.clear()
+            self.calls.clear()
 
     def turn(self) -> None:
         """Time a turn's calls.
 
-        The others' turns have left the caches cold. Where several calls are timed, that would count
-        for as much as the solving: one more goes before them.
+        The turns of others leave the caches cold, which would count for as much as the solving of
+        small problems: where several calls are timed, one untimed call precedes them.
         """
         if self.repeats > 1:
-            self.solver.solve(*self.arguments)
+            self.solver.solve(self.argument)
         for _ in range(self.repeats):
             self.call()
+
+    def milliseconds(self, clock: str) -> float:
+        """Return the median of the calls; ``clock`` is "seconds" or "cpu"."""
+        return 1000 * statistics.median(call[clock] for call in self.calls)
 
 
 def optimum(cost: np.ndarray) -> np.ndarray:
@@ -85,7 +82,7 @@ def paid(cost: np.ndarray, columns: np.ndarray) -> np.ndarray:
 
 
 class Bench:
-    """Results so far, and what they say about how long the next ones take."""
+    """Results so far, and estimates from them of how long the next ones take."""
 
     def __init__(self, *, budget: float, call: float) -> None:
         self._end, self._call = time.monotonic() + budget, call
@@ -96,7 +93,7 @@ class Bench:
 
     @property
     def compile_seconds(self) -> list[dict[str, Any]]:
-        """The seconds that each solver's first call of a shape took, less those of its second."""
+        """Seconds of each solver's first call of a shape, less those of its second."""
         return [
             {"solver": solver, "shape": shape, "seconds": round(seconds, 3)}
             for (solver, shape), seconds in self._ready.items()
@@ -104,7 +101,6 @@ class Bench:
 
     def run(self, case: Case, solvers: list[Solver]) -> None:
         """Time the solvers on the problems of a case."""
-        begin = time.monotonic()
         chosen = [solver for solver in solvers if self._is_quick_enough(solver, case)]
         kept: dict[str, list[dict[str, float]]] = {solver.name: [] for solver in solvers}
         for seed in range(case.seeds):
@@ -112,83 +108,79 @@ class Bench:
                 break
             for name, found in self._one(case, case.make(seed), chosen).items():
                 kept[name].append(found)
-            slow = {
-                name for name, done in kept.items() if done and done[0]["cpu_ms"] > 1000 * _ONCE
-            }
-            chosen = [solver for solver in chosen if solver.name not in slow]
-        said = []
+            chosen = [
+                solver
+                for solver in chosen
+                if not kept[solver.name] or kept[solver.name][0]["wall_ms"] < 1000 * _ONCE
+            ]
+        done = []
         for solver in solvers:
             found = kept[solver.name]
-            if solver.start and not found:  # these problems have no such start
-                continue
             row: dict[str, Any] = {"shape": case.shape, "family": case.family}
             row |= {"solver": solver.name, "problems": len(found), "cpu_ms": None, "wall_ms": None}
             if found:
                 for key in ("cpu_ms", "wall_ms"):
-                    row[key] = float(f"{statistics.geometric_mean(x[key] for x in found):.4g}")
+                    row[key] = measure.short(statistics.geometric_mean(x[key] for x in found))
                 row["calls"] = int(sum(x["calls"] for x in found))
-                row["gap"] = float(f"{max(x['gap'] for x in found):.2g}")
-                seconds = max(x["cpu_ms"] for x in found) / 1000 / (case.count or 1)
+                row["gap"] = measure.short(max(x["gap"] for x in found), 2)
+                seconds = max(x["wall_ms"] for x in found) / 1000 / (case.count or 1)
                 self._seconds[solver.name, case.family] = case.n, seconds
-                said.append(f"{solver.name} {row['cpu_ms']:.3g}")
+                done.append(f"{solver.name} {row['cpu_ms']:.3g}")
             self.results.append(row)
-        seconds = time.monotonic() - begin
-        print(
-            f"{case.shape} {case.family}: {', '.join(said)} ms ({seconds:.0f} s)", file=sys.stderr
-        )
+        measure.log(f"{case.shape} {case.family}: {', '.join(done)} ms")
 
     def _is_quick_enough(self, solver: Solver, case: Case) -> bool:
-        """Say whether a call takes little enough, if time grows with the cube of n."""
+        """Estimate whether a call is short enough; time grows with the cube of n."""
         key = solver.name, case.family
         n, seconds = self._seconds.get(key, (case.n, 0.0))
         self._seconds[key] = case.n, seconds * (case.n / n) ** 3  # until it is measured
         return self._seconds[key][1] * (case.count or 1) <= self._call
 
     def _one(
-        self, case: Case, problem: Problem, solvers: list[Solver]
+        self, case: Case, cost: np.ndarray, solvers: list[Solver]
     ) -> dict[str, dict[str, float]]:
-        best = optimum(problem.cost)
+        """Check the first result of each solver, then time all in turn."""
+        best = optimum(cost)
         entries, gaps = [], {}
         for solver in solvers:
-            starts = (_start(problem, solver.start),) if solver.start else ()
-            if any(start is None for start in starts):
-                continue
             self._compile(solver, case)
-            entry = Timed(solver, solver.prepare(problem.cost, *starts))
-            result = entry.call()
-            gaps[solver.name] = self._check(case, problem, best, solver, result)
+            entry = Entry(solver, solver.prepare(cost))
+            gaps[solver.name] = self._check(case, cost, best, solver, entry.call())
             entry.plan()
             entries.append(entry)
         gc.collect()
         gc.disable()
-        for turn in range(max((entry.turns for entry in entries), default=0)):
-            for entry in entries:
-                if turn < entry.turns:
-                    entry.turn()
+        taken: dict[str, int] = dict.fromkeys(gaps, 0)
+        for entry in measure.interleave(entries, max((e.turns for e in entries), default=0)):
+            if taken[entry.solver.name] < entry.turns:
+                taken[entry.solver.name] += 1
+                entry.turn()
         gc.enable()
         return {
             entry.solver.name: {
-                "cpu_ms": 1000 * statistics.median(entry.cpu),
-                "wall_ms": 1000 * statistics.median(entry.wall),
-                "calls": len(entry.cpu),
+                "cpu_ms": entry.milliseconds("cpu"),
+                "wall_ms": entry.milliseconds("seconds"),
+                "calls": len(entry.calls),
                 "gap": gaps[entry.solver.name],
             }
             for entry in entries
         }
 
     def _compile(self, solver: Solver, case: Case) -> None:
-        """Call a solver once on the easiest problem of a shape, so that later calls only solve."""
+        """Call a solver on the easiest problem of a shape, so that later calls only solve."""
         if not solver.compiled or (solver.name, case.shape) in self._ready:
             return
-        cost = np.broadcast_to(-np.eye(case.n, dtype=np.float32), _dimensions(case)).copy()
-        prices = (np.zeros(cost.shape[:-1], np.float32),) if solver.start else ()
-        entry = Timed(solver, solver.prepare(cost, *prices))
+        cost = -np.eye(case.n, dtype=np.float32)
+        if case.count:
+            cost = np.broadcast_to(cost, (case.count, case.n, case.n)).copy()
+        entry = Entry(solver, solver.prepare(cost))
         entry.call()
         entry.call()
-        self._ready[solver.name, case.shape] = entry.cpu[0] - entry.cpu[1]
+        first, second = (call["cpu"] for call in entry.calls)
+        self._ready[solver.name, case.shape] = first - second
 
     def _check(
-        self, case: Case, problem: Problem, best: np.ndarray, solver: Solver, result: Any
+        self, case: Case, cost: np.ndarray, best: np.ndarray, solver: Solver, result: Any
     ) -> float:
         """Return how far a result is from the optimum, relative to the sum of |costs|."""
         columns = solver.columns(result)
@@ -198,8 +190,8 @@ class Bench:
             if mine:
                 self.wrong.append(f"{where}: no permutation")
             return float("inf")
-        least = paid(problem.cost, best)
-        excess = paid(problem.cost, columns).sum(axis=-1) - least.sum(axis=-1)
+        least = paid(cost, best)
+        excess = paid(cost, columns).sum(axis=-1) - least.sum(axis=-1)
         scale = np.maximum(np.abs(least).sum(axis=-1), np.finfo(np.float32).tiny)
         gap = float(np.max(excess / scale))
         if mine and gap > _TOLERANCE:
@@ -207,39 +199,6 @@ class Bench:
         if mine and np.any(excess > np.asarray(result.gap) + 1e-12 * scale):
             self.wrong.append(f"{where}: the gap it certifies is lower than the true one")
         return gap
-
-
-def _dimensions(case: Case) -> tuple[int, ...]:
-    return (case.count, case.n, case.n) if case.count else (case.n, case.n)
-
-
-def _start(problem: Problem, name: str) -> np.ndarray | None:
-    """Return the prices of a warm start, None where the problem has no such start."""
-    if name != "similar":
-        return problem.starts.get(name)
-    return None if problem.similar is None else np.asarray(assign.auction(problem.similar).prices)
-
-
-def call_overhead() -> dict[str, float]:
-    """Return the CPU ms of the auction at n = 256 and n = 2, by how it is called."""
-    cost = assign_problems.synthetic("sphere", 256, 0, 1).make(0).cost
-    jitted = jax.jit(assign.auction)
-    ways: dict[str, tuple[Callable, Any]] = {
-        "n=256, device array": (assign.auction, jnp.asarray(cost)),
-        "n=256, device array, inside the user's jit": (jitted, jnp.asarray(cost)),
-        "n=256, NumPy float32": (assign.auction, cost),
-        "n=256, NumPy float64": (assign.auction, cost.astype(np.float64)),
-        "n=2, device array": (assign.auction, jnp.eye(2)),
-        "n=2, device array, inside the user's jit": (jitted, jnp.eye(2)),
-    }
-    taken: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(32):
-        for name, (function, argument) in ways.items():
-            begin = time.process_time()
-            jax.block_until_ready(function(argument))
-            if turn:
-                taken[name].append(1000 * (time.process_time() - begin))
-    return {name: float(f"{statistics.median(ms):.3g}") for name, ms in taken.items()}
 
 
 def cases(arguments: argparse.Namespace) -> Iterator[Case]:
@@ -251,30 +210,27 @@ def cases(arguments: argparse.Namespace) -> Iterator[Case]:
     every = (*assign_problems.FEATURES, *assign_problems.OTHERS)
     for n, count in sorted(shapes, key=lambda shape: (shape[0] ** 2 * (shape[1] or 1), shape)):
         seeds = 1 if count or n > _LARGE else arguments.seeds
-        for family in every if not count else assign_problems.FEATURES:
+        for family in assign_problems.FEATURES if count else every:
             yield assign_problems.synthetic(family, n, count, seeds)
         if arguments.costs and n <= _LARGE:
-            yield from assign_problems.from_training(arguments.costs, n, count, seeds)
+            yield from assign_problems.recorded(arguments.costs, n, count, seeds)
 
 
-def _wanted(found: Iterable[Case], families: list[str] | None) -> Iterator[Case]:
-    return (case for case in found if not families or case.family in families)
-
-
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return results, compile times, the overhead of a call, and what was wrong."""
-    names = arguments.solvers or list(assign_solvers.NAMES)
+    names = arguments.solvers
     for name, package in (absent := assign_solvers.missing(names)).items():
-        print(f"without {name}: pip install {package}", file=sys.stderr)
+        measure.log(f"without {name}: pip install {package}")
     names = [name for name in names if name not in absent]
     bench = Bench(budget=arguments.budget, call=arguments.call)
     solvers = {batched: assign_solvers.solvers(names, batched=batched) for batched in (False, True)}
-    for case in _wanted(cases(arguments), arguments.families):
-        bench.run(case, solvers[bool(case.count)])
+    for case in cases(arguments):
+        if not arguments.families or case.family in arguments.families:
+            bench.run(case, solvers[bool(case.count)])
     return {
+        "device": jax.devices()[0].device_kind,
         "skipped": absent,
         "results": bench.results,
         "compile_seconds": bench.compile_seconds,
-        "call_overhead_ms": call_overhead() if "auction" in names else {},
         "wrong": bench.wrong,
     }
