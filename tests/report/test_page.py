@@ -49,7 +49,7 @@ def _result(seeds: list[int]) -> dict[str, Any]:
         "run": {"num_records": 1437, "jax": "9.9.9", "devices": "1 x cpu"},
         "table": [
             {
-                "features": features,
+                "layer": layer,
                 "network": network,
                 "probe": "knn",
                 "labels": "all",
@@ -58,7 +58,7 @@ def _result(seeds: list[int]) -> dict[str, Any]:
                 "values": [mean + 0.01 * seed for seed in seeds],
                 "seeds": seeds,
             }
-            for (features, network), mean in means.items()
+            for (layer, network), mean in means.items()
         ],
     }
 
@@ -217,13 +217,28 @@ def test_basis_targets_have_no_chance_level(workdir: Path) -> None:
     assert ">chance<" not in write_report(workdir).read_text()
 
 
-def test_names_are_escaped(workdir: Path) -> None:
+def test_text_of_files_is_escaped(workdir: Path) -> None:
     config = {**CONFIG, "data": {"source": "folder:<script>alert(1)</script>"}}
     (workdir / "config.json").write_text(json.dumps(config))
     (workdir / "results" / "health.json").write_text(json.dumps(["a < b & c"]))
+    result = _result([0])
+    for row in result["table"]:
+        row["layer"] = "<z>"
+    (workdir / "results" / "pretrain.json").write_text(json.dumps(result))
     page = write_report(workdir).read_text()
     _check(page)
-    assert "<script" not in page and "A &lt; b &amp; c" in page
+    assert "<script" not in page and "A &lt; b &amp; c" in page and "<z>" not in page
+    assert page.count("<td>&lt;z&gt;</td>") == 1  # a layer is named once, on its first line
+
+
+def test_gains_and_losses_of_training_are_marked(workdir: Path) -> None:
+    gain = '<span class="gain up">+14.0</span>'
+    assert gain in write_report(workdir).read_text()
+    result = _result([0])
+    result["table"][2]["mean"] = 0.7
+    (workdir / "results" / "pretrain.json").write_text(json.dumps(result))
+    page = write_report(workdir).read_text()
+    assert '<span class="gain down">−6.0</span>' in page and gain not in page
 
 
 def test_a_torn_last_line_is_ignored_and_another_is_not(workdir: Path) -> None:
@@ -245,7 +260,7 @@ def test_further_results_are_listed(workdir: Path) -> None:
 
 
 def test_tables_of_further_results_are_shown(workdir: Path) -> None:
-    row = {"features": "z", "network": "nat", "probe": "k=5", "labels": "plain votes", "mean": 0.6}
+    row = {"layer": "z", "network": "nat", "probe": "k=5", "labels": "plain votes", "mean": 0.6}
     result = {"task": "knn", "metric": "top-1", "value": 0.6, "untrained": 0.41, "table": [row]}
     (workdir / "results" / "knn.json").write_text(json.dumps(result))
     page = write_report(workdir).read_text()
