@@ -1,9 +1,4 @@
-"""The paper's claims, and the rule that decides whether runs confirm them.
-
-A claim compares accuracies of two arms seed by seed, as networks of one seed see the same images in
-the same order. The noise of a mean difference is the half-width of its 95 % interval by Student's t
-over the seeds; with one seed it is the sampling error of the test images.
-"""
+"""The paper's claims, and the rule that decides whether runs confirm them (``RULE``)."""
 
 import dataclasses
 import math
@@ -14,6 +9,16 @@ import numpy as np
 from scipy import stats
 
 HOLDS, NOISE, FAILS, NOTHING = "trend holds", "within noise", "does not hold", "no result"
+
+# The rule for readers of the result; networks of one seed see the same images in the same order.
+RULE = (
+    "Networks of the same seed are compared. The noise of a mean difference is the half-width of "
+    "its 95 % interval by Student's t over the seeds; of one seed, what the choice of test images "
+    "leaves open. A trend holds where the difference exceeds its noise, and does not where it is "
+    "below minus its noise; of a claim with several comparisons all must hold, and one that does "
+    "not decides. 'About as good' holds where difference and noise stay within 2 points. 'Settles' "
+    "holds where the gain of training's first half exceeds its noise and that of the second half."
+)
 
 _CONFIDENCE = 0.95
 

@@ -14,16 +14,6 @@ from nat_jax.experiments.members import EXPERIMENTS, Member, Planned, values_of
 from nat_jax.export.loading import UNTRAINED
 from nat_jax.report.tables import PROBE_NAMES, Row, headline, probe_name
 
-# How a verdict is found, for a reader of the result.
-RULE = (
-    "Networks of the same seed are compared. The noise of a mean difference is the half-width of "
-    "its 95 % interval by Student's t over the seeds; of one seed, what the choice of test images "
-    "leaves open. A trend holds where the difference exceeds its noise, and does not where it is "
-    "below minus its noise; of a claim with several comparisons all must hold, and one that does "
-    "not decides. 'About as good' holds where difference and noise stay within 2 points. 'Settles' "
-    "holds where the gain of training's first half exceeds its noise and that of the second half."
-)
-
 # A run's outcome: "rows", "curve", "data", "last_conv", and "error" (None if it succeeded).
 Record = Mapping[str, Any]
 
@@ -78,7 +68,7 @@ def find(
         "value": sum(claim["verdict"] == claims.HOLDS for claim in shown),
         "untrained": None,
         "protocol": {
-            "rule": RULE,
+            "rule": claims.RULE,
             "config": configs.to_dict(config),
             **({"data": good[0]["data"]} if good else {}),
         },

@@ -1,5 +1,6 @@
 """A suite's result as Markdown, as one self-contained HTML page, and as plots."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Result = Mapping[str, Any]
+# {"mean", "std"} of accuracies in [0, 1]; std is None for one seed.
+Spread = Mapping[str, Any]
 
 _SWEEPS = {
     "fig2_period": (
@@ -32,6 +35,55 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[str]]
 
 
+class Measured(NamedTuple):
+    """Accuracies over a sweep or over epochs, shown as a table and as a plot.
+
+    Attributes:
+        name: of the plot's file.
+        title: of the section.
+        x_label: what ``x`` is.
+        x: values of a sweep as text, or epochs.
+        accuracies: one for each x, by probe; None where a probe was not run.
+    """
+
+    name: str
+    title: str
+    x_label: str
+    x: Sequence[str] | Sequence[float]
+    accuracies: Mapping[str, Sequence[Spread | None]]
+
+    def table(self) -> Table:
+        """Return the accuracies in percent, a column for each probe."""
+        first = (x if isinstance(x, str) else f"{x:g}" for x in self.x)
+        columns = [map(_spread, found) for found in self.accuracies.values()]
+        head = (self.x_label, *map(probe_name, self.accuracies))
+        return Table(head, list(zip(first, *columns, strict=True)))
+
+    def figure(self) -> "Figure":
+        """Draw a line for each probe, with the standard deviation over the seeds."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(5.6, 3.4), layout="constrained")
+        axes = figure.add_subplot()
+        for color, (probe, found) in zip(charts.SERIES, self.accuracies.items(), strict=False):
+            deviations = [100 * (one["std"] or 0.0) if one else 0.0 for one in found]
+            axes.errorbar(
+                self.x,
+                [100 * one["mean"] if one else math.nan for one in found],
+                yerr=deviations if any(deviations) else None,
+                color=color,
+                marker="o",
+                capsize=3,
+                linewidth=1.2,
+                label=probe_name(probe),
+            )
+        axes.set_xlabel(self.x_label, color=charts.INK)
+        axes.set_ylabel("top-1 accuracy, %", color=charts.INK)
+        charts.style_axes(axes)
+        axes.legend(frameon=False, labelcolor=charts.FAINT)
+        return figure
+
+
 def result_file(workdir: Path) -> Path:
     """Return the path of a suite's result."""
     return workdir / "results" / "suite.json"
@@ -44,12 +96,14 @@ def write(result: Result, workdir: Path) -> Path:
         The path of the last.
     """
     sections = []
-    for name, title, table, figure in _measured(result):
+    for measured in _measured(result):
         svg = ""
-        if figure is not None:
-            write_whole(workdir / "pictures" / f"suite_{name}.png", charts.png(figure))
-            svg = charts.inline_svg(figure, name)
-        sections.append((title, table, svg))
+        if len(measured.x) > 1:
+            figure = measured.figure()
+            png = workdir / "pictures" / f"suite_{measured.name}.png"
+            write_whole(png, charts.png(figure))
+            svg = charts.inline_svg(figure, measured.name)
+        sections.append((measured.title, measured.table(), svg))
     write_whole(workdir / "results" / "suite.md", markdown(result).encode())
     page = render(
         "experiments/suite.html",
@@ -81,8 +135,8 @@ def markdown(result: Result) -> str:
     parts = [f"# {_title(result)}", result["protocol"]["rule"]]
     parts += ["## Claims", tables.markdown(*_claims(result))]
     parts += [f"{number}. {line}" for number, line in enumerate(_protocols(result), 1)]
-    for _, title, table, _ in _measured(result):
-        parts += [f"## {title}", tables.markdown(*table)]
+    for measured in _measured(result):
+        parts += [f"## {measured.title}", tables.markdown(*measured.table())]
     if result["layers"]:
         parts += [f"## {_LAYERS}", report.markdown_table(result["layers"])]
     parts += ["## Runs", tables.markdown(*_runs(result))]
@@ -117,39 +171,24 @@ def _protocols(result: Result) -> list[str]:
     return lines
 
 
-def _measured(result: Result) -> Iterator[tuple[str, str, Table, "Figure | None"]]:
-    """Yield name, title, table and plot of the sweeps and of the curve; one point has no plot."""
+def _measured(result: Result) -> Iterator[Measured]:
     for name, sweep in result["sweeps"].items():
-        if not sweep:
-            continue
-        title, x_label = _SWEEPS[name]
-        probes = list(next(iter(sweep.values())))
-        values = [
-            "never" if (name, value) == ("fig2_period", "0") else f"{int(value):,}"
-            for value in sweep
-        ]
-        lines = [
-            (value, *(_spread(found[probe]) for probe in probes))
-            for value, found in zip(values, sweep.values(), strict=True)
-        ]
-        series = {
-            probe: [(i, found[probe]) for i, found in enumerate(sweep.values())] for probe in probes
-        }
-        figure = _plot(x_label, series, values) if len(sweep) > 1 else None
-        yield name, title, Table((x_label, *map(probe_name, probes)), lines), figure
+        if sweep:
+            values = [
+                "never" if (name, value) == ("fig2_period", "0") else f"{int(value):,}"
+                for value in sweep
+            ]
+            probes = next(iter(sweep.values()))
+            found = {probe: [of_value[probe] for of_value in sweep.values()] for probe in probes}
+            yield Measured(name, *_SWEEPS[name], values, found)
     if curve := result["curve"]:
-        probes = [key for key in curve[-1] if key != "epoch"]
-        lines = [
-            (f"{p['epoch']:g}", *(f"{100 * p[k]:.1f}" if k in p else "–" for k in probes))
-            for p in curve
-        ]
-        series = {
-            probe: [(p["epoch"], {"mean": p[probe], "std": None}) for p in curve if probe in p]
-            for probe in probes
+        found = {
+            probe: [{"mean": p[probe], "std": None} if probe in p else None for p in curve]
+            for probe in curve[-1]
+            if probe != "epoch"
         }
-        figure = _plot("epoch", series) if len(curve) > 1 else None
-        table = Table(("epoch", *map(probe_name, probes)), lines)
-        yield "curve", "Along training (figure 2, right)", table, figure
+        epochs = [point["epoch"] for point in curve]
+        yield Measured("curve", "Along training (figure 2, right)", "epoch", epochs, found)
 
 
 def _runs(result: Result) -> Table:
@@ -164,43 +203,9 @@ def _runs(result: Result) -> Table:
     return Table(("run", "seconds", "outcome"), rows)
 
 
-def _spread(found: Mapping[str, Any]) -> str:
+def _spread(found: Spread | None) -> str:
     """Return mean ± standard deviation in percent."""
+    if found is None:
+        return "–"
     deviation = "" if found["std"] is None else f" ± {100 * found['std']:.1f}"
     return f"{100 * found['mean']:.1f}{deviation}"
-
-
-def _plot(
-    x_label: str,
-    series: Mapping[str, Sequence[tuple[float, Mapping[str, Any]]]],
-    ticks: Sequence[str] = (),
-) -> "Figure":
-    """Draw accuracies in percent.
-
-    Args:
-        x_label: of the horizontal axis.
-        series: (position, {"mean", "std"}) of every point, by probe.
-        ticks: labels of positions 0, 1, ...; empty for an axis of numbers.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(5.6, 3.4), layout="constrained")
-    axes = figure.add_subplot()
-    for color, (probe, points) in zip(charts.SERIES, series.items(), strict=False):
-        axes.errorbar(
-            [position for position, _ in points],
-            [100 * spread["mean"] for _, spread in points],
-            yerr=[100 * (spread["std"] or 0.0) for _, spread in points] if ticks else None,
-            color=color,
-            marker="o",
-            capsize=3,
-            linewidth=1.2,
-            label=probe_name(probe),
-        )
-    if ticks:
-        axes.set_xticks(range(len(ticks)), ticks)
-    axes.set_xlabel(x_label, color=charts.INK)
-    axes.set_ylabel("top-1 accuracy, %", color=charts.INK)
-    charts.style_axes(axes)
-    axes.legend(frameon=False, labelcolor=charts.FAINT)
-    return figure
