@@ -11,8 +11,8 @@ from nat_jax.evaluate import judge
 from nat_jax.experiments import claims
 from nat_jax.experiments.claims import Arm, Claim
 from nat_jax.experiments.members import EXPERIMENTS, Member, Planned, values_of
-from nat_jax.export.loading import UNTRAINED
-from nat_jax.report.tables import PROBE_NAMES, Row, headline, probe_name
+from nat_jax.report.rows import ALL_LABELS, HEADLINE, OWN, UNTRAINED, Row, aggregate, headline
+from nat_jax.report.tables import PROBE_NAMES, probe_name
 
 # A run's outcome: "rows", "curve", "data", "last_conv", and "error" (None if it succeeded).
 Record = Mapping[str, Any]
@@ -27,7 +27,7 @@ class Done(NamedTuple):
     def score(self, layer: str, probe: str, *, trained: bool = True) -> float | None:
         """Return the network's accuracy with all labels; None if it was not measured."""
         for row in self.record["rows"]:
-            same = (row["layer"], row["probe"], row["labels"]) == (layer, probe, "all")
+            same = (row["layer"], row["probe"], row["labels"]) == (layer, probe, ALL_LABELS)
             if same and (row["network"] != UNTRAINED) == trained:
                 return float(row["value"])
         return None
@@ -133,7 +133,7 @@ def _protocol(probe: str, done: Done) -> str:
     """Return in one line how a claim's numbers were measured."""
     settings, data = done.config.eval, done.record["data"]
     how = "the network's own decisions"
-    if probe != "own":
+    if probe != OWN:
         how = f"MLP of width {settings.mlp_width}, {settings.mlp_epochs} epochs"
         how += f", on {done.record['last_conv']}"
     return (
@@ -147,7 +147,7 @@ def _accuracies(by_member: Mapping[Member, Done], arm: Arm, probe: str) -> dict[
     found = {}
     for member, done in by_member.items():
         if (member.experiment, member.value) == (arm.experiment, arm.value):
-            layer = "z" if probe == "own" else done.record["last_conv"]
+            layer = "z" if probe == OWN else done.record["last_conv"]
             value = done.score(layer, probe, trained=arm.trained)
             if value is not None:
                 found[member.seed] = value
@@ -174,22 +174,19 @@ def _sweep(
     }
 
 
-def _layers(by_member: Mapping[Member, Done]) -> list[Row]:
+def _layers(by_member: Mapping[Member, Done]) -> list[dict[str, Any]]:
     """Return the rows of NAT's layers, and those of the supervised network with its front end."""
-    keys = ("layer", "network", "probe", "labels")
-    values: dict[tuple[str, ...], dict[int, float]] = {}
+    rows: dict[int, list[Row]] = {}
     for member, done in by_member.items():
-        nat, supervised = (
-            member.experiment == name for name in ("table3_imagenet", "table2_sobel")
-        )
-        for row in done.record["rows"]:
-            if nat or (supervised and row["network"] != UNTRAINED and row["probe"] != "own"):
-                key = tuple(row[name] for name in keys)
-                values.setdefault(key, {})[member.seed] = row["value"]
-    return [
-        {**dict(zip(keys, key, strict=True)), **claims.spread(found)}
-        for key, found in values.items()
-    ]
+        if member.experiment == "table3_imagenet":
+            rows.setdefault(member.seed, []).extend(done.record["rows"])
+        if member.experiment == "table2_sobel":
+            rows.setdefault(member.seed, []).extend(
+                row
+                for row in done.record["rows"]
+                if row["network"] != UNTRAINED and row["probe"] != OWN
+            )
+    return aggregate(rows)
 
 
 def _curve(by_member: Mapping[Member, Done]) -> list[dict[str, float]]:
@@ -205,18 +202,12 @@ def _curve(by_member: Mapping[Member, Done]) -> list[dict[str, float]]:
     return [{"epoch": epoch, **points[epoch]} for epoch in sorted(points)]
 
 
-def summary(run: Planned, record: Record) -> str:
+def summary(record: Record) -> str:
     """Return a run's outcome in a few words: its error, or its accuracy and the untrained one."""
     if record["error"] is not None:
         return f"FAILED: {record['error'].splitlines()[0]}"
-    done, row = Done(run.config, record), headline(record["rows"])
-    assert row is not None, "a run without labels fails"
-    layer, probe, last_conv = row["layer"], row["probe"], record["last_conv"]
-    if probe != "own" and done.score(last_conv, "mlp_probe") is not None:
-        layer, probe = last_conv, "mlp_probe"  # as in the paper
-    how = "own decisions" if probe == "own" else f"{probe_name(probe)} on {layer}"
-    return ", ".join(
-        f"{name} {100 * value:.1f} %"
-        for name, trained in ((how, True), ("untrained", False))
-        if (value := done.score(layer, probe, trained=trained)) is not None
-    )
+    on_conv = (record["last_conv"], "mlp_probe", ALL_LABELS)  # as in the paper
+    row, untrained = headline(record["rows"], (HEADLINE[0], on_conv, *HEADLINE))
+    how = f"{probe_name(row['probe'])} on {row['layer']}"
+    text = f"{'own decisions' if row['probe'] == OWN else how} {100 * row['value']:.1f} %"
+    return text + (f", untrained {100 * untrained['value']:.1f} %" if untrained else "")

@@ -22,7 +22,7 @@ from nat_jax.evaluate.probe_data import TEST, TRAIN
 from nat_jax.experiments import findings, pages
 from nat_jax.experiments.findings import Record
 from nat_jax.experiments.members import Planned, plan
-from nat_jax.report.tables import current
+from nat_jax.report.rows import current
 from nat_jax.training import metrics
 from nat_jax.training import workdir as workdirs
 from nat_jax.training.setup import Sources, make_model, open_sources
@@ -63,7 +63,7 @@ def run_suite(config: ConfigDict, workdir: Path) -> Path:
             workdirs.write_json(workdir / run.folder / _RECORD, record)
             _publish(workdir, config, runs, records)
             note = _progress_text(record, time.perf_counter() - began, _left(runs, records))
-        summary = findings.summary(run, record)
+        summary = findings.summary(record)
         print(f"[{number + 1}/{len(runs)}] {run.folder}: {summary} ({note})", flush=True)
     result = _publish(workdir, config, runs, records)
     print(pages.text(result), flush=True)
@@ -98,7 +98,7 @@ def _saved(folder: Path, inputs: Mapping[str, Any]) -> Record | None:
     record = workdirs.read_json(folder / _RECORD)
     if record is None or record["error"] or not workdirs.answers(record["asked"], inputs):
         return None
-    return {**record, "rows": [current(row) for row in record["rows"]]}
+    return {**record, "rows": current(record["rows"])}
 
 
 def _train(run: Planned, folder: Path, inputs: Mapping[str, Any]) -> Record:
@@ -132,7 +132,7 @@ def _measured(config: ConfigDict, folder: Path) -> dict[str, Any]:
         if any(key.startswith(prefix) for key in row)
     ]
     data = {split: saved["protocol"][split] for split in (TRAIN, TEST)}
-    rows = [current(row) for row in saved["rows"]]
+    rows = current(saved["rows"])
     return {"rows": rows, "curve": curve, "data": data, "last_conv": last_conv}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nat_jax.errors import InputError
-from nat_jax.report.tables import current, is_trained
+from nat_jax.report.rows import TRAINED, UNTRAINED, current
 
 MetricsRow = dict[str, float]
 
@@ -93,7 +93,7 @@ def read_result(path: Path) -> Any:
     """
     result = _json(path)
     if isinstance(result, dict) and "table" in result:
-        result["table"] = [current(row) for row in result["table"]]
+        result["table"] = current(result["table"])
     return result
 
 
@@ -143,8 +143,8 @@ def _with_first_and_last(
         value = by_seed.get(label) if label else row["mean"]
         if name not in during or value is None:
             continue
-        if row["network"] == "untrained":
+        if row["network"] == UNTRAINED:
             first[name] = value
-        elif is_trained(row["network"]):
+        elif row["network"] in TRAINED:
             last[name] = value
     return [first, *rows, last]

@@ -5,27 +5,36 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from nat_jax.errors import InputError
+from nat_jax.report.rows import (
+    ALL_LABELS,
+    KEYS,
+    NAT,
+    OWN,
+    PATCHES,
+    PIXELS,
+    SUPERVISED,
+    TRAINED,
+    UNTRAINED,
+    Row,
+    current,
+    headline,
+    kind,
+    same,
+)
 
 # Networks in the order in which tables list them.
 NETWORK_NAMES = {
-    "raw pixels": "raw pixels",
-    "k-means patches": "k-means patches",
-    "untrained": "untrained",
-    "nat": "NAT",
-    "supervised_square": "supervised, square loss",
-    "supervised_softmax": "supervised, softmax",
+    PIXELS: "raw pixels",
+    PATCHES: "k-means patches",
+    UNTRAINED: "untrained",
+    NAT: "NAT",
+    SUPERVISED["square"]: "supervised, square loss",
+    SUPERVISED["softmax"]: "supervised, softmax",
 }
 # Probes in the order in which the suite's tables list them.
-PROBE_NAMES = {"own": "own", "mlp_probe": "MLP", "linear_probe": "linear", "knn": "kNN"}
+PROBE_NAMES = {OWN: "own", "mlp_probe": "MLP", "linear_probe": "linear", "knn": "kNN"}
 
-_NO_NETWORK = ("raw pixels", "k-means patches")
-
-Row = Mapping[str, Any]
-
-
-def current(row: Row) -> dict[str, Any]:
-    """Return a result row with the current keys; ``layer`` was ``features`` in version 0.1."""
-    return {"layer" if key == "features" else key: value for key, value in row.items()}
+_NO_NETWORK = (PIXELS, PATCHES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +70,7 @@ class Line:
     @property
     def trained(self) -> bool:
         """Whether the network was trained."""
-        return is_trained(self.network)
+        return kind(self.network) in TRAINED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,7 +104,7 @@ class Table:
 
 
 def arrange(rows: Sequence[Row]) -> Table:
-    """Arrange result rows, {"layer", "network", "probe", "labels", "mean", "std", "seeds"}.
+    """Arrange result rows over seeds (see ``report.rows``), of version 0.1 too.
 
     Baselines without a network come first, then z, then the other layers; within a layer the
     networks have the order of ``NETWORK_NAMES``. Layers, probes and numbers of labels keep the
@@ -104,10 +113,10 @@ def arrange(rows: Sequence[Row]) -> Table:
     Raises:
         ValueError: a row lacks a key, or two rows have the same layer, network, probe and labels.
     """
-    rows = [current(row) for row in rows]
+    rows = current(rows)
     by_key: dict[tuple[str, str, str, str], Row] = {}
     for row in rows:
-        missing = {"layer", "network", "probe", "labels", "mean"} - set(row)
+        missing = {*KEYS, "mean"} - set(row)
         if missing:
             raise InputError(f"table row: expected the key {', '.join(sorted(missing))} in {row}")
         key = (row["labels"], row["layer"], row["network"], row["probe"])
@@ -119,8 +128,7 @@ def arrange(rows: Sequence[Row]) -> Table:
 
     def position(pair: tuple[str, str]) -> tuple[bool, bool, int, int]:
         layer, network = pair
-        kind = _kind(network)
-        known = order.index(kind) if kind in order else len(order)
+        known = order.index(kind(network)) if kind(network) in order else len(order)
         return network not in _NO_NETWORK, layer != "z", layers.index(layer), known
 
     probes = _unique(row["probe"] for row in rows)
@@ -145,7 +153,7 @@ def _column(rows: Mapping[tuple[str, str], Row | None]) -> dict[tuple[str, str],
     for (layer, network), row in rows.items():
         if row is None:
             continue
-        base = rows.get((layer, "untrained")) if is_trained(network) else None
+        base = rows.get((layer, UNTRAINED)) if kind(network) in TRAINED else None
         std = row.get("std")
         # Without a network most probes do not depend on the seed, and "± 0.0" would be noise.
         fixed = network in _NO_NETWORK and std is not None and std < 1e-12
@@ -218,37 +226,23 @@ def markdown(head: Sequence[str], lines: Iterable[Sequence[str]], *, numbers: in
     return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
-def headline(rows: Sequence[Row]) -> Row | None:
-    """Return the row that summarises a result; None if no row is of a trained network.
-
-    That of a supervised network's own decisions on z with all labels, else of kNN there, else the
-    first row of a trained network.
-    """
-    trained = [row for row in map(current, rows) if is_trained(row["network"])]
-    on_z = {r["probe"]: r for r in trained if (r["layer"], r["labels"]) == ("z", "all")}
-    return on_z.get("own") or on_z.get("knn") or next(iter(trained), None)
-
-
 def outcome(rows: Sequence[Row]) -> str:
     """Return one or two sentences about what training achieved.
 
-    The first compares the headline's network with the untrained one and with raw pixels; the
-    second counts the comparisons with the untrained network that training won.
+    The first compares the headline's network (see ``rows.headline``) with the untrained one and
+    with raw pixels; the second counts the comparisons with the untrained network that it won.
     """
-    row = headline(rows)
-    if row is None:
+    rows = current(rows)
+    if not any(row["network"] in TRAINED for row in rows):
         return "No trained network was evaluated."
-    same = {
-        (r["layer"], r["network"]): f"{100 * r['mean']:.1f} %"
-        for r in map(current, rows)
-        if (r["probe"], r["labels"]) == (row["probe"], row["labels"])
-    }
-    untrained, pixels = same.get((row["layer"], "untrained")), same.get(("pixels", "raw pixels"))
+    row, untrained = headline(rows)
+    pixels = same(rows, row, layer="pixels", network=PIXELS)
     name = network_name(row["network"])
     text = f"{probe_name(row['probe'])} on {row['layer']}"
-    text += "" if row["labels"] == "all" else f" with {labels_title(row['labels'])}"
-    text += ": " + (f"{untrained} untrained → " if untrained else "")
-    text += f"{100 * row['mean']:.1f} % {name}" + (f" (raw pixels {pixels})." if pixels else ".")
+    text += "" if row["labels"] == ALL_LABELS else f" with {labels_title(row['labels'])}"
+    text += f": {100 * untrained['mean']:.1f} % untrained → " if untrained else ": "
+    text += f"{100 * row['mean']:.1f} % {name}"
+    text += f" (raw pixels {100 * pixels['mean']:.1f} %)." if pixels else "."
 
     gains = [cell.gain for cell in arrange(rows).cells if cell.gain is not None]
     if len(gains) < 2:
@@ -267,18 +261,7 @@ def probe_name(probe: str) -> str:
 
 def network_name(network: str) -> str:
     """Return a network's name in tables; "nat: FOLDER" keeps the folder."""
-    kind = _kind(network)
-    return NETWORK_NAMES.get(kind, kind) + network.removeprefix(kind)
-
-
-def is_trained(network: str) -> bool:
-    """Return whether a row's network was trained, with or without labels."""
-    return _kind(network) not in (*_NO_NETWORK, "untrained")
-
-
-def _kind(network: str) -> str:
-    """Return the kind of a network, the part of its name before ": "."""
-    return network.partition(": ")[0]
+    return NETWORK_NAMES.get(kind(network), kind(network)) + network.removeprefix(kind(network))
 
 
 def layer_name(line: Line) -> str:
@@ -288,4 +271,4 @@ def layer_name(line: Line) -> str:
 
 def labels_title(labels: str) -> str:
     """Return the heading of a group of lines."""
-    return "all labels" if labels == "all" else labels.replace(" per ", " labels per ", 1)
+    return "all labels" if labels == ALL_LABELS else labels.replace(" per ", " labels per ", 1)

@@ -164,9 +164,8 @@ def test_without_the_mlp_a_run_is_summarised_by_another_probe():
         {"layer": "z", "network": network, "probe": "knn", "labels": "all", "value": value}
         for network, value in (("untrained", 0.2), ("nat", 0.3))
     ]
-    run = members.plan(part())[0]
     record = {"rows": rows, "last_conv": "conv2", "error": None}
-    assert findings.summary(run, record) == "kNN on z 30.0 %, untrained 20.0 %"
+    assert findings.summary(record) == "kNN on z 30.0 %, untrained 20.0 %"
 
 
 @pytest.mark.slow

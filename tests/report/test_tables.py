@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from nat_jax.report.tables import arrange, headline, markdown_table, outcome, text_table
+from nat_jax.report.tables import arrange, markdown_table, outcome, text_table
 
 
 def _row(layer: str, network: str, mean: float, **other: Any) -> dict[str, Any]:
@@ -83,15 +83,6 @@ def test_rows_of_version_0_1_are_read() -> None:
     old = [{"features" if k == "layer" else k: v for k, v in row.items()} for row in _rows()]
     assert arrange(old) == arrange(_rows())
     assert outcome(old) == outcome(_rows())
-
-
-def test_the_headline_is_a_network_s_own_decision_or_knn_on_z() -> None:
-    rows = [_row("conv1", "nat", 0.5, labels="10 per class"), *_rows()]
-    assert headline(rows)["mean"] == 0.9
-    assert headline(rows[:1])["layer"] == "conv1"
-    own = _row("z", "supervised_softmax", 0.8, probe="own")
-    assert headline([*rows, own])["probe"] == "own"
-    assert headline([_row("pixels", "raw pixels", 0.9)]) is None
 
 
 def test_outcome_is_honest() -> None:
