@@ -21,8 +21,8 @@ def values(scale: str) -> tuple[int, ...]:
 
 
 def get_config(argument: str = "imagenet") -> ConfigDict:
-    scale, value = scales.split_argument(argument)
+    scale, value = scales.parse(argument, values)
     c = scales.base(scale)
     c.targets.kind = "basis"
-    c.model.dim = scales.chosen(value, values(scale))
+    c.model.dim = value
     return c

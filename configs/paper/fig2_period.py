@@ -21,7 +21,7 @@ def values(scale: str) -> tuple[int, ...]:
 
 
 def get_config(argument: str = "imagenet") -> ConfigDict:
-    scale, value = scales.split_argument(argument)
+    scale, value = scales.parse(argument, values)
     c = scales.base(scale)
-    c.assign.reassign_every_epochs = scales.chosen(value, values(scale))
+    c.assign.reassign_every_epochs = value
     return c

@@ -1,1 +1,1 @@
-"""The paper's experiments: what their configs share, the suite that runs them, and its verdicts."""
+"""The paper's experiments: shared configs, the suite that runs them, and its verdicts."""

@@ -1,9 +1,4 @@
-"""The paper's claims, and the rule by which runs agree with them, differ, or say nothing.
-
-A claim compares accuracies. Two arms are compared seed by seed: networks of the same seed see the
-same images in the same order. The noise of a mean difference is the half-width of its 95 % interval
-by Student's t over the seeds; of one seed it is what the test images alone leave open.
-"""
+"""The paper's claims, and the rule that decides whether runs confirm them (``RULE``)."""
 
 import dataclasses
 import math
@@ -15,50 +10,58 @@ from scipy import stats
 
 HOLDS, NOISE, FAILS, NOTHING = "trend holds", "within noise", "does not hold", "no result"
 
-TRAINED, UNTRAINED = "trained", "untrained"
+# The rule for readers of the result; networks of one seed see the same images in the same order.
+RULE = (
+    "Networks of the same seed are compared. The noise of a mean difference is the half-width of "
+    "its 95 % interval by Student's t over the seeds; of one seed, what the choice of test images "
+    "leaves open. A trend holds where the difference exceeds its noise, and does not where it is "
+    "below minus its noise; of a claim with several comparisons all must hold, and one that does "
+    "not decides. 'About as good' holds where difference and noise stay within 2 points. 'Settles' "
+    "holds where the gain of training's first half exceeds its noise and that of the second half."
+)
 
 _CONFIDENCE = 0.95
 
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """What a claim compares: the accuracies of an experiment's networks.
+    """One side of a comparison: the accuracies of an experiment's networks.
 
     Attributes:
         name: in tables.
         experiment: a file of configs/paper.
-        value: of a sweep; "" of an experiment that is none.
-        network: "trained", or "untrained" for the same network before training.
+        value: of a sweep; "" if the experiment is none.
+        trained: False for the same networks before training.
     """
 
     name: str
     experiment: str
     value: str = ""
-    network: str = TRAINED
+    trained: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
 class Claim:
-    """What the paper says of two or more arms.
+    """A statement of the paper about one arm or several.
 
     Attributes:
         place: where in the paper.
-        says: the claim, in one sentence.
+        text: the claim, in one sentence.
         paper: the paper's numbers, in words.
         left: the arm that the claim is about.
-        rights: those that it is compared with.
+        rights: the arms that it is compared with.
         probe: "own", the networks' own decisions, or a probe of the last convolution.
         rule: "above": left is more accurate than every right; "close": it is within ``margin``;
-            "settles": it rises along its training and then flattens.
+            "settles": it rises during training and then flattens.
         margin: in [0, 1], for "close".
     """
 
     place: str
-    says: str
+    text: str
     paper: str
     left: Arm
     rights: tuple[Arm, ...]
-    probe: str
+    probe: str = "mlp_probe"
     rule: Literal["above", "close", "settles"] = "above"
     margin: float = 0.0
 
@@ -79,20 +82,16 @@ def claims(periods: Sequence[str], ks: Sequence[str]) -> tuple[Claim, ...]:
         periods: values of fig2_period, "0" being never.
         ks: values of discrete_targets.
     """
-    nat = Arm("NAT", "table3_imagenet")
+    nat, three = Arm("NAT", "table3_imagenet"), Arm("every 3", "fig2_period", "3")
     soft, square = Arm("softmax", "table1_softmax"), Arm("square", "table1_square")
     clean, high = Arm("clean", "table2_clean"), Arm("high-pass", "table2_highpass")
-    sobel = Arm("Sobel", "table2_sobel")
-    three = Arm("every 3", "fig2_period", "3")
-    others = [p for p in periods if p not in ("3", "0")]
     return (
         Claim(
             "table 3",
             "NAT's last convolution is far better than an untrained one.",
             "36.0 against 12.0",
             nat,
-            (Arm("untrained", "table3_imagenet", network=UNTRAINED),),
-            "mlp_probe",
+            (Arm("untrained", "table3_imagenet", trained=False),),
         ),
         Claim(
             "text",
@@ -100,15 +99,13 @@ def claims(periods: Sequence[str], ks: Sequence[str]) -> tuple[Claim, ...]:
             "33.5 against 19 for the best k",
             nat,
             tuple(Arm(f"k = {k}", "discrete_targets", k) for k in ks),
-            "mlp_probe",
         ),
         Claim(
             "figure 2, left",
             "Re-matching every 3 epochs is best.",
             "a figure; every period is above 30",
             three,
-            tuple(Arm(f"every {p}", "fig2_period", p) for p in others),
-            "mlp_probe",
+            tuple(Arm(f"every {p}", "fig2_period", p) for p in periods if p not in ("3", "0")),
         ),
         Claim(
             "figure 2, left",
@@ -116,7 +113,6 @@ def claims(periods: Sequence[str], ks: Sequence[str]) -> tuple[Claim, ...]:
             "not in the paper",
             three,
             (Arm("never", "fig2_period", "0"),),
-            "mlp_probe",
         ),
         Claim(
             "figure 2, right",
@@ -124,8 +120,7 @@ def claims(periods: Sequence[str], ks: Sequence[str]) -> tuple[Claim, ...]:
             "a figure; settled after about 100 epochs",
             Arm("NAT, constant rate", "fig2_epochs"),
             (),
-            "mlp_probe",
-            "settles",
+            rule="settles",
         ),
         Claim(
             "table 1",
@@ -150,7 +145,7 @@ def claims(periods: Sequence[str], ks: Sequence[str]) -> tuple[Claim, ...]:
             "With labels high-pass filtered images are a little better than Sobel gradients.",
             "58.5 against 57.4",
             high,
-            (sobel,),
+            (Arm("Sobel", "table2_sobel"),),
             "own",
         ),
     )
@@ -164,19 +159,19 @@ def compare(
     rule: Literal["above", "close"] = "above",
     margin: float = 0.0,
 ) -> Difference | None:
-    """Compare two arms by the seeds that both have.
+    """Compare two arms on the seeds that both have.
 
     Args:
         left: accuracies in [0, 1] by seed.
         right: the same of the other arm.
-        tests: test images that each accuracy was measured on.
+        tests: number of test images behind each accuracy.
         rule: see ``Claim``.
         margin: for "close".
 
     Returns:
-        "above" holds where the mean difference exceeds its noise, and does not where it is below
-        minus the noise. "close" holds where the whole interval lies within the margin, and does not
-        where it lies outside. What is neither is within noise. None without a seed in common.
+        "above" holds if the mean difference exceeds its noise, and does not hold if it is below
+        minus the noise. "close" holds if the whole interval lies within the margin, and does not
+        hold if it lies outside. Everything else is within noise. None without a shared seed.
 
     Raises:
         ValueError: an accuracy outside [0, 1], or no test images.
@@ -189,30 +184,33 @@ def compare(
     seeds = tuple(sorted(left.keys() & right.keys()))
     if not seeds:
         return None
-    differences = np.asarray([left[s] - right[s] for s in seeds])
+    differences = np.asarray([left[seed] - right[seed] for seed in seeds])
     mean = float(differences.mean())
     if len(seeds) > 1:
-        noise = _t(len(seeds)) * float(differences.std(ddof=1)) / math.sqrt(len(seeds))
+        t = float(stats.t.ppf((1 + _CONFIDENCE) / 2, len(seeds) - 1))
+        noise = t * float(differences.std(ddof=1)) / math.sqrt(len(seeds))
     else:
-        noise = _of_one_seed(left[seeds[0]], right[seeds[0]], tests)
-    if rule == "close":
-        verdict = _close(mean, noise, margin)
-    else:
+        noise = _sampling_error(left[seeds[0]], right[seeds[0]], tests)
+    if rule == "above":
         verdict = HOLDS if mean > noise else FAILS if mean < -noise else NOISE
+    elif abs(mean) + noise <= margin:
+        verdict = HOLDS
+    else:
+        verdict = FAILS if abs(mean) - noise > margin else NOISE
     return Difference(mean, noise, seeds, verdict)
 
 
 def settles(curve: Sequence[tuple[float, float]], *, tests: int) -> tuple[Difference, ...]:
-    """Judge whether accuracy rises along training and then flattens.
+    """Decide whether accuracy rises during training and then flattens.
 
     Args:
         curve: (epoch, accuracy) in the order of epochs, with the untrained network as epoch 0.
-        tests: test images that each accuracy was measured on.
+        tests: number of test images behind each accuracy.
 
     Returns:
-        The gains of the first half and of the second, the verdict standing in both: it holds where
-        the first exceeds its noise and the second is smaller; it is within noise where the first
-        does not exceed it; it does not hold otherwise. Nothing for fewer than three points.
+        The gains of the first half and of the second, both with the same verdict: it holds if the
+        first exceeds its noise and the second is smaller; it is within noise if the first does not
+        exceed its noise; otherwise it does not hold. Empty for fewer than three points.
     """
     if len(curve) < 3:
         return ()
@@ -220,20 +218,24 @@ def settles(curve: Sequence[tuple[float, float]], *, tests: int) -> tuple[Differ
     middle = min(curve[1:-1], key=lambda point: abs(point[0] - half))[1]
     first, last = curve[0][1], curve[-1][1]
     gains = (middle - first, last - middle)
-    noises = (_of_one_seed(first, middle, tests), _of_one_seed(middle, last, tests))
-    if gains[0] < -noises[0]:
-        verdict = FAILS
-    elif gains[0] <= noises[0]:
+    noises = (_sampling_error(first, middle, tests), _sampling_error(middle, last, tests))
+    if abs(gains[0]) <= noises[0]:
         verdict = NOISE
     else:
-        verdict = HOLDS if gains[1] < gains[0] else FAILS
+        verdict = HOLDS if gains[0] > 0 and gains[1] < gains[0] else FAILS
     return tuple(
         Difference(gain, noise, (), verdict) for gain, noise in zip(gains, noises, strict=True)
     )
 
 
+def _sampling_error(left: float, right: float, tests: int) -> float:
+    """Return the half-width of the interval of left - right over draws of the test images."""
+    variance = (left * (1 - left) + right * (1 - right)) / tests
+    return float(stats.norm.ppf((1 + _CONFIDENCE) / 2)) * math.sqrt(variance)
+
+
 def overall(differences: Sequence[Difference | None]) -> str:
-    """Return the verdict on a claim: every comparison must hold, and one that does not decides."""
+    """Return the verdict on a claim: all comparisons must hold, and a failed one decides."""
     found = [difference.verdict for difference in differences if difference is not None]
     if FAILS in found:
         return FAILS
@@ -251,19 +253,3 @@ def spread(values: Mapping[int, float]) -> dict[str, Any]:
         "values": ordered,
         "seeds": sorted(values),
     }
-
-
-def _t(seeds: int) -> float:
-    return float(stats.t.ppf((1 + _CONFIDENCE) / 2, seeds - 1))
-
-
-def _of_one_seed(left: float, right: float, tests: int) -> float:
-    """Return the noise that the choice of test images leaves, as if two sets had been drawn."""
-    variance = (left * (1 - left) + right * (1 - right)) / tests
-    return float(stats.norm.ppf((1 + _CONFIDENCE) / 2)) * math.sqrt(variance)
-
-
-def _close(mean: float, noise: float, margin: float) -> str:
-    if abs(mean) + noise <= margin:
-        return HOLDS
-    return FAILS if abs(mean) - noise > margin else NOISE

@@ -1,7 +1,7 @@
-"""The runs of a suite: every experiment, value and seed; what is trained alike is one run."""
+"""The runs of a suite: every experiment, value and seed; identical trainings are one run."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -14,7 +14,7 @@ from nat_jax.errors import InputError
 from nat_jax.experiments import scales
 from nat_jax.training import workdir as workdirs
 
-# In the order in which a seed's are run: what most claims rest on comes first.
+# In the order in which each seed's are run: those that most claims need come first.
 EXPERIMENTS = (
     "table3_imagenet",
     "fig2_period",
@@ -27,10 +27,10 @@ EXPERIMENTS = (
     "fig2_epochs",
 )
 
-# What a run is asked to judge is the union of what its members ask for.
+# Keys of ``eval`` of which a shared run has the union over its members.
 _JOINED = ("layers", "probes", "baselines")
 
-# Keys of a suite that are its own.
+# Keys of a suite that its runs do not inherit.
 _OWN = ("task", "suite.scale", "suite.experiments")
 
 
@@ -43,7 +43,7 @@ class Member(NamedTuple):
 
 
 class Planned(NamedTuple):
-    """A run: its config, its folder below the suite's, and the members that it serves."""
+    """A run: its config, its folder below the suite's, and the members that use it."""
 
     config: ConfigDict
     folder: str
@@ -51,7 +51,7 @@ class Planned(NamedTuple):
 
 
 def values_of(experiment: str, scale: str) -> tuple[str, ...]:
-    """Return the values of an experiment's sweep; ("",) for one that is none."""
+    """Return the values of an experiment's sweep; ("",) if it has none."""
     module = _load(experiment)
     return tuple(map(str, module.values(scale))) if hasattr(module, "values") else ("",)
 
@@ -74,56 +74,43 @@ def plan(suite: ConfigDict) -> list[Planned]:
             raise InputError(
                 f"suite.experiments: unknown {name!r}. Known: {', '.join(EXPERIMENTS)}"
             )
-    base = scales.base(scale)
-    changes = _changes(base, suite)
-    members = [
-        (Member(name, value, seed), config)
-        for name in EXPERIMENTS
-        if name in names
-        for value in values_of(name, scale)
-        for config in (_member_config(name, value, scale, base, changes),)
-        for seed in config.seeds
-    ]
-    return _shared(sorted(members, key=lambda pair: pair[0].seed))
-
-
-def _member_config(
-    name: str, value: str, scale: str, base: ConfigDict, changes: Mapping[str, Any]
-) -> ConfigDict:
-    config: ConfigDict = _load(name).get_config(f"{scale},{value}" if value else scale)
-    own, before = configs.flatten(config), configs.flatten(base)
-    for key, changed in changes.items():
-        if own.get(key) == before.get(key):
-            workdirs.put(config, key, changed)
-    return config
-
-
-def _changes(base: ConfigDict, suite: ConfigDict) -> dict[str, Any]:
-    before, after = configs.flatten(base), configs.flatten(suite)
-    return {k: v for k, v in after.items() if k not in _OWN and before.get(k) != v}
-
-
-def _shared(members: Iterable[tuple[Member, ConfigDict]]) -> list[Planned]:
-    """Give members that are trained alike one run, which judges all that they ask for."""
+    members = _members(scale, [name for name in EXPERIMENTS if name in names], suite)
     runs: dict[str, Planned] = {}
-    for member, asked in members:
-        config = asked.copy_and_resolve_references()
-        config.seeds = (member.seed,)
+    for member, config in sorted(members, key=lambda pair: pair[0].seed):
         key = json.dumps(workdirs.training(config), sort_keys=True)
-        if key not in runs:
-            runs[key] = Planned(config, _folder(member), (member,))
-            continue
-        known = runs[key]
-        for name in _JOINED:
-            both = (*known.config.eval[name], *config.eval[name])
-            known.config.eval[name] = tuple(dict.fromkeys(both))
-        runs[key] = known._replace(members=(*known.members, member))
+        if key in runs:
+            shared = runs[key].config.eval
+            for name in _JOINED:
+                shared[name] = tuple(dict.fromkeys((*shared[name], *config.eval[name])))
+            runs[key] = runs[key]._replace(members=(*runs[key].members, member))
+        else:
+            value = f"{member.value}-" if member.value else ""
+            folder = str(Path(member.experiment) / f"{value}seed{member.seed}")
+            runs[key] = Planned(config, folder, (member,))
     return list(runs.values())
 
 
-def _folder(member: Member) -> str:
-    value = f"{member.value}-" if member.value else ""
-    return str(Path(member.experiment) / f"{value}seed{member.seed}")
+def _members(
+    scale: str, experiments: list[str], suite: ConfigDict
+) -> Iterator[tuple[Member, ConfigDict]]:
+    """Yield the members of a suite with the config that each would have by itself."""
+    base = configs.flatten(scales.base(scale))
+    changes: Mapping[str, Any] = {
+        key: value
+        for key, value in configs.flatten(suite).items()
+        if key not in _OWN and base.get(key) != value
+    }
+    for name in experiments:
+        for value in values_of(name, scale):
+            config: ConfigDict = _load(name).get_config(f"{scale},{value}" if value else scale)
+            before = configs.flatten(config)
+            for key, changed in changes.items():
+                if before.get(key) == base.get(key):
+                    workdirs.put(config, key, changed)
+            for seed in config.seeds:
+                of_seed = config.copy_and_resolve_references()
+                of_seed.seeds = (seed,)
+                yield Member(name, value, seed), of_seed
 
 
 def _load(experiment: str) -> ModuleType:

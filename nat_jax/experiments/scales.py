@@ -1,37 +1,46 @@
-"""What the paper's experiments share: the data, the network and the schedule of each scale.
+"""Configs shared by the paper's experiments: data, network and schedule of each scale.
 
-``imagenet`` is the paper's setting, that of configs/alexnet.py; the others show on a CPU whether
-its claims hold on a thousandth of the work.
+``imagenet`` is the paper's setting, that of configs/alexnet.py; the others test on a CPU, with a
+thousandth of the work, whether its claims hold.
 """
 
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from nat_jax import config
+from nat_jax import config as configs
 from nat_jax.cli import config_files
+from nat_jax.errors import InputError
 
 
-def split_argument(argument: str) -> tuple[str, str]:
-    """Return (scale, value) of what stands behind the colon: "cifar10,5" is ("cifar10", "5").
+def parse(argument: str, values: Callable[[str], tuple[int, ...]]) -> tuple[str, int]:
+    """Return (scale, value) of a sweep's argument: "cifar10,5" is ("cifar10", 5).
 
-    The value is empty where there is none.
+    Args:
+        argument: the text after the colon; without a value it means the sweep's first one.
+        values: the sweep's values at a scale.
+
+    Raises:
+        ValueError: the value is not one of the sweep.
     """
     scale, _, value = argument.partition(",")
-    return scale, value
+    known = values(scale)
+    if value and value not in map(str, known):
+        raise InputError(f"value: expected one of {', '.join(map(str, known))}; got {value!r}")
+    return scale, int(value or known[0])
 
 
 def base(scale: str) -> ConfigDict:
-    """Return NAT as the paper trains it, Sobel front end and re-matching in every third epoch.
+    """Return NAT as in the paper, with a Sobel front end and re-matching in every third epoch.
 
     Args:
         scale: a key of SCALES.
 
     Raises:
-        ValueError: an unknown one.
+        ValueError: unknown scale.
     """
     if scale not in SCALES:
-        raise ValueError(f"scale: unknown {scale!r}. Known: {', '.join(SCALES)}")
+        raise InputError(f"scale: unknown {scale!r}. Known: {', '.join(SCALES)}")
     c = SCALES[scale]()
     c.assign.reassign_every_epochs = 3
     c.model.frontend = "sobel"
@@ -39,7 +48,7 @@ def base(scale: str) -> ConfigDict:
 
 
 def supervised(scale: str, loss: str, frontend: str) -> ConfigDict:
-    """Return the same with labels instead of noise.
+    """Return supervised training with the rest as in ``base``.
 
     Args:
         scale: a key of SCALES.
@@ -47,39 +56,26 @@ def supervised(scale: str, loss: str, frontend: str) -> ConfigDict:
         frontend: of the network.
 
     Raises:
-        ValueError: an unknown scale.
+        ValueError: unknown scale.
     """
     c = base(scale)
     c.model.frontend = frontend
     c.targets.kind = "labels"
     c.model.dim = _CLASSES.get(c.data.source, 10)
-    c.eval.layers = ("z", "last_conv")  # the network's own decisions stand in z
+    c.eval.layers = ("z", "last_conv")  # z holds the network's own decisions
     c.optim.loss = loss
     c.optim.learning_rate = _SUPERVISED_RATES[c.model.name][loss]
     return c
 
 
-def chosen(value: str, values: tuple[int, ...]) -> int:
-    """Return the value of a sweep that an argument names, the first one where it names none.
-
-    Raises:
-        ValueError: it is not one of the sweep.
-    """
-    if not value:
-        return values[0]
-    if value not in map(str, values):
-        raise ValueError(f"value: expected one of {', '.join(map(str, values))}; got {value!r}")
-    return int(value)
-
-
 def _imagenet() -> ConfigDict:
-    found: ConfigDict = config_files.load("alexnet.py").get_config()
-    return found
+    config: ConfigDict = config_files.load("alexnet.py").get_config()
+    return config
 
 
 def _small() -> ConfigDict:
-    """Return what the small scales share; momentum and the cosine schedule are beyond the paper."""
-    c = config.default()
+    """Return what the small scales share; momentum and cosine schedule are not in the paper."""
+    c = configs.default()
     c.seeds = (0, 1, 2)
     c.epochs = 12.0  # the fewest in which "every 10 epochs" is neither "never" nor at the very end
     c.data.per_class = 1000
@@ -122,7 +118,7 @@ def _fashion_mnist() -> ConfigDict:
 
 
 def _digits() -> ConfigDict:
-    """Return a scale of seconds, which shows that everything runs; its numbers mean nothing."""
+    """Return a scale that runs in seconds, to try the suite; its numbers mean nothing."""
     c = _small()
     c.epochs = 2.0
     c.batch_size = 64
@@ -151,7 +147,7 @@ SMALL = ("cifar10", "fashion_mnist", "digits")
 
 _CLASSES = {"tfds:imagenet2012": 1000}  # the others have 10
 
-# By network: what each loss trains well with; see the headers of configs/paper/table1_*.
+# Learning rates by network and loss; see the headers of configs/paper/table1_*.
 _SUPERVISED_RATES = {
     "alexnet": {"softmax": 0.05, "square": 5.12},
     "convnet": {"softmax": 0.05, "square": 0.1},

@@ -1,14 +1,14 @@
-"""The task `suite`: train and judge every run of a plan, whatever happens to one, and report.
+"""The task `suite`: train and evaluate every run of a plan and report; a failure stops no other.
 
-Each run is one of ``train.train_and_evaluate`` in a folder of its own, so that stopping and going
-on are those of a single run. What it says goes to ``log.txt`` there.
+Each run is one ``train.train_and_evaluate`` in a folder of its own, so stopping and resuming work
+as for a single run. Its output goes to ``log.txt`` there.
 """
 
 import contextlib
 import datetime
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +20,15 @@ from nat_jax import evaluate, train
 from nat_jax.errors import InputError
 from nat_jax.evaluate.probe_data import TEST, TRAIN
 from nat_jax.experiments import findings, pages
+from nat_jax.experiments.findings import Record
 from nat_jax.experiments.members import Planned, plan
+from nat_jax.report.rows import current
 from nat_jax.training import metrics
 from nat_jax.training import workdir as workdirs
 from nat_jax.training.setup import Sources, make_model, open_sources
 
-# What became of a run: beside its other files.
+# The outcome of a run, in its folder.
 _RECORD = "suite_run.json"
-
-Record = dict[str, Any]
 
 
 def run_suite(config: ConfigDict, workdir: Path) -> Path:
@@ -52,23 +52,19 @@ def run_suite(config: ConfigDict, workdir: Path) -> Path:
         configs.validate(run.config, evaluate.PROBES)
         _check_folder(workdir / run.folder, run.config)
     sources = open_sources(runs[0].config)
-    asked = [_asked(run.config, sources) for run in runs]
-    records = [
-        _known(workdir / run.folder, wanted) for run, wanted in zip(runs, asked, strict=True)
-    ]
-    clock = _Clock(runs, records)
-    print(clock.plan(), flush=True)
+    inputs = [_inputs(run.config, sources) for run in runs]
+    records = [_saved(workdir / run.folder, i) for run, i in zip(runs, inputs, strict=True)]
+    print(_plan_text(runs, records), flush=True)
+    began = time.perf_counter()
     for number, run in enumerate(runs):
-        place = workdir / run.folder
-        known = records[number]
-        if known is not None:
-            _say(number, runs, f"{_outcome(known)} (done before)")
-            continue
-        record = _train(run, place, asked[number])
-        records[number] = record
-        workdirs.write_json(place / _RECORD, record)
-        _publish(workdir, config, runs, records)
-        _say(number, runs, f"{_outcome(record)} ({clock.after(number, records)})")
+        record, note = records[number], "done before"
+        if record is None:
+            record = records[number] = _train(run, workdir / run.folder, inputs[number])
+            workdirs.write_json(workdir / run.folder / _RECORD, record)
+            _publish(workdir, config, runs, records)
+            note = _progress_text(record, time.perf_counter() - began, _left(runs, records))
+        summary = findings.summary(record)
+        print(f"[{number + 1}/{len(runs)}] {run.folder}: {summary} ({note})", flush=True)
     result = _publish(workdir, config, runs, records)
     print(pages.text(result), flush=True)
     print(f"report: {workdir / 'report.html'}", flush=True)
@@ -76,7 +72,7 @@ def run_suite(config: ConfigDict, workdir: Path) -> Path:
 
 
 def _check_folder(folder: Path, config: ConfigDict) -> None:
-    """Check that a run's folder, if there is one, holds this very training, no shorter one."""
+    """Check that a run's folder, if it exists, holds exactly this training, not a shorter one."""
     saved = workdirs.read_json(folder / "config.json")
     if saved is None:
         return
@@ -87,8 +83,8 @@ def _check_folder(folder: Path, config: ConfigDict) -> None:
         )
 
 
-def _asked(config: ConfigDict, sources: Sources) -> dict[str, Any]:
-    """Return all that a run's outcome depends on, as JSON has it."""
+def _inputs(config: ConfigDict, sources: Sources) -> dict[str, Any]:
+    """Return everything that a run's outcome depends on, as JSON has it."""
     return {
         "training": workdirs.training(config),
         "eval": configs.flatten(configs.to_dict(config.eval)),
@@ -97,51 +93,52 @@ def _asked(config: ConfigDict, sources: Sources) -> dict[str, Any]:
     }
 
 
-def _known(folder: Path, asked: dict[str, Any]) -> Record | None:
-    """Return the outcome of a finished run; a failed one is tried again."""
+def _saved(folder: Path, inputs: Mapping[str, Any]) -> Record | None:
+    """Return the outcome of a finished run; None for a failed one, which is tried again."""
     record = workdirs.read_json(folder / _RECORD)
-    if record is None or record["error"] is not None:
+    if record is None or record["error"] or not workdirs.answers(record["asked"], inputs):
         return None
-    return record if workdirs.answers(record["asked"], asked) else None
+    return {**record, "rows": current(record["rows"])}
 
 
-def _train(run: Planned, place: Path, asked: dict[str, Any]) -> Record:
-    """Train and judge; a failure is part of the outcome, a stop by a signal is not."""
-    began, resumed = time.perf_counter(), (place / "checkpoints").exists()
-    found: Record = {"rows": [], "curve": []}
+def _train(run: Planned, folder: Path, inputs: Mapping[str, Any]) -> Record:
+    """Train and evaluate; an exception becomes part of the outcome, a stop by a signal does not."""
+    began, resumed = time.perf_counter(), (folder / "checkpoints").exists()
+    measured: dict[str, Any] = {"rows": [], "curve": []}
     error = None
-    place.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
-        with _saying_into(place / "log.txt"):
-            train.train_and_evaluate(run.config, place)
-        found = _found(run.config, place)
-    except Exception as failure:  # whatever it is, the other runs are worth their time
+        with _output_to(folder / "log.txt"):
+            train.train_and_evaluate(run.config, folder)
+        measured = _measured(run.config, folder)
+    except Exception as failure:  # of any kind: the other runs are independent of it
         error = f"{type(failure).__name__}: {failure}"
     return {
-        "asked": asked,
+        "asked": inputs,
         "error": error,
         "seconds": None if resumed else time.perf_counter() - began,
-        **found,
+        **measured,
     }
 
 
-def _found(config: ConfigDict, place: Path) -> Record:
-    """Read a finished run's accuracies, and those along its training."""
-    saved = workdirs.read_json(place / "judged.json")
+def _measured(config: ConfigDict, folder: Path) -> dict[str, Any]:
+    """Read a finished run's accuracies, and those on the last convolution during training."""
+    saved = workdirs.read_json(folder / "judged.json")
     last_conv = make_model(config, jax.default_backend()).last_conv
     prefix = f"eval/{last_conv}/"
     curve = [
         [row["epoch"], {k.split("/")[2]: v for k, v in row.items() if k.startswith(prefix)}]
-        for row in metrics.read_rows(place)
+        for row in metrics.read_rows(folder)
         if any(key.startswith(prefix) for key in row)
     ]
     data = {split: saved["protocol"][split] for split in (TRAIN, TEST)}
-    return {"rows": saved["rows"], "curve": curve, "data": data, "last_conv": last_conv}
+    rows = current(saved["rows"])
+    return {"rows": rows, "curve": curve, "data": data, "last_conv": last_conv}
 
 
 @contextlib.contextmanager
-def _saying_into(path: Path) -> Iterator[None]:
-    """Write what is logged and printed to a file; warnings are shown too."""
+def _output_to(path: Path) -> Iterator[None]:
+    """Write log and printed text to a file; warnings go to the terminal too."""
     package = logging.getLogger("nat_jax")
     levels = {handler: handler.level for handler in package.handlers}
     with path.open("a", encoding="utf-8") as file:
@@ -158,55 +155,28 @@ def _saying_into(path: Path) -> Iterator[None]:
                 handler.setLevel(level)
 
 
-def _outcome(record: Record) -> str:
-    """Say in a few words what became of a run."""
-    if record["error"] is not None:
-        return f"FAILED: {record['error'].splitlines()[0]}"
-    how, value, untrained = findings.headline(record)
-    beside = "" if untrained is None else f", untrained {100 * untrained:.1f} %"
-    return f"{how} {100 * value:.1f} %{beside}"
+def _plan_text(runs: Sequence[Planned], records: Sequence[Record | None]) -> str:
+    total, done = sum(run.config.epochs for run in runs), len(runs) - records.count(None)
+    left = _left(runs, records)
+    estimate = f"about {left} left" if left else "the first run tells how long they take"
+    return f"suite: {len(runs)} runs, {total:g} epochs in all, {done} runs done before; {estimate}"
 
 
-def _say(number: int, runs: Sequence[Planned], words: str) -> None:
-    print(f"[{number + 1}/{len(runs)}] {runs[number].folder}: {words}", flush=True)
+def _progress_text(record: Record, elapsed: float, left: str) -> str:
+    own = "" if record["seconds"] is None else f"{record['seconds']:.0f} s; "
+    return f"{own}{_time(elapsed)} passed" + (f", about {left} left" if left else "")
 
 
-class _Clock:
-    """Elapsed time, and what is left by the epochs that are left."""
-
-    def __init__(self, runs: Sequence[Planned], records: Sequence[Record | None]):
-        self._runs, self._began = runs, time.perf_counter()
-        self._records = records
-
-    def plan(self) -> str:
-        """Say what there is to do, and how long it takes if anything is known of that."""
-        total = sum(run.config.epochs for run in self._runs)
-        done = sum(record is not None for record in self._records)
-        left = self._left(self._records)
-        return (
-            f"suite: {len(self._runs)} runs, {total:g} epochs in all, {done} runs done before; "
-            + (f"about {left} left" if left else "the first run tells how long they take")
-        )
-
-    def after(self, number: int, records: Sequence[Record | None]) -> str:
-        """Say how long a run took, what has passed since the start, and what is left."""
-        record = records[number]
-        assert record is not None
-        took = record["seconds"]
-        elapsed = _time(time.perf_counter() - self._began)
-        own = f"{took:.0f} s; " if took is not None else ""
-        left = self._left(records)
-        return f"{own}{elapsed} passed" + (f", about {left} left" if left else "")
-
-    def _left(self, records: Sequence[Record | None]) -> str:
-        seconds = epochs = left = 0.0
-        for run, record in zip(self._runs, records, strict=True):
-            if record is None:
-                left += run.config.epochs
-            elif record["error"] is None and record["seconds"] is not None:
-                seconds += record["seconds"]
-                epochs += run.config.epochs
-        return _time(left * seconds / epochs) if epochs else ""
+def _left(runs: Sequence[Planned], records: Sequence[Record | None]) -> str:
+    """Estimate the remaining time from the epochs of the runs that were timed; "" if none was."""
+    seconds = epochs = left = 0.0
+    for run, record in zip(runs, records, strict=True):
+        if record is None:
+            left += run.config.epochs
+        elif record["error"] is None and record["seconds"] is not None:
+            seconds += record["seconds"]
+            epochs += run.config.epochs
+    return _time(left * seconds / epochs) if epochs else ""
 
 
 def _time(seconds: float) -> str:
@@ -215,14 +185,9 @@ def _time(seconds: float) -> str:
 
 def _publish(
     workdir: Path, config: ConfigDict, runs: Sequence[Planned], records: Sequence[Record | None]
-) -> findings.Result:
-    """Write the tables of what is known so far."""
-    done = [
-        findings.Done(run, record)
-        for run, record in zip(runs, records, strict=True)
-        if record is not None
-    ]
-    result = findings.find(config, done, [run.folder for run in runs])
+) -> dict[str, Any]:
+    """Write and return the result of the runs so far."""
+    result = findings.find(config, runs, records)
     workdirs.write_json(pages.result_file(workdir), result)
     pages.write(result, workdir)
     return result

@@ -1,4 +1,4 @@
-"""What a person looks at: tables, pictures and the report page."""
+"""Tables, charts, pictures and the report page of a run."""
 
 from nat_jax.report.charts import curves
 from nat_jax.report.page import write_report

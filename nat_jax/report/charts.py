@@ -1,43 +1,40 @@
-"""Curves of a run, as one PNG or as single SVG panels that take their colours from a page."""
+"""Charts of a run's metrics, as one PNG or as inline SVG that follows a page's colours."""
 
 import dataclasses
 import io
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from nat_jax.errors import InputError
+from nat_jax.report.tables import probe_name
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 # Rows of metrics.jsonl per run (seed), by the run's label.
 Runs = Mapping[str, Sequence[Mapping[str, float]]]
 
 INK, FAINT, GRID = "#1c2430", "#6b7480", "#e3e6ea"
 SERIES = ("#2f6fb0", "#c8642b", "#3f8f5f", "#8a5aa8", "#b08a1e", "#4a9aa5", "#b0486a", "#7a7a7a")
-# The SVG panels name these instead, so that a page decides, also between light and dark.
-_VARIABLES = {INK: "var(--ink)", FAINT: "var(--faint)", GRID: "var(--grid)"} | {
-    color: f"var(--series-{i})" for i, color in enumerate(SERIES)
-}
 _MOST_POINTS = 400
 
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """What one small chart shows.
+    """The contents of one small chart.
 
     Attributes:
         title: its heading.
-        note: one sentence for the reader.
+        note: one sentence that explains it.
         series: legend text of each metric shown.
         level: a value to draw as a dashed line, and its name.
-        low: where the vertical axis starts at the latest; None: at the data.
-        high: where it ends at the earliest; None: at the data.
-        percent: whether values are shares.
+        low: the vertical axis starts here or lower; None: at the data.
+        high: the vertical axis ends here or higher; None: at the data.
+        percent: whether values are shares in [0, 1], labelled in percent.
         marked: whether the points are drawn too.
     """
 
@@ -56,7 +53,7 @@ def panels(runs: Runs, *, chance: float | None = None, dim: int | None = None) -
 
     Args:
         runs: rows of metrics by run.
-        chance: cosine that matching reaches without any learning, drawn as a line.
+        chance: mean cosine that matching reaches without any learning, drawn as a line.
         dim: D, drawn as the highest effective rank.
     """
     known = [
@@ -96,7 +93,7 @@ def panels(runs: Runs, *, chance: float | None = None, dim: int | None = None) -
         Panel(
             "Accuracy during training",
             "Top-1 of the probes on the test records.",
-            _judged(runs),
+            _accuracies(runs),
             percent=True,
             marked=True,
         ),
@@ -104,22 +101,23 @@ def panels(runs: Runs, *, chance: float | None = None, dim: int | None = None) -
     return [panel for panel in known if any(_points(runs, name) for name in panel.series)]
 
 
-def _judged(runs: Runs) -> dict[str, str]:
-    """Return the legend of evaluation metrics; of more than four, those with all labels."""
+def _accuracies(runs: Runs) -> dict[str, str]:
+    """Return the legend of the metrics eval/LAYER/PROBE/LABELS.
+
+    If there are more than four, those with few labels are left out.
+    """
     names = dict.fromkeys(
         name for rows in runs.values() for row in rows for name in row if name.startswith("eval/")
     )
     chosen = [n for n in names if n.endswith("/all")] if len(names) > 4 else list(names)
-    short = {"linear_probe": "linear", "mlp_probe": "MLP", "knn": "kNN"}
-    legend = {}
-    for name in (chosen or list(names))[: len(SERIES)]:
-        words = [short.get(word, word) for word in name.split("/")[1:]]
-        legend[name] = " ".join(words[:-1] if words[-1] == "all" else words)
-    return legend
+    return {
+        name: " ".join(probe_name(word) for word in name.split("/")[1:] if word != "all")
+        for name in (chosen or list(names))[: len(SERIES)]
+    }
 
 
 def _points(runs: Runs, name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Return (epoch, value) of a metric for every run that has it, thinned to what shows."""
+    """Return (epochs, values) of a metric by run; long series are averaged to 400 points."""
     found = {}
     for label, rows in runs.items():
         pairs = [
@@ -128,23 +126,18 @@ def _points(runs: Runs, name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
             if row.get(name) is not None and math.isfinite(row[name])
         ]
         if pairs:
-            x, y = np.asarray(pairs, np.float64).T
-            parts = min(len(x), _MOST_POINTS)
-            found[label] = _thinned(x, parts), _thinned(y, parts)
+            parts = np.array_split(np.asarray(pairs, np.float64), min(len(pairs), _MOST_POINTS))
+            x, y = np.asarray([part.mean(axis=0) for part in parts]).T
+            found[label] = x, y
     return found
-
-
-def _thinned(values: np.ndarray, parts: int) -> np.ndarray:
-    return np.asarray([part.mean() for part in np.array_split(values, parts)])
 
 
 def _mean(points: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean curve of several runs at the epochs that all of them have."""
-    shared = sorted(set.intersection(*(set(x.tolist()) for x, _ in points.values())))
-    values = [
-        [dict(zip(x.tolist(), y, strict=True))[e] for e in shared] for x, y in points.values()
-    ]
-    return np.asarray(shared), np.mean(values, axis=0) if shared else np.asarray([])
+    curves = [dict(zip(x.tolist(), y, strict=True)) for x, y in points.values()]
+    shared = sorted(set.intersection(*map(set, curves)))
+    means = [float(np.mean([curve[epoch] for curve in curves])) for epoch in shared]
+    return np.asarray(shared), np.asarray(means)
 
 
 def _draw(axes: "Axes", panel: Panel, runs: Runs) -> None:
@@ -184,12 +177,8 @@ def _draw(axes: "Axes", panel: Panel, runs: Runs) -> None:
     if panel.percent:
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.3g}%"))
     axes.set_xlabel("epoch", color=FAINT, fontsize=9, loc="right", labelpad=1)
-    axes.tick_params(colors=FAINT, labelsize=9, length=0)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side, spine in axes.spines.items():
-        spine.set_visible(side == "bottom")
-        spine.set_color(GRID)
+    axes.tick_params(labelsize=9)
+    style_axes(axes)
     if shown := len(axes.get_legend_handles_labels()[1]):
         # Below the axes, where it never hides a curve.
         axes.legend(
@@ -205,30 +194,59 @@ def _draw(axes: "Axes", panel: Panel, runs: Runs) -> None:
         )
 
 
-def svg(panel: Panel, runs: Runs) -> str:
-    """Return one panel as an inline <svg> whose colours are CSS variables.
+def style_axes(axes: "Axes") -> None:
+    """Reduce the frame of a chart to faint horizontal lines."""
+    axes.tick_params(colors=FAINT, length=0)
+    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    for side, spine in axes.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set_color(GRID)
 
-    The page defines --font, --ink, --faint, --grid and --series-0 .. --series-7.
+
+def inline_svg(figure: "Figure", name: str) -> str:
+    """Return a figure as an <svg> element for a page with report/style.css.
+
+    INK, FAINT, GRID and SERIES become the CSS variables --ink, --faint, --grid and --series-<i>,
+    and the style sheet sets the font and the size, so that the chart is readable in light and dark.
+
+    Args:
+        figure: drawn in those colours.
+        name: differs between the charts of one page; it keeps their element ids apart.
     """
     import matplotlib
+
+    file = io.StringIO()
+    metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    # Text stays text, measured in one font; the salt makes ids reproducible.
+    with matplotlib.rc_context(
+        {"svg.hashsalt": name, "svg.fonttype": "none", "font.sans-serif": ["DejaVu Sans"]}
+    ):
+        figure.savefig(file, format="svg", transparent=True, metadata=metadata)
+    text = file.getvalue()
+    text = text[text.index("<svg") :].replace("<svg", '<svg role="img"', 1)
+    text = text.replace('<g id="', f'<g id="{name.replace(" ", "-")}-')
+    for color, variable in zip((INK, FAINT, GRID), ("--ink", "--faint", "--grid"), strict=True):
+        text = text.replace(color, f"var({variable})")
+    for i, color in enumerate(SERIES):
+        text = text.replace(color, f"var(--series-{i}, {color})")
+    return text
+
+
+def png(figure: "Figure") -> bytes:
+    """Return a figure as a PNG file."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=150)
+    return file.getvalue()
+
+
+def svg(panel: Panel, runs: Runs) -> str:
+    """Return one panel as an inline <svg>; see ``inline_svg``."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.6, 2.25), layout="constrained")
     _draw(figure.add_subplot(), panel, runs)
-    # The salt makes ids equal between runs of the program and different between panels.
-    with matplotlib.rc_context({"svg.hashsalt": panel.title, "svg.fonttype": "none"}):
-        drawn = io.StringIO()
-        figure.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
-    text = drawn.getvalue()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'<g id="[^"]*"', "<g", text)
-    text = re.sub(r"font-family: [^;\"]*", "font-family: var(--font)", text)
-    text = re.sub(r'(<svg [^>]*?)width="[^"]*"', r"\1", text, count=1)
-    text = re.sub(r'(<svg [^>]*?)height="[^"]*"', r'\1role="img"', text, count=1)
-    for color, variable in _VARIABLES.items():
-        text = text.replace(color, variable)
-    return text
+    return inline_svg(figure, panel.title)
 
 
 def curves(
@@ -242,7 +260,7 @@ def curves(
     Args:
         runs: rows of ``metrics.jsonl``; of several runs (seeds) as {label: rows}, drawn as thin
             lines with their mean.
-        chance: cosine that matching reaches without any learning, drawn as a line.
+        chance: mean cosine that matching reaches without any learning, drawn as a line.
         dim: D, drawn as the highest effective rank.
 
     Returns:
@@ -259,13 +277,11 @@ def curves(
         raise InputError("curves: expected rows with train/, assign/ or eval/ metrics, got none")
     columns = min(3, len(shown))
     lines = math.ceil(len(shown) / columns)
-    figure = Figure(figsize=(4.2 * columns, 2.8 * lines), layout="constrained", dpi=150)
+    figure = Figure(figsize=(4.2 * columns, 2.8 * lines), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False).ravel()
     for axes, panel in zip(grid, shown, strict=False):
         _draw(axes, panel, labelled)
         axes.set_title(panel.title, loc="left", fontsize=10.5, color=INK)
     for axes in grid[len(shown) :]:
         axes.set_axis_off()
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png")
-    return drawn.getvalue()
+    return png(figure)

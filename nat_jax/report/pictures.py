@@ -1,4 +1,4 @@
-"""Pictures of a network: its first-layer filters, and nearest neighbours of some images."""
+"""Pictures as PNG files: first-layer filters, and nearest neighbours of query images."""
 
 import io
 import math
@@ -18,16 +18,16 @@ _TILE, _PHOTO, _FONT, _TOP, _WIDEST = 88, 128, 28, 56, 2060
 def filters(kernel: np.ndarray, title: str = "First-layer filters") -> bytes:
     """Draw the filters of a convolution as a PNG.
 
-    Three input channels are drawn in colour, other numbers as one grey tile per channel side by
-    side (for a Sobel front end: horizontal and vertical gradient). Every filter is scaled on its
-    own, zero being mid-grey. Of more than 256 filters the first 256 are drawn.
+    With three input channels a filter is one colour tile, otherwise one grey tile per channel (for
+    a Sobel front end: horizontal and vertical gradient). Every filter is scaled by its largest
+    absolute value, zero being mid-grey. Only the first 256 filters are drawn.
 
     Args:
         kernel: float[kh, kw, Cin, Cout].
         title: drawn above them.
 
     Raises:
-        ValueError: another rank, or values that are not finite.
+        ValueError: wrong rank, or values that are not finite.
     """
     kernel = np.asarray(kernel, np.float32)
     if kernel.ndim != 4 or not kernel.size:
@@ -62,22 +62,22 @@ def filters(kernel: np.ndarray, title: str = "First-layer filters") -> bytes:
 
 
 def stacked(pictures: Sequence[bytes]) -> bytes:
-    """Put PNG files one below the other into one.
+    """Join PNG files vertically into one.
 
     Raises:
-        ValueError: there are none.
+        ValueError: no pictures.
     """
     if not pictures:
         raise ValueError("stacked: expected at least one picture, got none")
     images = [Image.open(io.BytesIO(data)) for data in pictures]
     gap = _FONT
     height = sum(image.height + gap for image in images) - gap
-    whole = Image.new("RGBA", (max(image.width for image in images), height), (0, 0, 0, 0))
+    canvas = Image.new("RGBA", (max(image.width for image in images), height), (0, 0, 0, 0))
     top = 0
     for image in images:
-        whole.paste(image, (0, top))
+        canvas.paste(image, (0, top))
         top += image.height + gap
-    return _png(whole)
+    return _png(canvas)
 
 
 def neighbours(
@@ -88,10 +88,10 @@ def neighbours(
     Args:
         queries: uint8[Q, H, W, 3].
         neighbours: uint8[Q, K, H, W, 3].
-        correct: bool[Q, K], whether the labels agree (a green or a red frame); None: no frames.
+        correct: bool[Q, K], whether the labels agree (green or red frame); None draws no frames.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes do not match.
     """
     count, near = neighbours.shape[:2]
     if neighbours.ndim != 5 or queries.shape != (count, *neighbours.shape[2:]) or not count * near:
@@ -102,7 +102,7 @@ def neighbours(
     if correct is not None and correct.shape != (count, near):
         raise ValueError(f"correct: expected shape {(count, near)}, got {correct.shape}")
     longest = max(queries.shape[1:3])
-    # Small images are enlarged by a whole factor, which keeps their pixels even.
+    # Small images are enlarged by an integer factor, which keeps their pixels square.
     side = longest * round(_PHOTO / longest) if longest < _PHOTO else _PHOTO
     frame, gap, divide = 7, 9, 40
     cell = side + 2 * frame + gap
@@ -125,7 +125,7 @@ def neighbours(
 
 
 def _canvas(text: str, width: int, height: int) -> tuple[Image.Image, int]:
-    """Return a transparent image with a line of text on top, and where the tiles begin."""
+    """Return a transparent image with a line of text on top, and the y of the first tiles."""
     font = ImageFont.load_default(_FONT)
     right = math.ceil(font.getbbox(text)[2])
     canvas = Image.new("RGBA", (max(width, right), _TOP + height), (0, 0, 0, 0))

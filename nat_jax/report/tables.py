@@ -1,26 +1,40 @@
-"""The table of probe results, for the terminal, for Markdown and for the report page."""
+"""Tables of probe results for the terminal and for Markdown, and the names that they show."""
 
 import dataclasses
-import html
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from nat_jax.errors import InputError
+from nat_jax.report.rows import (
+    ALL_LABELS,
+    KEYS,
+    NAT,
+    OWN,
+    PATCHES,
+    PIXELS,
+    SUPERVISED,
+    TRAINED,
+    UNTRAINED,
+    Row,
+    current,
+    headline,
+    kind,
+    same,
+)
 
+# Networks in the order in which tables list them.
 NETWORK_NAMES = {
-    "raw pixels": "raw pixels",
-    "k-means patches": "k-means patches",
-    "untrained": "untrained",
-    "nat": "NAT",
-    "supervised_square": "supervised, square loss",
-    "supervised_softmax": "supervised, softmax",
+    PIXELS: "raw pixels",
+    PATCHES: "k-means patches",
+    UNTRAINED: "untrained",
+    NAT: "NAT",
+    SUPERVISED["square"]: "supervised, square loss",
+    SUPERVISED["softmax"]: "supervised, softmax",
 }
-PROBE_NAMES = {"own": "own", "knn": "kNN", "linear_probe": "linear", "mlp_probe": "MLP"}
+# Probes in the order in which the suite's tables list them.
+PROBE_NAMES = {OWN: "own", "mlp_probe": "MLP", "linear_probe": "linear", "knn": "kNN"}
 
-TRAINED = ("nat", "supervised_square", "supervised_softmax")
-_NO_NETWORK = ("raw pixels", "k-means patches")
-
-Row = Mapping[str, Any]
+_NO_NETWORK = (PIXELS, PATCHES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +43,11 @@ class Cell:
 
     Attributes:
         mean: over the seeds.
-        std: standard deviation over the seeds; None for one seed, or for raw pixels where
-            the seed changes nothing.
+        std: standard deviation over the seeds; None for one seed, or without a network if the
+            seed changes nothing.
         best: no other network or layer has more in the same column and number of labels.
-        gain: points above the same features of the untrained network; None where there are none.
+        gain: points above the untrained network with the same layer and probe; None if there is
+            no such row.
     """
 
     mean: float
@@ -46,22 +61,27 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One network's features: a line of the table."""
+    """One layer of one network, with one cell per probe."""
 
-    features: str
+    layer: str
     network: str
-    cells: tuple[Cell | None, ...]  # one per probe
+    cells: tuple[Cell | None, ...]
+
+    @property
+    def trained(self) -> bool:
+        """Whether the network was trained."""
+        return kind(self.network) in TRAINED
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Results arranged for reading: a group of lines per number of labels.
+    """Results arranged for reading, one group of lines per number of labels.
 
     Attributes:
         probes: the columns.
         groups: the lines, by number of labels.
-        seeds: over how many draws a mean is taken.
-        drawn: "seeds", or "draws" where more than seeds differ.
+        seeds: number of draws behind each mean.
+        drawn: "seeds", or "draws" where more than the seed differs.
     """
 
     probes: tuple[str, ...]
@@ -76,70 +96,72 @@ class Table:
         return [cell for line in lines for cell in line.cells if cell is not None]
 
     @property
-    def spreads(self) -> bool:
-        """Whether any cell has a standard deviation."""
-        return any(cell.std is not None for cell in self.cells)
+    def spread(self) -> str:
+        """What the numbers after "±" are, for a heading; "" if there are none."""
+        if all(cell.std is None for cell in self.cells):
+            return ""
+        return f", mean ± standard deviation over {self.seeds} {self.drawn}"
 
 
 def arrange(rows: Sequence[Row]) -> Table:
-    """Arrange the rows of a result: {"features", "network", "probe", "labels", "mean", "std"}.
+    """Arrange result rows over seeds (see ``report.rows``), of version 0.1 too.
 
-    Lines go from raw pixels over z to the other layers, untrained before trained; these layers, the
-    columns and the groups keep the order in which they first appear.
+    Baselines without a network come first, then z, then the other layers; within a layer the
+    networks have the order of ``NETWORK_NAMES``. Layers, probes and numbers of labels keep the
+    order in which they first appear.
 
     Raises:
-        ValueError: a row lacks a key, or two rows are about the same thing.
+        ValueError: a row lacks a key, or two rows have the same layer, network, probe and labels.
     """
-    values: dict[tuple[str, str, str, str], Row] = {}
+    rows = current(rows)
+    by_key: dict[tuple[str, str, str, str], Row] = {}
     for row in rows:
-        missing = {"features", "network", "probe", "labels", "mean"} - set(row)
+        missing = {*KEYS, "mean"} - set(row)
         if missing:
             raise InputError(f"table row: expected the key {', '.join(sorted(missing))} in {row}")
-        key = (row["labels"], row["features"], row["network"], row["probe"])
-        if key in values:
+        key = (row["labels"], row["layer"], row["network"], row["probe"])
+        if key in by_key:
             raise InputError(f"table: expected one row for {key}, got two")
-        values[key] = row
+        by_key[key] = row
 
-    probes = _unique(row["probe"] for row in rows)
-    order = list(NETWORK_NAMES)
+    layers, order = _unique(row["layer"] for row in rows), list(NETWORK_NAMES)
 
-    def place(pair: tuple[str, str]) -> tuple[bool, bool, int, int]:
+    def position(pair: tuple[str, str]) -> tuple[bool, bool, int, int]:
         layer, network = pair
-        kind = _kind(network)
-        known = order.index(kind) if kind in order else len(order)
+        known = order.index(kind(network)) if kind(network) in order else len(order)
         return network not in _NO_NETWORK, layer != "z", layers.index(layer), known
 
-    layers = _unique(row["features"] for row in rows)
+    probes = _unique(row["probe"] for row in rows)
     groups = {}
     for labels in _unique(row["labels"] for row in rows):
-        pairs = _unique((r["features"], r["network"]) for r in rows if r["labels"] == labels)
-        columns = [
-            _column({pair: values.get((labels, *pair, p)) for pair in pairs}) for p in probes
-        ]
+        pairs = _unique((r["layer"], r["network"]) for r in rows if r["labels"] == labels)
+        columns = [_column({p: by_key.get((labels, *p, probe)) for p in pairs}) for probe in probes]
         groups[labels] = tuple(
             Line(layer, network, tuple(column[layer, network] for column in columns))
-            for layer, network in sorted(pairs, key=place)
+            for layer, network in sorted(pairs, key=position)
         )
-    seeds = max((len(row.get("seeds") or ()) for row in rows), default=0)
-    tags = {type(tag) for row in rows for tag in row.get("seeds") or ()}
-    return Table(tuple(probes), groups, seeds, "draws" if str in tags else "seeds")
+    seeds = [row.get("seeds") or () for row in rows]
+    named = any(isinstance(seed, str) for drawn in seeds for seed in drawn)
+    most = max(map(len, seeds), default=0)
+    return Table(tuple(probes), groups, most, "draws" if named else "seeds")
 
 
 def _column(rows: Mapping[tuple[str, str], Row | None]) -> dict[tuple[str, str], Cell | None]:
-    shown = {line: round(100 * row["mean"], 1) for line, row in rows.items() if row is not None}
-    cells: dict[tuple[str, str], Cell | None] = {}
-    for line, row in rows.items():
+    """Return the cells of one probe and number of labels by (layer, network)."""
+    shown = {pair: round(100 * row["mean"], 1) for pair, row in rows.items() if row is not None}
+    cells: dict[tuple[str, str], Cell | None] = dict.fromkeys(rows)
+    for (layer, network), row in rows.items():
         if row is None:
-            cells[line] = None
             continue
-        base = rows.get((line[0], "untrained")) if _kind(line[1]) in TRAINED else None
+        base = rows.get((layer, UNTRAINED)) if kind(network) in TRAINED else None
         std = row.get("std")
-        # Without a network most probes do not depend on the seed: "± 0.0" would say nothing.
-        settled = line[1] in _NO_NETWORK and std is not None and std < 1e-12
-        cells[line] = Cell(
+        # Without a network most probes do not depend on the seed, and "± 0.0" would be noise.
+        fixed = network in _NO_NETWORK and std is not None and std < 1e-12
+        cells[layer, network] = Cell(
             mean=100 * row["mean"],
-            std=None if std is None or settled else 100 * std,
-            best=shown[line] == max(shown.values()),  # as shown: a tie marks all
+            std=None if std is None or fixed else 100 * std,
+            # Compared as shown, so that numbers that look equal are marked alike.
+            best=shown[layer, network] == max(shown.values()),
             gain=None if base is None else 100 * (row["mean"] - base["mean"]),
         )
     return cells
@@ -157,158 +179,96 @@ def text_table(rows: Sequence[Row]) -> str:
     for labels, group in table.groups.items():
         titles[len(printed)] = labels_title(labels)
         for line in group:
-            cells = (_text(cell, table.spreads) for cell in line.cells)
+            cells = (_text(cell, bool(table.spread)) for cell in line.cells)
             printed.append((layer_name(line), network_name(line.network), *cells))
     widths = [max(map(len, column)) for column in zip(*printed, strict=True)]
-    text = ["Top-1 accuracy in percent" + _note(table), ""]
+    text = [f"Top-1 accuracy in percent{table.spread} (* best of its column)", ""]
     for number, words in enumerate(printed):
         if number in titles:
             text += ["", titles[number]]
         padded = (
-            w.ljust(n) if i < 2 else w.rjust(n)
-            for i, (w, n) in enumerate(zip(words, widths, strict=True))
+            word.ljust(width) if column < 2 else word.rjust(width)
+            for column, (word, width) in enumerate(zip(words, widths, strict=True))
         )
         text.append(("  " + "  ".join(padded)).rstrip())
     return "\n".join(text)
 
 
+def _text(cell: Cell | None, spreads: bool) -> str:
+    """Return a cell padded on the right, so that the decimal points of a column line up."""
+    if cell is None:
+        return "- "
+    suffix = str(cell).removeprefix(f"{cell.mean:.1f}") + "*" * cell.best
+    return f"{cell.mean:.1f}{suffix:{6 * spreads + 1}}"
+
+
 def markdown_table(rows: Sequence[Row]) -> str:
     """Return the table as Markdown; the best of each column bold."""
     table = arrange(rows)
+    lines = [
+        [
+            labels,
+            layer_name(line),
+            network_name(line.network),
+            *(f"**{c}**" if c and c.best else str(c or "–") for c in line.cells),
+        ]
+        for labels, group in table.groups.items()
+        for line in group
+    ]
     head = ["labels", "features", "network", *map(probe_name, table.probes)]
-    printed = [head, ["---"] * 3 + ["---:"] * len(table.probes)]
-    for labels, group in table.groups.items():
-        for line in group:
-            cells = (f"**{c}**" if c and c.best else str(c or "–") for c in line.cells)
-            printed.append([labels, layer_name(line), network_name(line.network), *cells])
-    return "\n".join("| " + " | ".join(words) + " |" for words in printed)
+    return markdown(head, lines, numbers=len(table.probes))
 
 
-def html_table(rows: Sequence[Row]) -> str:
-    """Return the table as an HTML <table>, with the gain of training beside each trained number."""
-    table = arrange(rows)
-    columns = len(table.probes) + 2
-    head = "".join(f"<th scope=col class=num>{_escape(probe_name(p))}</th>" for p in table.probes)
-    body = []
-    for labels, group in table.groups.items():
-        title = _escape(labels_title(labels))
-        body.append(f"<tr class=group><th colspan={columns} scope=rowgroup>{title}</th></tr>")
-        named = ""
-        for line in group:
-            layer = layer_name(line)
-            shown, named = (
-                "" if layer == named else _escape(layer),
-                layer,
-            )  # once, on its first line
-            kind = "trained" if _kind(line.network) in TRAINED else "base"
-            body.append(
-                f'<tr class="{kind}"><td>{shown}</td>'
-                f"<td>{_escape(network_name(line.network))}</td>"
-                + "".join(_html_cell(cell) for cell in line.cells)
-                + "</tr>"
-            )
-    return (
-        "<table class=results><thead><tr><th scope=col>features</th><th scope=col>network</th>"
-        f"{head}</tr></thead><tbody>{''.join(body)}</tbody></table>"
-    )
-
-
-def _html_cell(cell: Cell | None) -> str:
-    if cell is None:
-        return "<td class=num>–</td>"
-    spread = f"<span class=std>±{cell.std:.1f}</span>" if cell.std is not None else ""
-    gain = ""
-    if cell.gain is not None:
-        rounded = round(cell.gain, 1)
-        kind = "up" if rounded > 0 else "down" if rounded < 0 else ""
-        sign = "+" if rounded > 0 else "−" if rounded < 0 else "±"
-        gain = f'<span class="gain {kind}">{sign}{abs(rounded):.1f}</span>'
-    mark = " best" if cell.best else ""
-    return f'<td class="num{mark}"><span class=mean>{cell.mean:.1f}</span>{spread}{gain}</td>'
-
-
-def _text(cell: Cell | None, spreads: bool) -> str:
-    """Return a cell whose decimals stand in line with those above and below."""
-    if cell is None:
-        return "- "
-    spread = "" if cell.std is None else f" ± {cell.std:.1f}"
-    behind = spread + "*" * cell.best
-    return f"{cell.mean:.1f}{behind:{6 * spreads + 1}}"
-
-
-def _note(table: Table) -> str:
-    over = f"{table.seeds} {table.drawn}"
-    spread = f", mean ± standard deviation over {over}" if table.spreads else ""
-    return f"{spread} (* best of its column)"
+def markdown(head: Sequence[str], lines: Iterable[Sequence[str]], *, numbers: int = 0) -> str:
+    """Return any table as Markdown; the last ``numbers`` columns are aligned to the right."""
+    rule = ["---"] * (len(head) - numbers) + ["---:"] * numbers
+    cells = ([cell.replace("|", "\\|") for cell in line] for line in [head, rule, *lines])
+    return "\n".join("| " + " | ".join(line) + " |" for line in cells)
 
 
 def outcome(rows: Sequence[Row]) -> str:
-    """Say in one or two sentences what came of training, better or not.
+    """Return one or two sentences about what training achieved.
 
-    The first sentence is about a supervised network's own decisions, else kNN on z with all labels,
-    or the first trained row where there is neither; the second counts all comparisons with the
-    untrained network.
+    The first compares the headline's network (see ``rows.headline``) with the untrained one and
+    with raw pixels; the second counts the comparisons with the untrained network that it won.
     """
-    trained = [row for row in rows if row["network"] in TRAINED]
-    if not trained:
-        return "No trained network was judged."
-    all_of_z = {r["probe"]: r for r in trained if (r["features"], r["labels"]) == ("z", "all")}
-    row = all_of_z.get("own") or all_of_z.get("knn") or trained[0]
-
-    def same(features: str, network: str) -> str | None:
-        for other in rows:
-            if (other["features"], other["network"]) == (features, network) and all(
-                other[key] == row[key] for key in ("probe", "labels")
-            ):
-                return f"{100 * other['mean']:.1f}"
-        return None
-
-    untrained, pixels = same(row["features"], "untrained"), same("pixels", "raw pixels")
-    said = f"{probe_name(row['probe'])} on {row['features']}"
-    said += "" if row["labels"] == "all" else f" with {labels_title(row['labels'])}"
-    said += f": {untrained} % untrained → " if untrained else ": "
+    rows = current(rows)
+    if not any(row["network"] in TRAINED for row in rows):
+        return "No trained network was evaluated."
+    row, untrained = headline(rows)
+    pixels = same(rows, row, layer="pixels", network=PIXELS)
     name = network_name(row["network"])
-    said += f"{100 * row['mean']:.1f} % {name}" + (f" (raw pixels {pixels} %)" if pixels else "")
-    return " ".join([said + ".", *_counted(rows, name)])
+    text = f"{probe_name(row['probe'])} on {row['layer']}"
+    text += "" if row["labels"] == ALL_LABELS else f" with {labels_title(row['labels'])}"
+    text += f": {100 * untrained['mean']:.1f} % untrained → " if untrained else ": "
+    text += f"{100 * row['mean']:.1f} % {name}"
+    text += f" (raw pixels {100 * pixels['mean']:.1f} %)." if pixels else "."
 
-
-def _counted(rows: Sequence[Row], name: str) -> list[str]:
     gains = [cell.gain for cell in arrange(rows).cells if cell.gain is not None]
     if len(gains) < 2:
-        return []
+        return text
     better = sum(gain > 0 for gain in gains)
-    if better == len(gains):
-        return [f"{name} is above the untrained network in all {better} comparisons."]
     if not better:
-        return [f"{name} is not above the untrained network in any of {len(gains)}."]
-    return [f"{name} is above the untrained network in {better} of {len(gains)} comparisons."]
+        return f"{text} {name} is not above the untrained network in any of {len(gains)}."
+    counted = f"all {better}" if better == len(gains) else f"{better} of {len(gains)}"
+    return f"{text} {name} is above the untrained network in {counted} comparisons."
 
 
 def probe_name(probe: str) -> str:
-    """Return how a table heads a probe's column."""
+    """Return the heading of a probe's column."""
     return PROBE_NAMES.get(probe, probe)
 
 
 def network_name(network: str) -> str:
-    """Return how a table names a network; of several of a kind some have their folder's name."""
-    kind = _kind(network)
-    return NETWORK_NAMES.get(kind, kind) + network.removeprefix(kind)
-
-
-def _kind(network: str) -> str:
-    """Return what a network is, of names such as "nat: FOLDER"."""
-    return network.partition(": ")[0]
+    """Return a network's name in tables; "nat: FOLDER" keeps the folder."""
+    return NETWORK_NAMES.get(kind(network), kind(network)) + network.removeprefix(kind(network))
 
 
 def layer_name(line: Line) -> str:
-    """Return how a table names a line's features."""
-    return "–" if line.network in _NO_NETWORK else line.features
+    """Return a layer's name in tables; a dash for baselines without a network."""
+    return "–" if line.network in _NO_NETWORK else line.layer
 
 
 def labels_title(labels: str) -> str:
     """Return the heading of a group of lines."""
-    return "all labels" if labels == "all" else labels.replace(" per ", " labels per ", 1)
-
-
-def _escape(text: str) -> str:
-    return html.escape(str(text))
+    return "all labels" if labels == ALL_LABELS else labels.replace(" per ", " labels per ", 1)

@@ -1,16 +1,15 @@
-"""Verdicts: each rule's three outcomes, few seeds, missing runs, and numbers that are none."""
+"""Verdicts: each rule's three outcomes, few seeds, missing runs, and invalid accuracies."""
 
 import math
 
 import pytest
 
-from nat_jax.experiments import claims
+from nat_jax.experiments import claims, members
 from nat_jax.experiments.claims import (
     FAILS,
     HOLDS,
     NOISE,
     NOTHING,
-    Arm,
     Difference,
     compare,
     settles,
@@ -117,10 +116,10 @@ def test_the_spread_of_seeds():
     assert claims.spread({3: 0.4}) == {"mean": 0.4, "std": None, "values": [0.4], "seeds": [3]}
 
 
-def test_claims_name_what_they_compare():
-    found = claims.claims(("3", "1", "0"), ("10", "100"))
-    names = [arm for claim in found for arm in (claim.left, *claim.rights)]
-    assert Arm("never", "fig2_period", "0") in names
-    assert Arm("k = 100", "discrete_targets", "100") in names
+def test_every_arm_of_a_claim_is_a_member_of_the_suite():
+    periods, ks = (members.values_of(n, "cifar10") for n in ("fig2_period", "discrete_targets"))
+    found = claims.claims(periods, ks)
+    arms = {arm for claim in found for arm in (claim.left, *claim.rights)}
+    assert all(arm.value in members.values_of(arm.experiment, "cifar10") for arm in arms)
+    assert {arm.experiment for arm in arms} == set(members.EXPERIMENTS)
     assert all(claim.rights or claim.rule == "settles" for claim in found)
-    assert all(len({a.name for a in (c.left, *c.rights)}) == 1 + len(c.rights) for c in found)
