@@ -85,10 +85,6 @@ def run(path: Path, folder: Path, **environment: str) -> subprocess.CompletedPro
     )
 
 
-def test_there_are_three() -> None:
-    assert {path.stem for path in NOTEBOOKS} == set(PICTURES)
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=name)
 def test_nothing_is_stored_but_cells(path: Path) -> None:
     assert complaints(opened(path)) == []
