@@ -63,9 +63,8 @@ def test_make_runs_what_is_tested(target: str) -> None:
     ran = [line.replace(".venv/bin/", "") for line in done.stdout.splitlines()]
     known = {*CHECKS, *IN_BLOCKS, "ruff format --check .", "python3 -m venv .venv"}
     assert [line for line in ran if line not in known and not line.startswith("touch ")] == []
-    assert {"demo": IN_BLOCKS[0], "lint": "mypy", "slow": "pytest -m slow"}.get(
-        target, "pytest"
-    ) in ran
+    runs = {"demo": "python -m nat_jax.main --config=configs/digits.py", "lint": "mypy"}
+    assert {"slow": "pytest -m slow", "test": "pytest", **runs}[target] in ran
 
 
 class Place:
