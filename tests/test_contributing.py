@@ -1,7 +1,7 @@
 """CONTRIBUTING.md is followed to the letter, on a copy of the library.
 
-A Python block that begins with ``# FILE`` is that new file, a ``diff`` block an edit, any other
-Python block what one tries afterwards; its lines ``# > ...`` are what it prints.
+A Python block that begins with ``# FILE`` is a new file, a ``diff`` block an edit, any other Python
+block a trial of the result; its lines ``# > ...`` are its output.
 """
 
 import os
@@ -12,32 +12,29 @@ import sys
 from pathlib import Path
 
 import pytest
+from pages import TEXTS, Block, blocks, check_printed, commands
 from project import ROOT
-from test_readme import Block, blocks, check_printed, commands, complaint, dead_links
 
 PAGE = "CONTRIBUTING.md"
-TEXT = (ROOT / PAGE).read_text("utf-8")
-ALL = blocks(TEXT, PAGE)
+ALL = blocks(TEXTS[PAGE], PAGE)
 
 
 def new_file(block: Block) -> str:
     """Return the path of the file that a Python block is; "" for a block that is none."""
-    first = block.body.partition("\n")[0]
-    path = first.removeprefix("# ")
-    return path if block.language == "python" and path != first and path.endswith(".py") else ""
+    found = re.match(r"# (\S+\.py)\n", block.body)
+    return found[1] if found and block.language == "python" else ""
 
 
 FILES = [block for block in ALL if new_file(block)]
 EDITS = [block for block in ALL if block.language == "diff"]
 TRIALS = [block for block in ALL if block.language == "python" and not new_file(block)]
-SHELL = [block for block in ALL if block.language == "bash"]
 
 
 def apply_edit(block: Block, folder: Path) -> Path:
-    """Do what a ``diff`` block says; the lines of each hunk must stand in the file once.
+    """Apply a ``diff`` block; the old lines of each hunk must be in the file once.
 
     Raises:
-        ValueError: a hunk fits nowhere or in several places.
+        ValueError: a hunk fits nowhere, or in several places.
     """
     name, _, hunks = block.body.partition("\n")
     name = name.removeprefix("--- ")
@@ -55,24 +52,19 @@ def apply_edit(block: Block, folder: Path) -> Path:
     return path
 
 
-def follow(folder: Path) -> list[Path]:
-    """Copy the library, add the new files and make the edits; return what has changed."""
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Copy the library, add the new files and make the edits."""
+    folder = tmp_path_factory.mktemp("followed")
     for part in ("nat_jax", "configs"):
         shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy2(ROOT / "pyproject.toml", folder)
-    changed = []
     for block in FILES:
         path = folder / new_file(block)
         assert not path.exists(), block.where
         path.write_text(block.body.partition("\n")[2], "utf-8")
-        changed.append(path)
-    return changed + [apply_edit(block, folder) for block in EDITS]
-
-
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("followed")
-    follow(folder)
+    for block in EDITS:
+        apply_edit(block, folder)
     return folder
 
 
@@ -87,48 +79,35 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_there_is_a_recipe_for_each() -> None:
-    made = [new_file(block) for block in FILES]
-    assert [Path(path).parent.as_posix() for path in made] == [
-        "nat_jax/models",
-        "nat_jax/input/sources",
-        "nat_jax/assign",
-        "nat_jax/evaluate",
-        "configs",
-    ]
-    assert len(EDITS) == len(TRIALS) == 4
-    assert all("# > " in block.body for block in TRIALS)
-    assert len(FILES) + len(EDITS) + len(TRIALS) + len(SHELL) == len(ALL)
-
-
-def test_the_recipes_do_what_they_say(copy: Path) -> None:
+def test_the_recipes_work(copy: Path) -> None:
     """One program for all of them, because most of the time goes into importing jax."""
-    between = "\nprint('next')\n"
-    done = run(copy, "-c", between.join(block.body for block in TRIALS))
+    assert len(TRIALS) == len(EDITS) > 0
+    done = run(copy, "-c", "\nprint('next')\n".join(block.body for block in TRIALS))
     assert done.returncode == 0, done.stderr[-3000:]
     for block, printed in zip(TRIALS, done.stdout.split("next\n"), strict=True):
+        assert "# > " in block.body
         check_printed(block, printed)
 
 
-def test_the_recipes_do_not_work_without_their_edits() -> None:
-    """What the recipes add is not there already, so that trying them shows something."""
+def test_the_recipes_add_something() -> None:
     for block in EDITS:
         added = [line[1:].strip() for line in block.body.splitlines() if line.startswith("+")]
         name = block.body.partition("\n")[0].removeprefix("--- ")
-        there = (ROOT / name).read_text("utf-8").splitlines()
-        assert added and not set(added) & {line.strip() for line in there}, block.where
+        there = {line.strip() for line in (ROOT / name).read_text("utf-8").splitlines()}
+        assert added and not there & set(added), block.where
 
 
-def test_what_the_recipes_make_is_clean(tmp_path: Path) -> None:
-    changed = [str(path.relative_to(tmp_path)) for path in follow(tmp_path)]
+def test_the_result_of_the_recipes_is_clean(copy: Path) -> None:
+    changed = [new_file(block) for block in FILES]
+    changed += [block.body.partition("\n")[0].removeprefix("--- ") for block in EDITS]
     for check in (["check"], ["format", "--check", "--diff"]):
-        done = run(tmp_path, "-m", "ruff", *check, "--no-cache", *changed)
+        done = run(copy, "-m", "ruff", *check, "--no-cache", *changed)
         assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
 def test_a_run_of_all_recipes(copy: Path) -> None:
-    (block,) = [b for b in SHELL if "configs/bars.py" in b.body]
+    (block,) = [b for b in ALL if b.language == "bash" and "configs/bars.py" in b.body]
     (line,) = commands(block.body)
     program, *arguments = line.split()
     assert program == "python"
@@ -138,21 +117,9 @@ def test_a_run_of_all_recipes(copy: Path) -> None:
     assert (copy / "runs" / "bars" / "report.html").exists()
 
 
-def test_shown_commands_are_tested_ones() -> None:
-    shown = [command for block in SHELL for command in commands(block.body)]
-    wrong = [complaint(command) for command in shown if "configs/bars.py" not in command]
-    assert len(wrong) == len(shown) - 1
-    assert set(wrong) == {None}
-
-
-def test_links_lead_somewhere() -> None:
-    assert dead_links(PAGE, TEXT) == []
-
-
 @pytest.mark.parametrize(
     ("text", "edit", "result"),
     [
-        ("a\nb\nc\n", " b\n+x\n", "a\nb\nx\nc\n"),
         ("a\nb\nc\n", "-b\n+x\n@@\n c\n+y\n", "a\nx\nc\ny\n"),
         ("a\nb\nb\n", " b\n+x\n", None),
         ("a\nb\nc\n", " d\n+x\n", None),

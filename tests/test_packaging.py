@@ -1,7 +1,6 @@
 """The distribution: what it declares is what it uses, and a wheel runs outside the checkout."""
 
 import ast
-import importlib.metadata
 import os
 import re
 import shutil
@@ -33,8 +32,6 @@ DISTRIBUTIONS = {
 
 # Needed by a dependency that does not declare it.
 ON_BEHALF = {"flatbuffers", "importlib-resources"}
-
-EXTRAS = {"cuda12", "cuda13", "tpu", "fast", "tensorboard", "docs", "test"}
 
 
 @pytest.fixture(scope="module")
@@ -98,15 +95,6 @@ def test_the_oldest_versions_are_the_lower_bounds(pyproject: dict[str, Any]) -> 
     assert lower_bounds(["jax<0.12", "Array_record>=0.8"]) == {"jax": "", "array-record": "0.8"}
 
 
-def test_extras_have_the_names_that_jax_gives_them(pyproject: dict[str, Any]) -> None:
-    extras = pyproject["project"]["optional-dependencies"]
-    assert set(extras) == EXTRAS
-    for accelerator in ("cuda12", "cuda13", "tpu"):
-        assert extras[accelerator] == [f"jax[{accelerator}]"]
-    offered = importlib.metadata.metadata("jax").get_all("Provides-Extra") or []
-    assert {"cuda12", "cuda13", "tpu"} <= set(offered)
-
-
 def test_the_version_is_written_once(pyproject: dict[str, Any]) -> None:
     assert "version" in pyproject["project"]["dynamic"]
     holders = [
@@ -139,18 +127,9 @@ def test_the_public_address_stands_in_one_place() -> None:
     assert addresses({"README.md": "https://github.com/" + "someone/nat_jax"}) == ["README.md"]
 
 
-def test_the_licence_is_apache_2(pyproject: dict[str, Any]) -> None:
-    assert pyproject["project"]["license"] == "Apache-2.0"
-    text = (ROOT / "LICENSE").read_text(encoding="utf-8")
-    assert "Apache License" in text and "Version 2.0, January 2004" in text
-    assert "END OF TERMS AND CONDITIONS" in text
-
-
 def test_the_readme_s_test_line_is_what_is_checked() -> None:
     line = "pip install -e '.[test]' && pytest"
     assert f'bash -c "{line}"' in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
-    if not (ROOT / "README.md").exists():
-        pytest.skip("no README.md")
     assert line in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -162,8 +141,6 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         target = clone / path.relative_to(ROOT)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(path, target)
-    if not (clone / "README.md").exists():
-        pytest.skip("no README.md")
     out = tmp_path_factory.mktemp("dist")
     build = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
     subprocess.run([*build, "--wheel-dir", str(out), "."], cwd=clone, check=True, timeout=300)

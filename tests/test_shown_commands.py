@@ -1,16 +1,11 @@
-"""Every command that README, docs, launch, CONTRIBUTING and the configs' headers show.
+"""The ``python -m nat_jax.main`` commands of the pages run, as a reader would run them.
 
-The slow tests run them: ``python -m nat_jax.main`` lines of blocks without ``needs:``, in the order
-of the pages, each once, in one empty folder with images of its own for PATH; and the headers' lines
-for embedded data. What .ci/run runs (pip, pytest, linters) is not run a second time.
-
-Commands within sentences and tables are parsed: those of ``nat_jax.main`` as in test_readme, those
-of ``benchmarks`` by whether the program is there and has the flags. They are not run, because they
-take minutes to hours and want data or hardware.
+Those of blocks without ``needs:`` and of the headers of configs with embedded data, in the order of
+the pages, each once, in one folder with images of its own for PATH. `test_pages.py` checks all
+others without running them: they take hours, or want data or hardware. .ci/run runs pip, pytest and
+the linters.
 """
 
-import ast
-import importlib.util
 import os
 import re
 import shlex
@@ -22,160 +17,61 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pages import CHECKS, MAIN, SHELL, TEXTS, blocks, commands, header
 from PIL import Image
 from project import ROOT
-from test_readme import CHECKS, INSTALLS, Block, blocks, check_main, commands
 
-FOLDERS = ("docs", "launch")
-PAGES = [
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md")),
-    *(page for folder in FOLDERS for page in sorted((ROOT / folder).rglob("*.md"))),
-]
-MAIN = ["python", "-m", "nat_jax.main"]
-# test_contributing runs this one, which needs the recipes of the page.
+# test_contributing.py runs this one, which needs the recipes of the page.
 ELSEWHERE = {"python -m nat_jax.main --config=configs/bars.py"}
-# What a reader puts in, and what the test does; a training is then a short one.
-STAND_IN = ("folder:PATH", "folder:images")
+# What a reader fills in, and what the test does; a training is then a short one.
+PLACEHOLDER = ("folder:PATH", "folder:images")
 SHORT = ["--config.epochs=1", "--config.batch_size=32", "--config.eval.probes=knn"]
 EMBEDDED = ("configs/digits.py", "configs/smoke.py")
-
-
-def spans(text: str) -> list[str]:
-    """Return the commands of a page's sentences and tables that begin with python."""
-    text = re.sub(r"^[ \t]*```.*?^[ \t]*```[ \t]*$", "", text, flags=re.MULTILINE | re.DOTALL)
-    found = (" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text))
-    found = (command for span in found for command in commands(span))
-    return [span for span in found if re.match(r"([A-Z_]+=\S+ )*python3? ", span)]
-
-
-def header(path: Path) -> list[str]:
-    """Return the commands in the docstring of a config."""
-    words = ast.get_docstring(ast.parse(path.read_text("utf-8"))) or ""
-    return [line.strip() for line in words.splitlines() if line.startswith("    python ")]
-
-
-def flags_of(program: Path) -> set[str]:
-    """Return the flags that a program gives to argparse."""
-    return {
-        argument.value
-        for node in ast.walk(ast.parse(program.read_text("utf-8")))
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument"
-        for argument in node.args
-        if isinstance(argument, ast.Constant)
-    }
-
-
-def complaint(command: str) -> str | None:
-    """Say what is wrong with a command that begins with python, as far as looking tells."""
-    words = shlex.split(command)
-    while "=" in words[0]:
-        words.pop(0)
-    if words[:3] == MAIN:
-        if "--help" in words or "--config=..." in words:
-            return None
-        try:
-            check_main(words[3:])
-        except Exception as error:
-            return f"{command}: {error}"
-        return None
-    if words[1] == "-m":
-        there = importlib.util.find_spec(words[2])
-        return None if there else f"{command}: there is no module {words[2]}"
-    program = ROOT / words[1]
-    if program.suffix != ".py" or not program.is_file():
-        return f"{command}: there is no program {words[1]}"
-    given = {word.partition("=")[0] for word in words[2:] if word.startswith("--")}
-    unknown = sorted(given - flags_of(program))
-    return f"{command}: {words[1]} has no {', '.join(unknown)}" if unknown else None
 
 
 def to_run(page: str, text: str) -> Iterator[str]:
     """Yield the commands of a page's blocks that the slow test runs."""
     for block in blocks(text, page):
-        if block.language in ("bash", "sh", "console") and not block.marker.startswith("needs:"):
+        if block.language in SHELL and not block.marker.startswith("needs:"):
             for command in commands(block.body):
                 if shlex.split(command)[:3] == MAIN and command not in ELSEWHERE:
                     yield " ".join(command.split())
 
 
-def lacks(command: str) -> str | None:
-    """Say why a command cannot be run in an empty folder, if so."""
-    if STAND_IN[0] in command or any(config in command for config in EMBEDDED):
-        return None
-    return f"{command}: has data of its own; mark the block with <!-- needs: what it needs -->"
-
-
-def texts() -> dict[str, str]:
-    return {page.relative_to(ROOT).as_posix(): page.read_text("utf-8") for page in PAGES}
+def runs_here(command: str) -> bool:
+    """Whether a command needs no data but a folder of images."""
+    return PLACEHOLDER[0] in command or any(config in command for config in EMBEDDED)
 
 
 CONFIGS = sorted((ROOT / "configs").rglob("[!_]*.py"))
-IN_BLOCKS = [command for page, text in texts().items() for command in to_run(page, text)]
+IN_BLOCKS = [command for page, text in TEXTS.items() for command in to_run(page, text)]
 IN_HEADERS = [command for path in CONFIGS for command in header(path)]
 RUN = [*IN_BLOCKS, *(c for c in IN_HEADERS if any(config in c for config in EMBEDDED))]
 
 
-@pytest.mark.parametrize("page", sorted(texts()))
-def test_commands_in_sentences_and_tables_are_right(page: str) -> None:
-    assert [wrong for span in spans(texts()[page]) if (wrong := complaint(span))] == []
-
-
-def test_commands_in_headers_are_right() -> None:
-    assert [wrong for command in IN_HEADERS if (wrong := complaint(command))] == []
-    assert all(header(path) for path in CONFIGS)
-
-
-def test_commands_in_blocks_can_be_run_or_say_what_they_need() -> None:
-    assert [wrong for command in IN_BLOCKS if (wrong := lacks(command))] == []
-
-
-def made_by(target: str) -> list[str]:
-    """Return what make would run for a target."""
-    line = ["make", "--dry-run", "--always-make", target]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
-    return [line.replace(".venv/bin/", "") for line in done.stdout.splitlines()]
+def test_commands_in_blocks_can_be_run_or_name_what_they_need() -> None:
+    """A block whose data are not here is marked ``<!-- needs: ... -->``."""
+    assert [command for command in IN_BLOCKS if not runs_here(command)] == []
+    assert not runs_here("python -m nat_jax.main --config=configs/cifar10.py")
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
 @pytest.mark.parametrize("target", ["demo", "test", "slow", "lint"])
 def test_make_runs_what_is_tested(target: str) -> None:
-    known = {*INSTALLS, *CHECKS, *IN_BLOCKS, "ruff format --check .", "python3 -m venv .venv"}
-    ran = made_by(target)
+    line = ["make", "--dry-run", "--always-make", target]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
+    ran = [line.replace(".venv/bin/", "") for line in done.stdout.splitlines()]
+    known = {*CHECKS, *IN_BLOCKS, "ruff format --check .", "python3 -m venv .venv"}
     assert [line for line in ran if line not in known and not line.startswith("touch ")] == []
-    assert len(ran) > len(made_by(".venv/installed"))
-
-
-WRONG = """
-`python benchmarks/step.py --rounds 3
---outputt x` and `python benchmarks/nothing.py`, `FOO=1 python benchmarks/assign.py --costs DIR`
-```bash
-python -m nat_jax.main --config=configs/cifar10.py
-```
-<!-- needs: CIFAR-10 -->
-```bash
-python -m nat_jax.main --config=configs/cifar10.py --config.seeds="(1,)"
-```
-`python -m nat_jax.main --config=configs/digits.py --config.batchsize=3` and
-`python3 -m venv .venv && python -m nothing`
-"""
-
-
-def test_a_wrong_command_is_noticed() -> None:
-    wrong = [complaint(span) for span in spans(WRONG)]
-    assert wrong[0] is not None and wrong[0].endswith("benchmarks/step.py has no --outputt")
-    assert wrong[1] is not None and "there is no program benchmarks/nothing.py" in wrong[1]
-    assert wrong[2] is None
-    assert wrong[3] is not None and "batchsize" in wrong[3]
-    assert wrong[4:] == [None, "python -m nothing: there is no module nothing"]
-    (command,) = to_run("page.md", WRONG)
-    assert "<!-- needs:" in str(lacks(command))
+    runs = {"demo": "python -m nat_jax.main --config=configs/digits.py", "lint": "mypy"}
+    assert {"slow": "pytest -m slow", "test": "pytest", **runs}[target] in ran
 
 
 class Place:
-    """A folder in which commands are run as a reader would; the same one is run once."""
+    """A folder in which commands run as a reader would run them, each only once."""
 
     def __init__(self, folder: Path):
-        self._folder = folder
+        self.folder = folder
         self._printed: dict[str, str] = {}
         random = np.random.default_rng(0)
         for split, count in (("train", 40), ("test", 20)):
@@ -188,26 +84,23 @@ class Place:
         shutil.copy2(folder / "images/test/dogs/0.jpg", folder / "b.png")
 
     def run(self, command: str) -> str:
-        """Run a command, the training that it builds on before it; return what it prints."""
+        """Run a command, after the training that it builds on; return what it prints."""
         if command in self._printed:
             return self._printed[command]
         words = shlex.split(command)
         training = " ".join(words[:4])
-        if "task=convert" not in command and training != command and STAND_IN[0] not in command:
+        if "task=convert" not in command and training != command and PLACEHOLDER[0] not in command:
             self.run(training)
-        arguments = [word.replace(*STAND_IN) for word in words[1:]]
-        if STAND_IN[0] in command and "task=" not in command:
+        arguments = [word.replace(*PLACEHOLDER) for word in words[1:]]
+        if PLACEHOLDER[0] in command and "task=" not in command:
             arguments += SHORT
-        self._printed[command] = self._call(arguments)
+        self._printed[command] = self.call(arguments)
         return self._printed[command]
 
-    def run_python(self, block: Block) -> None:
-        self._call(["-c", block.body])
-
-    def _call(self, arguments: list[str]) -> str:
+    def call(self, arguments: list[str]) -> str:
         done = subprocess.run(
             [sys.executable, *arguments],
-            cwd=self._folder,
+            cwd=self.folder,
             env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
             capture_output=True,
             text=True,
@@ -215,9 +108,6 @@ class Place:
         )
         assert done.returncode == 0, f"{arguments}:\n{done.stderr[-3000:]}"
         return done.stdout
-
-    def exists(self, name: str) -> bool:
-        return (self._folder / name).exists()
 
 
 @pytest.fixture(scope="module")
@@ -231,20 +121,22 @@ def test_a_shown_command_runs(place: Place, command: str) -> None:
     printed = place.run(command)
     named = re.findall(r"^(?:report|result|bundle|features): (.+)$", printed, re.MULTILINE)
     assert named or "task=convert" in command
-    assert [name for name in named if not place.exists(name)] == []
+    assert [name for name in named if not (place.folder / name).exists()] == []
 
 
 @pytest.mark.slow
-def test_python_for_the_run_of_the_readme(place: Place) -> None:
-    page = "README.md"
-    (block,) = (b for b in blocks(texts()[page], page) if b.marker.endswith("configs/digits.py"))
+def test_python_for_a_run_of_the_digits(place: Place) -> None:
+    """Blocks that need the run of a command: ``<!-- needs: a run of configs/digits.py -->``."""
     place.run("python -m nat_jax.main --config=configs/digits.py --config.task=export")
-    place.run_python(block)
+    shutil.copy2(place.folder / "a.png", place.folder / "digit.png")
+    shown = [
+        block
+        for page, text in TEXTS.items()
+        for block in blocks(text, page)
+        if block.marker == "needs: a run of configs/digits.py"
+    ]
+    assert shown
+    for block in shown:
+        place.call(["-c", block.body])
     with pytest.raises(AssertionError, match="there is no folder"):
-        place.run_python(block._replace(body=block.body.replace("runs/digits", "runs/nothing")))
-
-
-@pytest.mark.slow
-def test_a_command_that_fails_is_noticed(place: Place) -> None:
-    with pytest.raises(AssertionError, match="there is no file configs/nothing.py"):
-        place.run("python -m nat_jax.main --config=configs/nothing.py")
+        place.call(["-c", shown[0].body.replace("runs/digits", "runs/nothing")])

@@ -1,6 +1,6 @@
-"""The documentation's site: every page is in it, and its links lead where they say.
+"""The documentation site: every page is in the contents, and links between pages are rewritten.
 
-``bash .ci/run`` builds it, with warnings as errors; nothing here needs Sphinx.
+``bash .ci/run`` builds the site, with warnings as errors; nothing here needs Sphinx.
 """
 
 import re
@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from project import ROOT
-from test_architecture import LAYERS
 
 import nat_jax
 
@@ -98,54 +97,3 @@ def test_code_is_left_alone(conf: dict[str, Any]) -> None:
     fence = "```python\nx = f[a](../tests)\n```\n"
     text = f"`[a](../tests)`\n\n{fence}\n- item\n\n  ```\n  [a](../tests)\n  ```\n"
     assert conf["links_for_site"](text, "docs/data.md") == text
-
-
-def api_pages() -> str:
-    return "".join(page.read_text("utf-8") for page in (ROOT / "docs" / "api").glob("*.rst"))
-
-
-def test_the_reference_has_every_public_module() -> None:
-    public = set(nat_jax.__all__) - {"__version__", "load"}
-    described = set(re.findall(r"^\.\. automodule:: nat_jax\.(\w+)$", api_pages(), re.MULTILINE))
-    assert public - described == set()
-    assert {"assign", "train"} <= public
-
-
-@pytest.mark.parametrize(
-    ("module", "table"),
-    [("assign", "SOLVERS"), ("evaluate", "PROBES"), ("models", "MODELS"), ("records", "SOURCES")],
-)
-def test_the_reference_names_what_is_in_the_tables(module: str, table: str) -> None:
-    _, _, after = api_pages().partition(f".. py:data:: {table}\n\n")
-    named = re.findall(r'"(\w+)"', after.partition("\n\n")[0])
-    assert named == list(getattr(getattr(nat_jax, module), table))
-
-
-def out_of_order(page: str) -> list[str]:
-    """Return the modules of the design's table that do not stand in one layer below the last."""
-    table = page.partition("| layer | modules |\n|---|---|\n")[2].partition("\n\n")[0]
-    above, found = len(LAYERS), []
-    for line in table.split("\n"):
-        named = re.findall(r"`(\w+)`", line.rpartition("| ")[2])
-        layers = [number for number, layer in enumerate(LAYERS) if layer >= set(named)]
-        if named and layers and layers[0] < above:
-            above = layers[0]
-        else:
-            found += named or [line]
-    return found
-
-
-def test_the_design_has_the_order_of_the_layers() -> None:
-    page = (ROOT / "docs" / "design.md").read_text("utf-8")
-    assert out_of_order(page) == []
-    assert out_of_order(page.replace("| `run` |", "| `runs` |")) == ["runs"]
-    assert out_of_order(page.replace("| `train` |", "| `losses` |"))[0] == "run"
-    assert out_of_order("") == [""]
-
-
-def test_both_ways_of_building_are_the_same() -> None:
-    builds = [
-        re.findall(r"sphinx-build (.*) docs ", (ROOT / name).read_text("utf-8"))
-        for name in ("Makefile", ".ci/run")
-    ]
-    assert builds == [["-E -W --keep-going -n"]] * 2
