@@ -1,24 +1,19 @@
-"""Batches must stay what they are to the bit: a run that goes on sees the images it would have seen.
+"""Batches are the stored ones to the bit, so that a resumed run sees the same images.
 
-    python tests/input/test_golden_batches.py
+    PYTHONPATH=tests python tests/input/test_golden_batches.py
 
-writes `golden/batches.json` again, for a change that is meant to change batches.
+renews `golden/batches.json`, for a change that is meant to change batches.
 """
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
+import golden
 import numpy as np
 import PIL
 import pytest
-
-sys.path[:0] = [] if "golden" in sys.modules else [str(Path(__file__).resolve().parents[1])]
-
-import golden
 from pictures import Album
 
 from nat_jax.input import pipeline
