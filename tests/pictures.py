@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from nat_jax.input import decode
+from nat_jax.input.sources import Record
 
 READERS = ("Pillow", "simplejpeg")
 
@@ -43,3 +44,54 @@ def photographs(shared_data: Path, wanted: int) -> list[bytes]:
     with zipfile.ZipFile(shared_data / "voc2007_subset.zip") as archive:
         names = sorted(name for name in archive.namelist() if name.endswith(".jpg"))
         return [archive.read(names[i * len(names) // wanted]) for i in range(wanted)]
+
+
+class Album:
+    """Made records of several sizes, shapes, colour modes and orientations; number 11 is broken.
+
+    In a module of its own, as data workers import it.
+    """
+
+    name = "album"
+    split = "train"
+    class_names = ("a", "b", "c")
+    num_classes = 3
+    labels = None
+    fingerprint = "0" * 64
+
+    def __init__(self, kind: str, count: int):
+        self.kind, self.count = kind, count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def record_name(self, index: int) -> str:
+        return f"{index}.{self.kind}"
+
+    def __getitem__(self, index: int) -> Record:
+        return Record(
+            index=index,
+            name=self.record_name(index),
+            label=index % 3,
+            image=b"broken" if index == 11 else self._image(index),
+        )
+
+    def _image(self, index: int) -> bytes | np.ndarray:
+        height, width = ((16, 16), (20, 27), (41, 32), (150, 171), (90, 60))[index % 5]
+        image = (
+            smooth(height, width) // 2
+            + noise(-(-height // 4), -(-width // 4), index)
+            .repeat(4, 0)
+            .repeat(4, 1)[:height, :width]
+            // 2
+        )
+        if self.kind == "png":
+            if index % 7 == 3:
+                return image
+            mode = ("RGB", "L", "RGBA", "P")[index // 5 % 4]
+            return encode(Image.fromarray(image).convert(mode), "PNG")
+        mode = ("RGB", "RGB", "L", "CMYK")[index // 5 % 4]
+        exif = Image.Exif()
+        if index % 4:
+            exif[0x0112] = index % 9
+        return encode(Image.fromarray(image).convert(mode), "JPEG", exif=exif, quality=90)

@@ -1,34 +1,32 @@
-"""From a record's bytes to RGB pixels, as small as the caller can use them.
+"""Decode images to RGB pixels, JPEG files at a fraction of their size where that suffices.
 
-Opening a JPEG reads its header only: so a crop can be chosen from its size, and one that is much
-larger than what is needed is decoded at 1/2, 1/4 or 1/8 of its size, which is cheaper. Other files
-are decoded when they are opened. simplejpeg, where it is installed, and Pillow give the same pixels
-and refuse the same files.
+Opening a JPEG file reads its header only, so that a crop can be chosen from its size, and a crop
+much larger than its output is decoded at 1/2, 1/4 or 1/8 of its size, which is cheaper. Other
+formats are decoded when they are opened. simplejpeg, if installed, and Pillow return the same
+pixels and refuse the same files.
 """
 
 import contextlib
 import functools
 import io
-import struct
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from nat_jax.errors import UserError
 
 try:
-    import simplejpeg  # the same pixels as Pillow's from JPEG, in about two thirds of the time
+    import simplejpeg  # the same pixels as Pillow's in about two thirds of the time
 except ImportError:
     simplejpeg = None
 
-SHRINKS = (8, 4, 2, 1)  # what libjpeg scales down by at a gain
+SHRINKS = (8, 4, 2, 1)  # fractions of their size at which libjpeg decodes faster
 
 Pixels = np.ndarray | Image.Image  # uint8 [H, W, 3], or mode RGB
 
-_ORIENTATION = 0x0112  # the EXIF tag
-_TURNS = {  # by its value, what makes an image upright
+_UPRIGHT = {  # by EXIF orientation; `ImageOps.exif_transpose` would also follow XMP
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -56,11 +54,11 @@ class Picture(Protocol):
         """Decode.
 
         Args:
-            shrink: of `SHRINKS`, no more than the shorter side; a JPEG comes with its sides divided
-                by it, rounded up. Other formats come in full size.
+            shrink: of `SHRINKS`, no more than the shorter side. The sides of a JPEG are divided by
+                it and rounded up; other formats are returned in full size.
 
         Raises:
-            BadImage: the rest of the file is not what the header promised.
+            BadImage: the rest of the file does not match its header.
         """
         ...
 
@@ -72,8 +70,8 @@ def open_picture(image: bytes | np.ndarray | Image.Image) -> Picture:
         image: an encoded file; uint8 [H, W] or [H, W, 1|3|4] with values 0..255; or Pillow's.
 
     Raises:
-        BadImage: it is not an image, has no pixels, or more than a file in good faith has
-            (twice `PIL.Image.MAX_IMAGE_PIXELS`).
+        BadImage: it is not an image, has no pixels, or more than twice `PIL.Image.MAX_IMAGE_PIXELS`
+            (a decompression bomb).
     """
     if isinstance(image, np.ndarray):
         return _Decoded(_from_array(image))
@@ -81,38 +79,38 @@ def open_picture(image: bytes | np.ndarray | Image.Image) -> Picture:
         with _refusing(b"of Pillow"):
             return _Decoded(_to_rgb(image.copy(), _orientation(image.info.get("exif", b""))))
     if image[:2] == b"\xff\xd8":
-        return _open_jpeg(image)
+        return _Jpeg(image)
     with _refusing(image):
         opened = Image.open(io.BytesIO(image), formats=_formats())
+        # Only then: Pillow turns TIFF files itself, and a PNG file's tag may follow its pixels.
         opened.load()
-        # Only now: Pillow turns TIFF files itself, and a PNG file's tag may come after its pixels.
         return _Decoded(_to_rgb(opened, _orientation(opened.info.get("exif", b""))))
 
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """Give the formats that Pillow reads without starting another program, as it does for EPS."""
+    """Return the formats that Pillow reads without starting another program, as EPS needs."""
     Image.init()
     return tuple(name for name in Image.ID if name != "EPS")
 
 
 def decode(image: bytes | np.ndarray) -> np.ndarray:
-    """Give an image as RGB, uint8 [H, W, 3].
+    """Return an image as RGB, uint8 [H, W, 3].
 
-    Grey, palette, CMYK and 16-bit images are converted, transparency is dropped, the first frame of
-    an animation is taken, and a photograph is turned upright as its EXIF tag says.
+    Greyscale, palette, CMYK and 16-bit images are converted, transparency is dropped, the first
+    frame of an animation is taken, and photographs are turned upright by their EXIF orientation.
 
     Args:
         image: as in `open_picture`.
 
     Raises:
-        BadImage: it cannot be decoded, is cut off, or has no pixels.
+        BadImage: it cannot be decoded, is truncated, or has no pixels.
     """
     return np.asarray(open_picture(image).pixels())
 
 
 class _Decoded:
-    """An image whose pixels are there."""
+    """An image that is decoded already."""
 
     def __init__(self, pixels: Pixels):
         if isinstance(pixels, np.ndarray):
@@ -126,33 +124,36 @@ class _Decoded:
 
 
 class _Jpeg:
-    """A JPEG file that simplejpeg reads."""
+    """A JPEG file, of which simplejpeg decodes what it can, and Pillow the rest."""
 
-    def __init__(self, data: bytes, height: int, width: int):
-        self.height, self.width = height, width
+    def __init__(self, data: bytes):
         self._data = data
+        self._orientation = _orientation(_exif(data))
+        self._opened: Image.Image | None = None
+        self._fast = simplejpeg is not None and self._orientation == 1 and self._read_header()
+        if not self._fast:
+            with _refusing(data):
+                self._opened = Image.open(io.BytesIO(data))
+            self.width, self.height = self._opened.size
+            if self._orientation >= 5:
+                self.width, self.height = self.height, self.width
 
-    def pixels(self, shrink: int = 1) -> Pixels:
-        height, width = -(-self.height // shrink), -(-self.width // shrink)
+    def _read_header(self) -> bool:
+        """Read the size by simplejpeg; return whether it can decode the file as Pillow does."""
         try:
-            # Of 7 pixels or more, no smaller scale of libjpeg reaches these sides.
-            return simplejpeg.decode_jpeg(self._data, "RGB", min_height=height, min_width=width)
-        except Exception:  # Pillow reads it after all, or says what is wrong with it
-            return _PillowJpeg(self._data).pixels(shrink)
-
-
-class _PillowJpeg:
-    """A JPEG file that Pillow reads."""
-
-    def __init__(self, data: bytes, orientation: int = 1):
-        self._data, self._orientation = data, orientation
-        with _refusing(data):
-            self._opened: Image.Image | None = Image.open(io.BytesIO(data))
-        self.width, self.height = self._opened.size
-        if orientation >= 5:
-            self.width, self.height = self.height, self.width
+            self.height, self.width, colors, _ = simplejpeg.decode_jpeg_header(self._data)
+        except Exception:  # ValueError, or KeyError on rare subsampling; Pillow decides
+            return False
+        limit = Image.MAX_IMAGE_PIXELS  # above, Pillow warns or refuses
+        small = limit is None or self.height * self.width <= limit
+        return small and colors in ("Gray", "YCbCr", "RGB")
 
     def pixels(self, shrink: int = 1) -> Pixels:
+        if self._fast:
+            height, width = -(-self.height // shrink), -(-self.width // shrink)
+            # From 7 pixels on, no smaller scale of libjpeg reaches these sides.
+            with contextlib.suppress(Exception):  # Pillow decodes it, or gives the reason
+                return simplejpeg.decode_jpeg(self._data, "RGB", min_height=height, min_width=width)
         with _refusing(self._data):
             image, self._opened = self._opened or Image.open(io.BytesIO(self._data)), None
             if shrink > 1:
@@ -161,55 +162,30 @@ class _PillowJpeg:
             return _to_rgb(image, self._orientation)
 
 
-def _open_jpeg(data: bytes) -> Picture:
-    orientation = _jpeg_orientation(data)
-    if simplejpeg is None or orientation != 1:
-        return _PillowJpeg(data, orientation)
-    try:
-        height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
-    except Exception:  # ValueError, or KeyError on rare subsampling; Pillow has the last word
-        return _PillowJpeg(data)
-    limit = Image.MAX_IMAGE_PIXELS  # above, Pillow warns or refuses
-    if colors in ("Gray", "YCbCr", "RGB") and (limit is None or height * width <= limit):
-        return _Jpeg(data, height, width)
-    return _PillowJpeg(data)
-
-
-def _jpeg_orientation(data: bytes) -> int:
-    """Give a JPEG file's EXIF orientation; 1, upright, where none can be read.
-
-    Pillow would take as long for it as for a twelfth of a photograph.
-    """
+def _exif(data: bytes) -> bytes:
+    """Return the EXIF segment of a JPEG file; Pillow would take a tenth of the decoding."""
     place = 2
-    try:
+    with contextlib.suppress(IndexError):  # a truncated file, which the decoder reports
         while data[place] == 0xFF and data[place + 1] != 0xDA:  # the pixels begin
-            if data[place + 1] == 0xFF:  # markers may be preceded by any number of these
+            if data[place + 1] == 0xFF:  # a fill byte before a marker
                 place += 1
                 continue
-            (length,) = struct.unpack_from(">H", data, place + 2)
+            end = place + 2 + int.from_bytes(data[place + 2 : place + 4])
             if data[place + 1] == 0xE1 and data[place + 4 : place + 10] == b"Exif\0\0":
-                return _orientation(data[place + 4 : place + 2 + length])
-            place += 2 + length
-    except (IndexError, struct.error):
-        pass  # Pillow will say what is wrong with it
-    return 1
+                return data[place + 4 : end]
+            place = end
+    return b""
 
 
 def _orientation(exif: bytes) -> int:
-    """Give the orientation; 1, upright, if it cannot be read, as the pixels may still be good."""
-    exif = exif.removeprefix(b"Exif\0\0")
+    """Return the EXIF orientation, 1 (upright) if there is none or it cannot be read."""
+    tags = Image.Exif()
     try:
-        order = {b"II": "<", b"MM": ">"}[exif[:2]]
-        (start,) = struct.unpack_from(f"{order}I", exif, 4)
-        (count,) = struct.unpack_from(f"{order}H", exif, start)
-        for entry in range(start + 2, start + 2 + 12 * count, 12):
-            tag, kind = struct.unpack_from(f"{order}HH", exif, entry)
-            if tag == _ORIENTATION:
-                (value,) = struct.unpack_from(order + {3: "H", 4: "I"}[kind], exif, entry + 8)
-                return value if value in _TURNS else 1
-    except (KeyError, struct.error):
-        pass
-    return 1
+        tags.load(exif)
+        value = tags.get(ExifTags.Base.Orientation)
+    except Exception:  # the pixels may be good all the same
+        value = None
+    return value if value in _UPRIGHT else 1
 
 
 @contextlib.contextmanager
@@ -248,8 +224,8 @@ def _from_array(image: np.ndarray) -> np.ndarray:
 
 def _to_rgb(image: Image.Image, orientation: int) -> Pixels:
     image.load()
-    if orientation in _TURNS:
-        image = image.transpose(_TURNS[orientation])
+    if orientation != 1:
+        image = image.transpose(_UPRIGHT[orientation])
     if image.mode == "RGB":
         return image
     if image.mode == "F":
