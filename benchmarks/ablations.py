@@ -24,7 +24,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one view": {"data.views": 1},
     "D = 128": {"model.dim": 128},
     "matched in blocks of 32": {"assign.block": 32},
-    "colours as they are": {"data.color_jitter": 0.0, "data.grey": 0.0},
+    "colours as they are": {"data.color_jitter": 0.0, "data.grayscale": 0.0},
 }
 # Re-matching in every epoch, as there are few; quick probes on the last convolution and z.
 COMMON: dict[str, Any] = {

@@ -23,6 +23,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import scaling  # noqa: E402
 
+from nat_jax.cli.help_text import markdown_table_of_keys  # noqa: E402
 from nat_jax.experiments import pages as suite_pages  # noqa: E402
 from nat_jax.report import markdown_table  # noqa: E402
 from nat_jax.report.tables import NETWORK_NAMES, PROBE_NAMES  # noqa: E402
@@ -299,6 +300,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "projected steps": partial(projections, 4),
     "projected epochs": partial(projections, 5),
     "projected billion": partial(projections, 6),
+    "keys": markdown_table_of_keys,
 }
 
 

@@ -6,7 +6,12 @@ class UserError(Exception):
 
     The message states what is wrong, what was expected, what was found, and how to fix it.
     Subclasses are also a ValueError or a RuntimeError, so that callers may catch those.
+
+    Attributes:
+        leaves_a_thread: a thread hangs, for which Python would wait before it ends.
     """
+
+    leaves_a_thread = False
 
 
 class InputError(UserError, ValueError):

@@ -3,20 +3,16 @@
 What needs JAX is imported where it is used, so that ``--help`` answers at once.
 """
 
-import logging
-import os
-import signal
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from absl import app, flags
-from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
 
-from nat_jax.cli import config_files, help_text, parsing
-from nat_jax.errors import InputError, UserError
+from nat_jax.cli import help_text, parsing, program
+from nat_jax.errors import InputError
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", None, "What to run, e.g. configs/digits.py; change a key with --config.key=value."
@@ -55,17 +51,15 @@ _FLAGS = (
 
 def _pretrain(config: ConfigDict, workdir: Path) -> None:
     from nat_jax import train
-    from nat_jax.runtime import cache_dir
 
-    cache_dir.keep_programs()
+    _keep_programs()
     train.train_and_evaluate(config, workdir)
 
 
 def _suite(config: ConfigDict, workdir: Path) -> None:
     from nat_jax.experiments.suite import run_suite
-    from nat_jax.runtime import cache_dir
 
-    cache_dir.keep_programs()
+    _keep_programs()
     print(f"result: {run_suite(config, workdir)}")
 
 
@@ -93,148 +87,95 @@ def _export(config: ConfigDict, workdir: Path) -> None:
 
 def _features(config: ConfigDict, workdir: Path) -> None:
     from nat_jax.evaluate.write_features import write_features
-    from nat_jax.runtime import cache_dir
 
-    cache_dir.keep_programs()
+    _keep_programs()
     print(f"features: {write_features(config, workdir)}")
 
 
 def _judge(config: ConfigDict, workdir: Path) -> None:
     from nat_jax.evaluate.tasks import judge_task
-    from nat_jax.runtime import cache_dir
 
-    cache_dir.keep_programs()
+    _keep_programs()
     print(f"result: {judge_task(config, workdir)}")
 
 
-_JUDGING = ("knn", "linear_probe", "mlp_probe", "low_shot", "retrieval", "filters")
+def _keep_programs() -> None:
+    from nat_jax.runtime import cache_dir
 
-TASKS: dict[str, Callable[[ConfigDict, Path], None]] = {
-    "pretrain": _pretrain,
-    "suite": _suite,
-    "report": _report,
-    "convert": _convert,
-    "export": _export,
-    "features": _features,
-    **dict.fromkeys(_JUDGING, _judge),
+    cache_dir.keep_programs()
+
+
+class Task(NamedTuple):
+    """A function of the config and the workdir, its line in ``--help``, where it may run."""
+
+    run: Callable[[ConfigDict, Path], None]
+    help: str
+    in_several_processes: bool = False
+
+
+TASKS: dict[str, Task] = {
+    "pretrain": Task(
+        _pretrain,
+        "train, judge and write a report; resumes or extends a run that is there",
+        in_several_processes=True,
+    ),
+    "suite": Task(
+        _suite, "run the paper's experiments at a small scale, with a verdict on each claim"
+    ),
+    "report": Task(_report, "write the report of a run again"),
+    "convert": Task(_convert, "turn data.source into array_record shards in convert.to"),
+    "export": Task(_export, "make a bundle of a run's network, which nat_jax.load opens"),
+    "features": Task(_features, "write the features of images as NumPy files"),
+    "knn": Task(_judge, "judge by nearest neighbours: several k, weighted and plain votes"),
+    "linear_probe": Task(_judge, "judge by logistic regression on any layers"),
+    "mlp_probe": Task(_judge, "judge by the paper's transfer: an MLP on frozen layers"),
+    "low_shot": Task(_judge, "judge by the probes with few labels"),
+    "retrieval": Task(_judge, "draw test images and their nearest neighbours; needs no labels"),
+    "filters": Task(_judge, "draw the first layer's filters"),
 }
-
-
-# Tasks that run in several processes; the others run in one.
-_TOGETHER = {"pretrain"}
 
 
 def main(argv: Sequence[str]) -> None:
     """Run the task that the config names."""
-    if len(argv) > 1:
-        raise InputError(parsing.stray(argv[1]))
-    config = _CONFIG.value
-    if not flags.FLAGS["config"].present:
-        raise InputError(f"--config is missing. {parsing.known_configs()}")
-    if not isinstance(config, ConfigDict):
-        kind = type(config).__name__
-        raise InputError(f"--config: get_config() must return a ConfigDict; it returned a {kind}")
+    config, default_workdir = parsing.read_config(argv, flags.FLAGS["config"])
     if config.task not in TASKS:
         raise InputError(f"task: unknown {config.task!r}. Known: {', '.join(TASKS)}")
-    _start_up(config.task)
-    named = config_flags.get_config_filename(flags.FLAGS["config"])
-    TASKS[config.task](config, Path(_WORKDIR.value or config_files.default_workdir(named)))
+    _connect(config.task)
+    TASKS[config.task].run(config, Path(_WORKDIR.value or default_workdir))
 
 
-def _start_up(task: str) -> None:
-    """Connect to the other processes, if this is one of several; only the first one is chatty."""
+def _connect(task: str) -> None:
+    """Connect to the other processes, if this is one of several."""
     from nat_jax.runtime import startup
 
+    timeout = _DISTRIBUTED_TIMEOUT.value
     place = startup.find_place(
         _DISTRIBUTED.value,
         coordinator=_COORDINATOR.value,
         num_processes=_NUM_PROCESSES.value,
         process_id=_PROCESS_ID.value,
-        timeout=_DISTRIBUTED_TIMEOUT.value,
+        timeout=timeout,
     )
     if place is None:
         return
-    if task not in _TOGETHER:
+    if not TASKS[task].in_several_processes:
         raise InputError(
             f"task {task!r} runs in one process; this is number {place.index} of {place.count}. "
             "Start it once, with --distributed=off"
         )
-    startup.connect(
-        place, timeout=_DISTRIBUTED_TIMEOUT.value, heartbeat=_DISTRIBUTED_HEARTBEAT.value
-    )
+    startup.connect(place, timeout=timeout, heartbeat=_DISTRIBUTED_HEARTBEAT.value)
     if place.index:
-        package = logging.getLogger("nat_jax")
-        package.setLevel(logging.WARNING)
-        package.handlers[0].setFormatter(logging.Formatter(f"{startup.who()}%(message)s"))
+        program.log_warnings_only(startup.who())
 
 
 def run() -> None:
     """Parse the flags and run the task; a mistake in the input is one message and exit code 2."""
     if help_text.is_asked_for(sys.argv[1:]):
-        print(help_text.text([flags.FLAGS[flag.name] for flag in _FLAGS]))
+        tasks = {name: task.help for name, task in TASKS.items()}
+        print(help_text.text(tasks, [flags.FLAGS[flag.name] for flag in _FLAGS]))
         return
-    absl_logging.set_verbosity(absl_logging.WARNING)
-    if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) == 1:
-        os.environ.setdefault(
-            "NPROC", "2"
-        )  # the solver 'scipy' would wait for itself on one thread
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    package = logging.getLogger("nat_jax")
-    package.addHandler(handler)
-    package.setLevel(logging.INFO)
-    package.propagate = False
-    app.run(_guarded(main), flags_parser=_guarded(parsing.parse))
-
-
-def _guarded(function: Callable) -> Callable:
-    """Print the message of an error that the user can fix; any other keeps its traceback."""
-
-    def call(*args):
-        try:
-            return function(*args)
-        except KeyboardInterrupt:
-            print("nat_jax: stopped; run the same command line again", file=sys.stderr)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(128 + signal.SIGINT)  # JAX's compiler threads may not survive a tear-down
-        except flags.Error as error:
-            _fail(error)
-        except Exception as error:
-            from nat_jax.assign import AssignmentError
-            from nat_jax.runtime import startup
-
-            if words := startup.lost_peer(error):
-                _lost(words)
-            if isinstance(error, UserError | AssignmentError):
-                _fail(error)
-            if startup.who():  # Python's own end would wait for the other processes
-                traceback.print_exc()
-                startup.leave(1)
-            raise
-
-    return call
-
-
-def _lost(words: str) -> None:
-    from nat_jax.runtime import startup
-
-    print(
-        f"nat_jax: {startup.who()}another process of this run has ended or cannot be reached "
-        f"({words}); its own output says why. The same command line, started for all processes, "
-        "goes on from the last checkpoint",
-        file=sys.stderr,
-    )
-    startup.leave(startup.LOST)
-
-
-def _fail(error: Exception) -> None:
-    from nat_jax.input.prefetch import Stalled
-    from nat_jax.runtime import startup
-
-    print(f"nat_jax: {startup.who()}{error}", file=sys.stderr)
-    # Python would wait for the thread that hangs
-    startup.leave(2, at_once=isinstance(error, Stalled))
+    program.set_up()
+    app.run(program.guarded(main), flags_parser=program.guarded(parsing.parse))
 
 
 if __name__ == "__main__":

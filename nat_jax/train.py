@@ -15,7 +15,7 @@ import jax
 from ml_collections import ConfigDict
 
 from nat_jax import config as configs
-from nat_jax import evaluate, report
+from nat_jax import evaluate, report, schema
 from nat_jax.errors import InputError, UserError
 from nat_jax.evaluate import judge
 from nat_jax.export.loading import UNTRAINED, untrained_network
@@ -43,9 +43,6 @@ logger = logging.getLogger(__name__)
 # Steps whose results have not been read yet. Dispatching without bound deadlocks simulated devices
 # on few cores, and two are enough to keep a device busy.
 _IN_FLIGHT = 2
-
-# Keys that may differ between processes: where the same data lies, and how it is read.
-_OF_EACH_HOST = ("data.source", "data.threads", "data.workers", "data.prefetch", "data.timeout")
 
 _MATCHING = ("assign/", "features/")
 _STATUS = "assign/worst_status"
@@ -84,7 +81,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> T
     configs.check_devices(config, mesh.shape, jax.process_count())
     make_model(config, mesh.devices.flat[0].platform)  # mistakes in its settings come first
     workdirs.check(folder, config)
-    shared = {k: v for k, v in configs.flatten(config).items() if k not in _OF_EACH_HOST}
+    shared = {k: v for k, v in configs.flatten(config).items() if schema.kind_of(k) != "per-host"}
     consistency.check_same(
         {"config": shared, "data": sources.train.fingerprint},
         "Start all processes with the same command line, on the same data",

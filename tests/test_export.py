@@ -67,7 +67,7 @@ def exported(run, tmp_path_factory):
     asked = config.default()  # another model than the run's
     asked.task, asked.seeds, asked.export.to = "export", (4,), str(to)
     asked.eval.layers = ("last_conv", "z")
-    main.TASKS["export"](asked, run[0])
+    main.TASKS["export"].run(asked, run[0])
     return to
 
 

@@ -27,7 +27,7 @@ def get_config() -> ConfigDict:
     c.data.min_area = 0.3
     c.data.pad = 0  # the crops move images already
     c.data.color_jitter = 0.5
-    c.data.grey = 0.2
+    c.data.grayscale = 0.2
     c.model.dim = 32
     c.assign.reassign_every_epochs = 2
     c.eval = config.default().eval  # probes of its own, which learn on all images

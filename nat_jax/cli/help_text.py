@@ -5,48 +5,25 @@ Nothing here imports JAX or a config file, so that help comes at once and whatev
 
 import ast
 import textwrap
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
 
 from absl import flags
 
 from nat_jax.cli import config_files
+from nat_jax.schema import KEYS, Key
 
-TASKS = {
-    "pretrain": "train, judge and write a report; resumes or extends a run that is there",
-    "suite": "run the paper's experiments at a small scale, with a verdict on each claim",
-    "report": "write the report of a run again",
-    "convert": "turn data.source into array_record shards in convert.to",
-    "export": "make a bundle of a run's network, which nat_jax.load opens",
-    "features": "write the features of images as NumPy files",
-    "knn": "judge by nearest neighbours: several k, weighted and plain votes",
-    "linear_probe": "judge by logistic regression on any layers",
-    "mlp_probe": "judge by the paper's transfer: an MLP on frozen layers",
-    "low_shot": "judge by the probes with few labels",
-    "retrieval": "draw test images and their nearest neighbours; needs no labels",
-    "filters": "draw the first layer's filters",
-}
-
-
-class Key(NamedTuple):
-    """A key of a config, its default and what it means."""
-
-    name: str
-    default: Any
-    meaning: str
-
-
-KEYS = (
-    Key("data.source", "digits", "folder:PATH | arrays:PATH | tfds:NAME | arrayrecord:GLOB"),
-    Key("data.image_size", 8, "side in pixels of what the network sees"),
-    Key("epochs", 0.0, "length of the run; raise it to extend one that has ended"),
-    Key("batch_size", 256, "over all devices and processes; also the images matched together"),
-    Key("seeds", (0,), "one run each; several share one table with mean and deviation"),
-    Key("model.name", "convnet", "convnet | alexnet"),
-    Key("model.dim", 16, "D, the dimension of features and targets"),
-    Key("optim.learning_rate", 5.12, "on the mean over the batch"),
-    Key("assign.reassign_every_epochs", 3, "1 re-matches in every epoch, 3 is the paper's"),
-    Key("eval.probes", ("knn", "linear_probe", "mlp_probe"), "what judges the features"),
+# The keys that ``--help`` shows.
+_SHOWN = (
+    "data.source",
+    "data.image_size",
+    "epochs",
+    "batch_size",
+    "seeds",
+    "model.name",
+    "model.dim",
+    "optim.learning_rate",
+    "assign.reassign_every_epochs",
+    "eval.probes",
 )
 
 _ASKING = ("--help", "-help", "-h", "-?", "--helpshort", "-helpshort")
@@ -63,13 +40,14 @@ def is_asked_for(arguments: Sequence[str]) -> bool:
     return any(argument in _ASKING for argument in arguments)
 
 
-def text(known: Iterable[flags.Flag]) -> str:
-    """Return the whole help.
+def text(tasks: Mapping[str, str], known: Iterable[flags.Flag]) -> str:
+    """Return the text of ``--help``.
 
     Args:
+        tasks: what each task does, by its name.
         known: the program's own flags.
     """
-    keys = [(f"{key.name} = {key.default!r}", key.meaning) for key in KEYS]
+    keys = [(f"{name} = {KEYS[name].default!r}", KEYS[name].help) for name in _SHOWN]
     own = [
         (f"--{flag.name}" + (f"={flag.default}" if flag.default is not None else ""), flag.help)
         for flag in known
@@ -77,7 +55,7 @@ def text(known: Iterable[flags.Flag]) -> str:
     return "\n\n".join(
         [
             _TOP,
-            _section("Tasks, --config.task=NAME:", list(TASKS.items())),
+            _section("Tasks, --config.task=NAME:", list(tasks.items())),
             _section("Configs that come with it; a file of your own works alike:", configs()),
             _section(
                 "Ten keys that matter, --config.KEY=VALUE, and what they are where a config is "
@@ -85,7 +63,8 @@ def text(known: Iterable[flags.Flag]) -> str:
                 keys,
             ),
             _section(
-                "Flags (--helpfull: those of the libraries too; nat_jax/config.py: all keys):", own
+                "Flags (--helpfull: the libraries' too; nat_jax/schema.py: all keys):",
+                own,
             ),
         ]
     )
@@ -98,6 +77,27 @@ def configs() -> list[tuple[str, str]]:
         words = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or path.stem
         found.append((name, words.partition("\n")[0]))
     return found
+
+
+def markdown_table_of_keys() -> str:
+    """Return tables of all keys, one for each group, as docs/configuration.md holds them.
+
+    Unlike the rest of this module it imports JAX, for the names of models and solvers.
+    """
+    groups: dict[str, list[Key]] = {}
+    for name, key in KEYS.items():
+        groups.setdefault(name.rpartition(".")[0].partition(".")[0], []).append(key)
+    lines: list[str] = []
+    for group, keys in groups.items():
+        lines += [f"## {group}" if group else "## The run", ""]
+        lines += ["| key | default | kind | meaning |", "|---|---|---|---|"]
+        for key in keys:
+            words, known = key.help.replace("|", "\\|"), key.known()
+            if not all(name in words for name in known):
+                words += f" ({', '.join(known)})"
+            lines.append(f"| `{key.name}` | `{key.default!r}` | {key.kind} | {words} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def _section(title: str, rows: Sequence[tuple[str, str]]) -> str:

@@ -1,18 +1,17 @@
-"""Reads the command line; a mistake in it or in a config file is one message that helps.
-
-Nothing here imports JAX until there is a mistake to explain.
-"""
+"""Reads the command line; a mistake in it or in a config file is one message that helps."""
 
 import difflib
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from absl import flags
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
+from nat_jax import config as configs
 from nat_jax.cli import config_files
 from nat_jax.errors import InputError
+from nat_jax.schema import KEYS, RENAMED, renamed
 
 # What a value of each type looks like on the command line.
 _FORMS = {
@@ -23,6 +22,8 @@ _FORMS = {
 }
 # What absl raises for a flag that is unknown or malformed, and ml_collections for a key.
 _MISTAKES = (flags.Error, AttributeError, KeyError)
+# All keys of a config with their types, but for free groups.
+_TYPES = {name: key.type for name, key in sorted(KEYS.items()) if key.type is not dict}
 
 
 def parse(argv: Sequence[str]) -> Sequence[str]:
@@ -35,14 +36,17 @@ def parse(argv: Sequence[str]) -> Sequence[str]:
         The program's name and what is no flag.
 
     Raises:
-        ValueError: a mistake of the user, in words.
+        InputError: a mistake of the user.
         Exception: what was raised below a config file's own lines.
     """
     arguments = list(argv)
+    for key, value in _overrides(arguments):
+        if key in RENAMED:
+            raise InputError(f"{renamed(key)}. Write --config.{RENAMED[key]}={value}")
     for at, argument in enumerate(arguments):
         if argument in ("--config", "-config"):  # --config FILE is --config=FILE
             if at + 1 == len(arguments) or arguments[at + 1].startswith("-"):
-                raise InputError(f"--config: expected a file. {known_configs()}")
+                raise InputError(f"--config: expected a file. {_known_configs()}")
             arguments[at : at + 2] = [f"--config={arguments[at + 1]}"]
             break
     file = ""
@@ -67,13 +71,34 @@ def parse(argv: Sequence[str]) -> Sequence[str]:
         raise InputError(mistake) from error
 
 
-def known_configs() -> str:
+def read_config(argv: Sequence[str], flag: flags.Flag) -> tuple[ConfigDict, str]:
+    """Return the config that ``parse`` has found, and the default workdir.
+
+    Args:
+        argv: what ``parse`` has returned.
+        flag: the flag ``--config``.
+
+    Raises:
+        InputError: there is an argument that is no flag, or no config.
+    """
+    if len(argv) > 1:
+        raise InputError(_stray(argv[1]))
+    if not flag.present:
+        raise InputError(f"--config is missing. {_known_configs()}")
+    config = flag.value
+    if not isinstance(config, ConfigDict):
+        kind = type(config).__name__
+        raise InputError(f"--config: get_config() must return a ConfigDict; it returned a {kind}")
+    return config, config_files.default_workdir(config_flags.get_config_filename(flag))
+
+
+def _known_configs() -> str:
     """Return a sentence that names the configs that come with the library."""
     return f"Known: {', '.join(config_files.known())}, or a file of your own"
 
 
-def stray(argument: str) -> str:
-    """Say what is wrong with an argument that is no flag."""
+def _stray(argument: str) -> str:
+    """Return the message for an argument that is no flag."""
     if "=" in argument:
         return f"unexpected argument {argument!r}; write --{argument}"
     if argument.endswith(".py"):
@@ -83,17 +108,17 @@ def stray(argument: str) -> str:
 
 def _check_file(file: str) -> None:
     if not Path(file).is_file():
-        raise InputError(f"--config: there is no file {file}. {known_configs()}")
+        raise InputError(f"--config: there is no file {file}. {_known_configs()}")
     if not file.endswith(".py"):
-        raise InputError(f"--config: expected a Python file; got {file}. {known_configs()}")
+        raise InputError(f"--config: expected a Python file; got {file}. {_known_configs()}")
 
 
 def _in_file(file: str, error: BaseException | None) -> str:
-    """Say what is wrong in a line of a config file; "" if nothing there raised the error.
+    """Return the message for a line of a config file; "" if nothing there raised the error.
 
     Raises:
-        BaseException: what was raised by something that the file calls. ml_collections, which
-            raises for keys that the file sets, counts as the file.
+        BaseException: what was raised by something that the file calls. ml_collections and
+            ``nat_jax.config``, which raise for keys that the file sets, count as the file.
     """
     while error is not None:
         frames = traceback.extract_tb(error.__traceback__)
@@ -103,46 +128,54 @@ def _in_file(file: str, error: BaseException | None) -> str:
         error = error.__context__  # absl and ml_collections put their own around it
     if error is None:
         return ""
-    if not all("ml_collections" in frame.filename for frame in frames[own[-1] + 1 :]):
-        raise error
+    for frame in frames[own[-1] + 1 :]:
+        if "ml_collections" not in frame.filename and frame.filename != configs.__file__:
+            raise error
     place = f"--config: {file}, line {frames[own[-1]].lineno}"
     if "config is locked" not in str(error):
         return f"{place}: {type(error).__name__}: {error}"
     name = str(error).split('"')[1]
-    full = _by_last_part(_known_keys())
+    full = _by_last_part(_TYPES)
     close = [full[found] for found in difflib.get_close_matches(name, full, n=1)]
     hint = f"Did you mean {close[0]}? " if close else ""
-    return f"{place}: unknown key {name!r}. {hint}nat_jax/config.py lists all keys"
+    return f"{place}: unknown key {name!r}. {hint}nat_jax/schema.py lists all keys"
 
 
 def _explained(arguments: Sequence[str], error: Exception, *, has_config: bool) -> str:
-    """Say in words what is wrong with the command line."""
+    """Return the message for what absl or ml_collections found wrong in the command line."""
     if isinstance(error, flags.UnrecognizedFlagError):
         if not has_config and error.flagname.startswith("config."):
-            return f"--config is missing. {known_configs()}"
+            return f"--config is missing. {_known_configs()}"
         return _unknown_flag(error.flagname)
     if isinstance(error, AttributeError) and "get_config" in str(error):
         return "--config: the file has no function get_config()"
-    defaults = _known_keys()
-    overrides = [a for a in arguments if a.startswith(("--config.", "-config."))]
-    for key, _, value in (a.partition("config.")[2].partition("=") for a in overrides):
+    for key, value in _overrides(arguments):
         if key.startswith(("model.options.", "assign.options.")):
             if isinstance(error, AttributeError | KeyError):
                 return (
                     f"{key} is not in this config file, and options can be changed on the command "
                     "line only where the file sets them. Set it in a config file of your own"
                 )
-        elif key not in defaults:
-            return _unknown_key(key, list(defaults))
-        elif f"--config.{key}=" in str(error) and defaults[key] in _FORMS:
-            return f"{key}: expected {_FORMS[defaults[key]]}; got {value!r}"
+        elif key not in _TYPES:
+            return _unknown_key(key, list(_TYPES))
+        elif f"--config.{key}=" in str(error) and _TYPES[key] in _FORMS:
+            return f"{key}: expected {_FORMS[_TYPES[key]]}; got {value!r}"
     return str(error)
 
 
+def _overrides(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yield (key, value) of the keys that a command line changes."""
+    for argument in arguments:
+        if argument.startswith(("--config.", "-config.")):
+            key, _, value = argument.partition("config.")[2].partition("=")
+            yield key, value
+
+
 def _unknown_flag(name: str) -> str:
-    keys = _known_keys()
-    known = {last: f"--config.{key}" for last, key in _by_last_part(keys).items()}
-    known |= {key: f"--config.{key}" for key in keys} | {flag: f"--{flag}" for flag in flags.FLAGS}
+    known = {last: f"--config.{key}" for last, key in _by_last_part(_TYPES).items()}
+    known |= {key: f"--config.{key}" for key in _TYPES} | {
+        flag: f"--{flag}" for flag in flags.FLAGS
+    }
     close = difflib.get_close_matches(name.removeprefix("config."), known, n=1)
     hint = f"Did you mean {known[close[0]]}? " if close else ""
     return f"unknown flag --{name}. {hint}--help lists the flags and the keys that matter"
@@ -167,20 +200,3 @@ def _by_last_part(keys: Iterable[str]) -> dict[str, str]:
     """Return keys by what stands behind the last dot; of several the outermost, then the first."""
     ordered = sorted(keys, key=lambda key: (key.count("."), key), reverse=True)
     return {key.rpartition(".")[2]: key for key in ordered}
-
-
-def _known_keys() -> dict[str, type]:
-    """Return all keys of a config with their types."""
-    from nat_jax import config
-
-    def types(group: ConfigDict, prefix: str = "") -> dict[str, type]:
-        found: dict[str, type] = {}
-        for key in group:
-            inner = group.get_type(key)
-            if issubclass(inner, ConfigDict):
-                found |= types(group[key], f"{prefix}{key}.")
-            else:
-                found[prefix + key] = inner
-        return found
-
-    return types(config.default())

@@ -82,7 +82,7 @@ def find_contenders(config: ConfigDict, workdir: Path, seed: int) -> Contenders:
 
     Args:
         config: ``network`` names the one that is judged, see ``loading.network_of``;
-            ``eval.beside`` the folders of others, of whose seeds the first is taken.
+            ``eval.compare`` the folders of others, of whose seeds the first is taken.
         workdir: the task's folder.
         seed: which of a run's seeds.
 
@@ -95,11 +95,11 @@ def find_contenders(config: ConfigDict, workdir: Path, seed: int) -> Contenders:
     name = UNTRAINED if not network.run["step"] else judge.trained_name(settings)
     networks = {UNTRAINED: network if name == UNTRAINED else _untrained(network), name: network}
     beside: dict[str, str] = {}
-    for folder in config.eval.beside:
+    for folder in config.eval.compare:
         other = load_network(folder)
         if (other.model.image_size, other.resize) != (network.model.image_size, network.resize):
             raise InputError(
-                f"eval.beside: expected a network for images of {network.model.image_size} pixels "
+                f"eval.compare: expected a network for images of {network.model.image_size} pixels "
                 f"with data.resize = {network.resize}, as the one that is judged; {folder} takes "
                 f"{other.model.image_size} with {other.resize}"
             )
@@ -128,7 +128,7 @@ def _name(network: Bundle, config: ConfigDict, folder: str, taken: Mapping[str, 
         name = f"{kind}: {'/'.join(place.parts[-depth:])}"
         if name not in taken:
             return name
-    raise InputError(f"eval.beside: expected each folder once; got {folder} again")
+    raise InputError(f"eval.compare: expected each folder once; got {folder} again")
 
 
 def _plain(run: Mapping[str, Any]) -> dict[str, Any]:

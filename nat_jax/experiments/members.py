@@ -106,7 +106,7 @@ def _members(
             before = configs.flatten(config)
             for key, changed in changes.items():
                 if before.get(key) == base.get(key):
-                    workdirs.put(config, key, changed)
+                    configs.put(config, key, changed)
             for seed in config.seeds:
                 of_seed = config.copy_and_resolve_references()
                 of_seed.seeds = (seed,)

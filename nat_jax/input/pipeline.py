@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_ON_BAD_RECORD = ("grey", "error")
+ON_BAD_RECORD = ("grey", "error")
 _ORDER, _AUGMENTATION = 0, 1  # independent streams of chance
 _MOST_RECORDS = 2**31 - 1
 _CONVERTED = 2  # batches on their way to the devices, or there: one is used while one is moved
@@ -215,8 +215,8 @@ def train_batches(
         raise InputError(f"start_step must be 0 or more, got {start_step}")
     if views < 1:
         raise InputError(f"views must be at least 1, got {views}")
-    if on_bad_record not in _ON_BAD_RECORD:
-        known = ", ".join(_ON_BAD_RECORD)
+    if on_bad_record not in ON_BAD_RECORD:
+        known = ", ".join(ON_BAD_RECORD)
         raise InputError(f"unknown on_bad_record {on_bad_record!r}; known: {known}")
     rows = _rows(batch_size, process_index, process_count)
     log = WorkLog()

@@ -44,6 +44,8 @@ class Steps(Protocol[T_co]):
 class Stalled(BadRecordError):
     """A worker has been at one record for too long; if it is a thread, this process cannot end."""
 
+    leaves_a_thread = True
+
 
 class WorkerDied(BadRecordError):
     """A worker process ended without a word."""

@@ -30,8 +30,6 @@ _PERMUTATION_FROM = 2**24
 # checkpoint then fits any number of them that divides it. Costs 1.7 MB at the most.
 PERMUTATION_UNIT = 2**12 * 3 * 5 * 7
 
-STORAGES = ("auto", "replicated", "sharded")
-
 
 def make_mesh(
     data: int = -1, model: int = 1, *, devices: Sequence[jax.Device] | None = None
@@ -139,7 +137,7 @@ def permutation_storage(storage: str, num_records: int, mesh: Mesh) -> tuple[str
     index, and no batch that row. The whole remains a permutation.
 
     Args:
-        storage: one of ``STORAGES``.
+        storage: "auto", "replicated" or "sharded".
         num_records: N.
         mesh: the devices.
 

@@ -11,50 +11,19 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from nat_jax import config as configs
+from nat_jax import schema
 from nat_jax.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# Groups that may differ when a workdir is used again: they change what is shown or kept, not what
-# is trained.
-FREE_GROUPS = (
-    "checkpoint",
-    "convert",
-    "eval",
-    "export",
-    "features",
-    "log",
-    "mesh",
-    "network",
-    "suite",
-    "task",
-)
-# Keys that may differ too: where the same data lies, how it is read, what ends a run, who solves.
-FREE_KEYS = (
-    "assign.placement",
-    "data.source",
-    "data.threads",
-    "data.workers",
-    "data.prefetch",
-    "data.timeout",
-    "data.augment_on",
-    "data.on_bad_record",
-)
-# What a task that uses a finished run takes from its own command line; the rest is the run's.
-_ASKED = ("data.prefetch", "data.threads", "data.timeout", "data.workers", "network", "task")
-_ASKED_GROUPS = ("eval", "export", "features", "log")
 # Lengths may grow: "more epochs" extends a finished run.
 LENGTHS = ("epochs", "steps")
 
 
 def training(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     """Return the flat keys of a config, or of a saved one, that decide what is trained."""
-    flat = configs.flatten(config)
-    return {
-        key: value
-        for key, value in flat.items()
-        if key.split(".")[0] not in FREE_GROUPS and key not in FREE_KEYS
-    }
+    flat = configs.flatten_saved(config)
+    return {key: value for key, value in flat.items() if schema.kind_of(key) == "training"}
 
 
 def of_run(saved: Mapping[str, Any], asked: ConfigDict) -> ConfigDict:
@@ -65,34 +34,24 @@ def of_run(saved: Mapping[str, Any], asked: ConfigDict) -> ConfigDict:
         asked: the command line's: the task, ``eval``, and how data is read.
 
     Raises:
-        ValueError: the run has a key that this version does not know.
+        InputError: the run has a key that this version does not know.
     """
     config = configs.default()
-    for key, value in configs.flatten(saved).items():
-        if key not in _ASKED and key.split(".")[0] not in _ASKED_GROUPS:
-            put(config, key, value)
+    for key, value in configs.flatten_saved(saved).items():
+        if not _from_command_line(key):
+            configs.put(config, key, value)
     for key, value in configs.flatten(asked).items():
-        if key in _ASKED or key.split(".")[0] in _ASKED_GROUPS:
-            put(config, key, value)
+        if _from_command_line(key):
+            configs.put(config, key, value)
     return config
 
 
-def put(config: ConfigDict, key: str, value: Any) -> None:
-    """Set a flat key such as "optim.momentum"; a list becomes a tuple, as configs have them.
+def _from_command_line(key: str) -> bool:
+    """Return whether a task that uses a run takes a key from its own command line.
 
-    Raises:
-        ValueError: the config has no such key.
+    Where the run's data lies is in its config; a task may be told another place, see ``evaluate``.
     """
-    group, _, last = key.rpartition(".")
-    node = config
-    for name in group.split(".") if group else ():
-        node = node[name]
-    if last not in node and node.is_locked:
-        raise InputError(
-            f"config.json: unknown key {key!r}; the run was made by another version of nat_jax. "
-            "Use that one"
-        )
-    node[last] = tuple(value) if isinstance(value, list) else value
+    return schema.kind_of(key) in ("evaluation", "per-host") and key != "data.source"
 
 
 def seed_folder(config: ConfigDict, workdir: Path, seed: int) -> Path:
@@ -159,8 +118,8 @@ def write_whole(path: Path, data: bytes) -> None:
 def check_same_run(saved: Mapping[str, Any], config: ConfigDict, workdir: Path) -> None:
     """Check that a workdir's config and this one describe the same training.
 
-    ``FREE_GROUPS`` and ``FREE_KEYS`` may differ, and the run may become longer. That other data is
-    not taken for the same is for the checkpoint to see, which knows the data's fingerprint.
+    Only keys of kind "training" must be equal, and the run may become longer. The checkpoint, which
+    holds the data's fingerprint, shows whether the data is the same.
 
     Raises:
         ValueError: naming the first other key, both values, and the way out.
@@ -189,7 +148,7 @@ def answers(saved: Mapping[str, Any] | None, asked: Mapping[str, Any]) -> bool:
 
 def _with_defaults(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Return saved training keys; one that the run is older than had its default."""
-    return {**training(configs.default()), **flat}
+    return {**training(configs.default()), **training(flat)}
 
 
 def other_training(saved: Mapping[str, Any], config: ConfigDict) -> Iterator[tuple[str, Any, Any]]:

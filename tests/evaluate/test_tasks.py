@@ -179,7 +179,7 @@ def test_baselines_and_others_stand_in_the_same_table(trained, tmp_path):
         trained,
         eval__baselines=("pixels", "patches"),
         eval__patch_centroids=20,
-        eval__beside=(str(folder), trained),
+        eval__compare=(str(folder), trained),
     )
     assert list(dict.fromkeys(r["network"] for r in result["table"])) == [
         "raw pixels",
@@ -198,14 +198,14 @@ def test_others_in_folders_of_one_name_are_told_apart(trained, tmp_path):
     folders = [str(tmp_path / name / "bundle") for name in ("a", "b")]
     for folder in folders:
         dataclasses.replace(bundle, run={"seed": 1, "step": 3}).save(folder)
-    result = judged(tmp_path / "run", "knn", trained, eval__beside=tuple(folders))
+    result = judged(tmp_path / "run", "knn", trained, eval__compare=tuple(folders))
     networks = result["run"]["networks"][0]
     assert list(networks) == ["untrained", "nat", "nat: bundle", "nat: b/bundle"]
     assert networks["nat: b/bundle"]["folder"] == folders[1]
     assert networks["nat"]["config"]["model.dim"] == 4
     assert values(result, network="nat: bundle") == values(result, network="nat: b/bundle")
-    with pytest.raises(ValueError, match="eval.beside: expected each folder once; got .*a/bundle"):
-        judged(tmp_path / "run", "knn", trained, eval__beside=(folders[0],) * 9)
+    with pytest.raises(ValueError, match="eval.compare: expected each folder once; got .*a/bundle"):
+        judged(tmp_path / "run", "knn", trained, eval__compare=(folders[0],) * 9)
 
 
 def test_data_that_have_moved_are_found_where_the_command_line_says(tmp_path, caplog):
@@ -234,8 +234,8 @@ def test_data_that_have_moved_are_found_where_the_command_line_says(tmp_path, ca
 
 def test_others_must_take_the_same_images(trained, tmp_path):
     untrained_network(settings("knn", data__image_size=10), 0).save(tmp_path / "larger")
-    with pytest.raises(ValueError, match="eval.beside: expected a network for images of 8 pixels"):
-        judge_task(settings("knn", trained, eval__beside=(str(tmp_path / "larger"),)), tmp_path)
+    with pytest.raises(ValueError, match="eval.compare: expected a network for images of 8 pixels"):
+        judge_task(settings("knn", trained, eval__compare=(str(tmp_path / "larger"),)), tmp_path)
 
 
 def unlabelled(folder):
@@ -309,12 +309,12 @@ def test_a_mistake_is_one_message(tmp_path, task, changes, message):
 
 
 def test_all_known_names_are_known_to_the_config():
-    from nat_jax import setting_checks
+    from nat_jax import schema
     from nat_jax.evaluate.probes.linear import FITS
     from nat_jax.evaluate.probes.mlp import INITS
 
-    assert set(setting_checks.LINEAR_FITS) == {"auto", *FITS}
-    assert setting_checks.MLP_INITS == INITS
+    assert set(schema.KEYS["eval.linear_fit"].known()) == {"auto", *FITS}
+    assert schema.KEYS["eval.mlp_init"].known() == INITS
     assert set(scoring.SCORED) - {"low_shot"} <= set(evaluate.PROBES)
 
 
@@ -351,7 +351,7 @@ def test_a_run_has_the_value_that_its_own_table_has(tmp_path):
     assert (result["value"], result["untrained"]) == (own["value"], own["untrained"])
     row = next(r for r in result["table"] if r["network"] == "nat" and r["features"] == "z")
     assert row["seeds"] == [0, 3] and row["std"] is not None
-    two = judged(tmp_path, "knn", "", seeds=(0, 3), eval__beside=(str(tmp_path),))
+    two = judged(tmp_path, "knn", "", seeds=(0, 3), eval__compare=(str(tmp_path),))
     beside = [r for r in two["table"] if r["network"].startswith("nat: ")]
     assert beside and all(r["seeds"] == [0] and r["std"] is None for r in beside)
     one = judged(tmp_path, "knn", "", seeds=(3,))

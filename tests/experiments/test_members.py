@@ -22,7 +22,7 @@ def load(path):
 def suite(scale="digits", **changes):
     c = load(FOLDER / "suite.py").get_config(scale)
     for key, value in changes.items():
-        workdirs.put(c, key.replace("__", "."), value)
+        config.put(c, key.replace("__", "."), value)
     return c
 
 

@@ -76,7 +76,7 @@ def test_every_run_has_a_line_and_the_result_its_verdicts(tmp_path, monkeypatch,
     assert page.count("<svg") == 1 and "NAT 40.5 ± 0.7" in table
     assert (tmp_path / "pictures" / "suite_curve.png").read_bytes()[:4] == b"\x89PNG"
     (tmp_path / "report.html").unlink()
-    main.TASKS["report"](part(PART), tmp_path)
+    main.TASKS["report"].run(part(PART), tmp_path)
     assert (tmp_path / "report.html").read_text() == page
 
 

@@ -1,0 +1,75 @@
+"""What surrounds a task: logging, and errors as messages and exit codes.
+
+Nothing here imports JAX, so that a mistake on the command line is answered quickly.
+"""
+
+import logging
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+
+from absl import flags
+from absl import logging as absl_logging
+
+from nat_jax.errors import UserError
+
+
+def set_up() -> None:
+    """Set up logging to stderr, and the environment that the solver 'scipy' needs."""
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) == 1:
+        os.environ.setdefault("NPROC", "2")  # on one thread 'scipy' would wait for itself
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    package = logging.getLogger("nat_jax")
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    package.propagate = False
+
+
+def log_warnings_only(prefix: str) -> None:
+    """Leave progress to the first process; warnings of this one begin with its number."""
+    package = logging.getLogger("nat_jax")
+    package.setLevel(logging.WARNING)
+    package.handlers[0].setFormatter(logging.Formatter(f"{prefix}%(message)s"))
+
+
+def guarded(function: Callable) -> Callable:
+    """Print the message of an error that the user can fix; any other keeps its traceback."""
+
+    def call(*args):
+        try:
+            return function(*args)
+        except KeyboardInterrupt:
+            print("nat_jax: stopped; run the same command line again", file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(128 + signal.SIGINT)  # JAX's compiler threads may not survive a tear-down
+        except Exception as error:
+            startup = sys.modules.get("nat_jax.runtime.startup")
+            if startup is None:  # no task has begun
+                if not isinstance(error, flags.Error | UserError):
+                    raise
+                print(f"nat_jax: {error}", file=sys.stderr)
+                sys.exit(2)
+            if words := startup.lost_peer(error):
+                message = (
+                    f"another process of this run has ended or cannot be reached ({words}); its "
+                    "own output says why. The same command line, started for all processes, goes "
+                    "on from the last checkpoint"
+                )
+                print(f"nat_jax: {startup.who()}{message}", file=sys.stderr)
+                startup.leave(startup.LOST)
+            from nat_jax.assign import AssignmentError
+
+            if isinstance(error, UserError | AssignmentError):
+                print(f"nat_jax: {startup.who()}{error}", file=sys.stderr)
+                startup.leave(2, at_once=getattr(error, "leaves_a_thread", False))
+            if startup.who():  # Python's own end would wait for the other processes
+                traceback.print_exc()
+                startup.leave(1)
+            raise
+
+    return call
