@@ -13,7 +13,6 @@ import os
 import shutil
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,11 @@ from nat_jax.errors import InputError
 from nat_jax.input.sources.file_index import DamagedIndex, FileIndex, build_index, load_index
 from nat_jax.input.sources.file_listing import IMAGE_SUFFIXES, list_folder
 from nat_jax.input.sources.zip_archive import list_zip
-from nat_jax.runtime import cache_dir
+from nat_jax.runtime import atomic_files, cache_dir
 
 _log = logging.getLogger(__name__)
 
 KEPT_FROM = 10_000  # files; fewer are listed in less time than a person notices
-_PART = ".part-"  # begins the names of files that are being written
 # An index of data that have changed since is removed when nobody has opened it for so long.
 _UNUSED_NS = 30 * 24 * 3600 * 10**9
 _PATIENCE = 2.0  # seconds of listing before something is shown
@@ -60,12 +58,10 @@ def _find(root: str, real: str) -> FileIndex | None:
     """Return the kept index that still holds."""
     place = _place(real)
     try:
-        found = [] if place is None else [p for p in place.iterdir() if p.is_file()]
+        found = [] if place is None else [p for p in place.glob("[!.]*") if p.is_file()]
     except OSError:
         return None
     for path in sorted(found, key=_last_use, reverse=True):
-        if path.name.startswith(_PART):
-            continue
         try:
             index = load_index(path)
         except DamagedIndex as error:
@@ -150,7 +146,7 @@ def _keep(index: FileIndex, real: str) -> tuple[FileIndex, str]:
         place.mkdir(parents=True, exist_ok=True)
         stamp = json.dumps(index.stamp, sort_keys=True).encode()
         path = place / hashlib.sha256(stamp).hexdigest()[:32]
-        _write(path, index.block.data)
+        atomic_files.write(path, index.block.tobytes())
         for other in place.iterdir():  # also what killed processes left behind
             if other != path and time.time_ns() - _last_use(other) > _UNUSED_NS:
                 _remove(other)
@@ -160,19 +156,6 @@ def _keep(index: FileIndex, real: str) -> tuple[FileIndex, str]:
             f"its index cannot be kept ({error}): it is listed again at every start; "
             "set NAT_JAX_CACHE to a folder that can be written"
         )
-
-
-def _write(path: Path, data: memoryview) -> None:
-    """Write a file that is complete under its name, however many processes write it at once."""
-    part = path.with_name(f"{_PART}{uuid.uuid4().hex}")
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # after a power cut it must not hold zeros
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _remove(path: Path) -> None:

@@ -420,9 +420,8 @@ def test_what_is_no_longer_needed_is_removed(tree: Path, cache: Path):
         used.append(max(kept(cache), key=lambda path: path.stat().st_mtime_ns))
         later()
         write_tree(tree, [f"train/cat/1{number}.jpg"])
-    left_behind = [used[0].with_name(".part-of a process that was killed"), cache.parent / "new"]
+    left_behind = [used[0].with_name(n) for n in (".a killed process", "a folder of version 0.1")]
     left_behind[0].touch()
-    left_behind[1] = used[0].with_name("a folder of version 0.1")
     write_tree(left_behind[1], ["index.json"])
     for path in (used[0], *left_behind):
         age(path)
