@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
 from collections import namedtuple
 from pathlib import Path
@@ -289,35 +288,6 @@ def main_command(spec: str, folder: Path, shard_mb: int) -> list[str]:
         *("--config.task=convert", f"--config.data.source={spec}"),
         *(f"--config.convert.to={folder}", f"--config.convert.shard_mb={shard_mb}"),
     ]
-
-
-@pytest.mark.slow
-def test_the_command_line_killed_at_several_times_goes_on(tmp_path: Path, shared_data: Path):
-    spec = f"folder:{shared_data}/imagenette_like.zip"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-
-    def start(folder: Path) -> subprocess.Popen:
-        command = main_command(spec, folder, 1)
-        return subprocess.Popen(
-            command, env=environment, cwd=tmp_path, stderr=subprocess.PIPE, text=True
-        )
-
-    whole = start(tmp_path / "whole")
-    assert whole.wait(120) == 0, whole.stderr.read()
-    folder, interrupted = tmp_path / "killed", 0
-    for milliseconds in (0, 10, 30, 60, 100, 150, 210, 280, 360):
-        shutil.rmtree(folder, ignore_errors=True)
-        killed = start(folder)
-        while not (folder / "conversion.json").exists():
-            time.sleep(0.001)
-        time.sleep(milliseconds / 1000)
-        killed.kill()
-        killed.wait()
-        interrupted += not (folder / "dataset_info.json").exists()
-        resumed = start(folder)
-        assert resumed.wait(120) == 0, resumed.stderr.read()
-        assert contents(folder) == contents(tmp_path / "whole")
-    assert interrupted >= 3
 
 
 def test_the_command_line_needs_no_device(tmp_path: Path):
