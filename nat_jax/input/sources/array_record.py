@@ -1,28 +1,28 @@
 """Images in array_record files: those of TensorFlow Datasets, of the task `convert`, and others."""
 
+import dataclasses
 import glob
 import hashlib
 import json
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from nat_jax.errors import InputError
+from nat_jax.input.sources.examples import Fields, content, guess_fields
 from nat_jax.input.sources.metadata import (
     FEATURES,
     INFO,
-    Metadata,
-    SplitMetadata,
+    SplitShards,
     class_names_file,
     read_class_names,
     read_metadata,
 )
-from nat_jax.input.sources.shards import Fields, Shards, content, guess_fields
+from nat_jax.input.sources.shards import Shards
 from nat_jax.input.sources.source import Record, UnreadableRecord, split_positions
 
 _log = logging.getLogger(__name__)
@@ -34,62 +34,39 @@ _SHOWN = 3  # names in a message
 _TRIED = 16  # records, before a data set counts as unreadable
 
 
-class _Group(NamedTuple):
-    """The shards of one split: those to read, and those that have to be there."""
-
-    paths: tuple[Path, ...]
-    expected: tuple[Path, ...]
-
-
-_Groups = dict[str, _Group]
-
-
+@dataclasses.dataclass(frozen=True)
 class ArrayRecordSource:
     """Encoded images in array_record files.
 
-    Args:
-        name: the specification it was opened with.
-        split: "train" or "test".
+    Attributes:
+        name, split, class_names, labels, fingerprint: see `Source`.
         shards: the files.
         fields: where image, label and name stand in a record.
         key: what the data set calls the split; "" where it has no splits.
         positions: int64[N], the records of the files that belong to this split; None: all.
-        fingerprint: see `Source`.
-        class_names: see `Source`.
-        labels: see `Source`.
     """
 
-    def __init__(
-        self,
-        name: str,
-        split: str,
-        shards: Shards,
-        fields: Fields,
-        *,
-        key: str,
-        positions: np.ndarray | None,
-        fingerprint: str,
-        class_names: tuple[str, ...] | None,
-        labels: np.ndarray | None,
-    ):
-        self.name = name
-        self.split = split
-        self.fingerprint = fingerprint
-        self.class_names = class_names
-        self.num_classes = None if class_names is None else len(class_names)
-        self.labels = labels
-        self._shards = shards
-        self._fields = fields
-        self._key = key
-        self._positions = positions
+    name: str
+    split: str
+    class_names: tuple[str, ...] | None
+    labels: np.ndarray | None
+    fingerprint: str
+    shards: Shards
+    fields: Fields
+    key: str
+    positions: np.ndarray | None
+
+    @property
+    def num_classes(self) -> int | None:
+        return None if self.class_names is None else len(self.class_names)
 
     def __len__(self) -> int:
-        return len(self._shards) if self._positions is None else len(self._positions)
+        return len(self.shards) if self.positions is None else len(self.positions)
 
     def __getitem__(self, index: int) -> Record:
         position = self._position(index)
         try:
-            found = content(self._shards.read(position), self._fields)
+            found = content(self.shards.read(position), self.fields)
         except (RuntimeError, ValueError) as error:
             label = -1 if self.labels is None else int(self.labels[index])
             raise UnreadableRecord(self.record_name(index), label, str(error)) from error
@@ -99,12 +76,12 @@ class ArrayRecordSource:
         return {"index": index, "name": name, "label": found.label, "image": found.image}
 
     def record_name(self, index: int) -> str:
-        return f"{self.name} {self._key}[{self._position(index)}]"
+        return f"{self.name} {self.key}[{self._position(index)}]"
 
     def _position(self, index: int) -> int:
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {self.name}, which has {len(self)}")
-        return int(index if self._positions is None else self._positions[index])
+        return int(index if self.positions is None else self.positions[index])
 
 
 def open_array_record(argument: str, split: str) -> ArrayRecordSource:
@@ -129,15 +106,11 @@ def open_array_record(argument: str, split: str) -> ArrayRecordSource:
         )
     parents = {file.parent for file in found}
     directory = parents.pop() if len(parents) == 1 else None
-    metadata = None if directory is None else read_metadata(directory, name)
-    groups: _Groups = {}
-    if metadata is not None:
-        groups = _group_by_metadata(found, metadata, name, whole=path.is_dir())
-    if not groups:
-        metadata = None
-        groups = _group_by_names(found, name)
-    layout = _Layout(name, groups, metadata, directory)
-    return _open_split(layout, split, may_hold_out=True)
+    fields, known = (directory and read_metadata(directory, name)) or (None, {})
+    splits = _chosen(found, known, name, complete=path.is_dir())
+    if not splits:
+        fields, splits = None, _split_by_names(found, name)
+    return _open_split(_DataSet(name, splits, fields, directory), split, may_hold_out=True)
 
 
 def _find(path: Path) -> list[Path]:
@@ -164,22 +137,25 @@ def open_prepared(directory: Path, split: str, name: str) -> ArrayRecordSource:
     metadata = read_metadata(directory, name)
     if metadata is None:
         raise InputError(f"{name}: no {INFO} and {FEATURES} in {directory}")
-    groups = {key: _Group(known.paths, known.paths) for key, known in metadata.splits.items()}
-    return _open_split(_Layout(name, groups, metadata, directory), split, may_hold_out=False)
+    fields, splits = metadata
+    return _open_split(_DataSet(name, splits, fields, directory), split, may_hold_out=False)
 
 
-class _Layout(NamedTuple):
-    """Shards by the name of their split, and what is known of them."""
+@dataclasses.dataclass(frozen=True)
+class _DataSet:
+    """The splits of a data set by the names they have there.
+
+    Attributes:
+        name: the specification, for messages.
+        splits: what is known of each.
+        fields: how records are written; None where the first one has to tell.
+        directory: the folder of the shards; None where they are in several.
+    """
 
     name: str
-    groups: _Groups
-    metadata: Metadata | None
+    splits: Mapping[str, SplitShards]
+    fields: Fields | None
     directory: Path | None
-
-    def known(self, key: str) -> SplitMetadata | None:
-        """Give what is known of a split of which all shards are used."""
-        known = None if self.metadata is None else self.metadata.splits[key]
-        return known if known is not None and known.paths == self.groups[key].paths else None
 
     def open(self, key: str) -> tuple[Shards, Fields]:
         """Open a split's shards; compare them with what is known, and look at the first record.
@@ -187,32 +163,30 @@ class _Layout(NamedTuple):
         Raises:
             ValueError: a shard is damaged, or a record is not one that can be used.
         """
-        _check_missing(self.groups[key].expected, self.name)
-        shards = Shards(self.groups[key].paths)
-        if self.metadata is not None:
-            declared = self.metadata.splits[key]
-            expected = dict(zip(declared.paths, declared.lengths, strict=True))
-            for path, length in zip(shards.paths, shards.lengths, strict=True):
-                if length != expected[path]:
-                    raise InputError(
-                        f"{self.name}: {path} has {length} records; dataset_info.json says "
-                        f"{expected[path]}. Copy or prepare the data once more"
-                    )
+        split = self.splits[key]
+        _check_missing(split.expected, self.name)
+        shards = Shards(split.paths)
+        lengths = split.lengths or shards.lengths
+        for path, length, stated in zip(shards.paths, shards.lengths, lengths, strict=True):
+            if length != stated:
+                raise InputError(
+                    f"{self.name}: {path} has {length} records; dataset_info.json says "
+                    f"{stated}. Copy or prepare the data once more"
+                )
         if not len(shards):
             raise InputError(f"{self.name}: no records in {_some(shards.paths)}")
-        fields = None if self.metadata is None else self.metadata.fields
         try:
-            first = _first_readable(shards)
-            fields = guess_fields(first) if fields is None else fields
+            first = first_readable(shards)
+            fields = self.fields or guess_fields(first)
             content(first, fields)
         except ValueError as error:
             raise InputError(f"{self.name}: {shards.paths[0].name}: {error}") from error
         return shards, fields
 
     def class_names(self, key: str, fields: Fields) -> tuple[str, ...] | None:
-        """Name the classes of a split, from the metadata or from a list beside the shards."""
-        if self.metadata is not None:
-            return self.metadata.splits[key].class_names
+        """Name the classes of a split, from the metadata or from a list next to the shards."""
+        if self.fields is not None:
+            return self.splits[key].class_names
         if fields.label is None or self.directory is None:
             return None
         names = read_class_names(self.directory, fields.label)
@@ -226,9 +200,14 @@ class _Layout(NamedTuple):
             )
         return names
 
+    def has_unknown_labels(self, key: str) -> bool:
+        """Return whether the labels of a split are withheld: imagenet2012's test images have -1."""
+        shards, fields = self.open(key)
+        return fields.label is not None and content(first_readable(shards), fields).label < 0
 
-def _first_readable(shards: Shards) -> bytes:
-    """Give one of the first records; a few damaged ones do not make a data set unusable.
+
+def first_readable(shards: Shards) -> bytes:
+    """Return one of the first records; a few damaged ones do not make a data set unusable.
 
     Raises:
         ValueError: none of them can be read.
@@ -242,86 +221,73 @@ def _first_readable(shards: Shards) -> bytes:
     raise InputError(f"none of the first records can be read: {problem}") from problem
 
 
-def _open_split(layout: _Layout, split: str, *, may_hold_out: bool) -> ArrayRecordSource:
-    key, held_out = _choose(layout, split, may_hold_out)
-    shards, fields = layout.open(key)
-    known = layout.known(key)
-    class_names = layout.class_names(key, fields)
+def _open_split(data: _DataSet, split: str, *, may_hold_out: bool) -> ArrayRecordSource:
+    key, held_out = _choose(data, split, may_hold_out)
+    shards, fields = data.open(key)
+    known = data.splits[key]
+    class_names = data.class_names(key, fields)
     positions = split_positions(len(shards), split) if held_out else None
-    labels = None if known is None else known.labels
-    if known is not None and positions is None:
-        fingerprint = known.fingerprint
-    else:
-        identity = [shards.identity() if known is None else known.fingerprint, key]
-        identity += [split] if held_out else []
+    fingerprint = known.fingerprint
+    if fingerprint is None or held_out:
+        identity = [fingerprint or shards.identity(), key, *([split] if held_out else [])]
         fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    labels = known.labels if positions is None or known.labels is None else known.labels[positions]
+    if class_names is None:  # a label is worth nothing where the number of classes is not known
+        fields = fields._replace(label=None)
     return ArrayRecordSource(
-        layout.name,
-        split,
-        shards,
-        # A label is worth nothing where the number of classes is not known.
-        fields if class_names is not None else fields._replace(label=None),
-        key=key,
-        positions=positions,
-        fingerprint=fingerprint,
-        class_names=class_names,
-        labels=labels if labels is None or positions is None else labels[positions],
+        data.name, split, class_names, labels, fingerprint, shards, fields, key, positions
     )
 
 
-def _choose(layout: _Layout, split: str, may_hold_out: bool) -> tuple[str, bool]:
-    """Choose the split's name among those that are there; say whether a tenth is held out of it."""
-    tests = [key for key in _TEST_KEYS if key in layout.groups]
+def _choose(data: _DataSet, split: str, may_hold_out: bool) -> tuple[str, bool]:
+    """Choose the split's name among those there are; return it, and whether to hold a tenth out."""
+    tests = [key for key in _TEST_KEYS if key in data.splits]
     if split == "test" and tests:
-        if tests[0] == "test" and len(tests) > 1:
-            # imagenet2012's test images have the label -1: not known.
-            shards, fields = layout.open("test")
-            if fields.label is not None and content(_first_readable(shards), fields).label < 0:
-                return tests[1], False
-        return tests[0], False
-    if "train" in layout.groups and (split == "train" or may_hold_out):
+        withheld = tests[0] == "test" and len(tests) > 1 and data.has_unknown_labels("test")
+        return tests[int(withheld)], False
+    if "train" in data.splits and (split == "train" or may_hold_out):
         return "train", may_hold_out and not tests
-    if may_hold_out and not tests and len(layout.groups) == 1:
-        return next(iter(layout.groups)), True
+    if may_hold_out and not tests and len(data.splits) == 1:
+        return next(iter(data.splits)), True
     wanted = "train" if split == "train" else "test or validation"
-    found = ", ".join(key or "shards without a name of a split" for key in layout.groups)
-    raise InputError(f"{layout.name}: no {wanted} split; prepared: {found or 'none'}")
+    found = ", ".join(key or "shards without a name of a split" for key in data.splits)
+    raise InputError(f"{data.name}: no {wanted} split; prepared: {found or 'none'}")
 
 
-def _group_by_metadata(
-    paths: Sequence[Path], metadata: Metadata, name: str, *, whole: bool
-) -> _Groups:
-    """Group shards as dataset_info.json says; give nothing where it speaks of other files.
+def _chosen(
+    paths: Sequence[Path], known: Mapping[str, SplitShards], name: str, *, complete: bool
+) -> dict[str, SplitShards]:
+    """Choose the splits that dataset_info.json states; none where it is about other files.
 
     Args:
         paths: what was found.
-        metadata: what stands beside them.
+        known: what the metadata states.
         name: for messages.
-        whole: all of the data set is wanted, rather than the splits that a pattern chose.
+        complete: all of the data set is wanted, rather than the shards that a pattern chose.
     """
-    given, groups = set(paths), {}
-    for key, known in metadata.splits.items():
-        chosen = tuple(path for path in known.paths if path in given)
-        if chosen or whole:
-            groups[key] = _Group(known.paths if whole else chosen, known.paths)
-        if chosen and not whole and len(chosen) < len(known.paths):
-            _log.info("%s: %d of %d shards of %s", name, len(chosen), len(known.paths), key)
-    used = {path for group in groups.values() for path in group.paths}
-    if not used & given:
+    found = set(paths)
+    left_out = found - {path for split in known.values() for path in split.paths}
+    if left_out == found:
         return {}
-    if given - used:
-        count = len(given - used)
-        _log.info("%s: left out %d file(s) that are not in dataset_info.json", name, count)
-    return groups
+    if left_out:
+        _log.info("%s: left out %d file(s) that are not in dataset_info.json", name, len(left_out))
+    if complete:
+        return dict(known)
+    chosen = {key: split.only(found) for key, split in known.items()}
+    for key, split in chosen.items():
+        if 0 < len(split.paths) < len(split.expected):
+            counts = len(split.paths), len(split.expected)
+            _log.info("%s: %d of %d shards of %s", name, *counts, key)
+    return {key: split for key, split in chosen.items() if split.paths}
 
 
-def _group_by_names(paths: Sequence[Path], name: str) -> _Groups:
-    """Group shards by their names; those that name no split are a group called ""."""
+def _split_by_names(paths: Sequence[Path], name: str) -> dict[str, SplitShards]:
+    """Group shards by their names; those that name no split are one called ""."""
     sets: dict[tuple[Path, str], list[Path]] = {}
     for path in paths:
         stem = _NUMBER.sub("", _SUFFIX.sub("", path.name))
         sets.setdefault((path.parent, stem), []).append(path)
-    groups: _Groups = {}
+    splits: dict[str, SplitShards] = {}
     for (_, stem), members in sorted(sets.items()):
         members.sort(key=_number)
         totals = {total for _, total in map(_number, members)}
@@ -332,27 +298,28 @@ def _group_by_names(paths: Sequence[Path], name: str) -> _Groups:
             )
         last = re.split(r"[-_.]", stem)[-1]
         key = last if last in ("train", *_TEST_KEYS) else ""
-        before = groups.get(key, _Group((), ()))
-        groups[key] = _Group((*before.paths, *members), (*before.expected, *_whole_set(members[0])))
-    if "" in groups and len(groups) > 1:
+        before = splits.get(key, SplitShards((), ()))
+        expected = (*before.expected, *_complete_set(members[0]))
+        splits[key] = SplitShards((*before.paths, *members), expected)
+    if "" in splits and len(splits) > 1:
+        unnamed = splits.pop("").paths
         _log.info(
             "%s: left out %d file(s) whose names tell no split, such as %s",
             name,
-            len(groups[""].paths),
-            groups[""].paths[0].name,
+            len(unnamed),
+            unnamed[0].name,
         )
-        del groups[""]
-    return groups
+    return splits
 
 
 def _number(path: Path) -> tuple[int, int]:
-    """Give a shard's number and how many its name says there are; (0, 1) for a single file."""
+    """Return a shard's number and how many its name says there are; (0, 1) for a single file."""
     match = _NUMBER.search(path.name)
     return (int(match[1]), int(match[2])) if match else (0, 1)
 
 
-def _whole_set(path: Path) -> Sequence[Path]:
-    """Give the paths of all shards of the set that one belongs to."""
+def _complete_set(path: Path) -> Sequence[Path]:
+    """Return the paths of all shards of the set that one belongs to."""
     match = _NUMBER.search(path.name)
     if match is None:
         return (path,)

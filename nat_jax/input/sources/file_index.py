@@ -1,75 +1,76 @@
-"""The index of a folder or .zip of images: what every record is, in a few packed arrays."""
+"""The index of a folder or .zip of images: what every record is, in a few packed arrays.
 
-from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+It is one block of bytes: a prefix, a header in JSON, and the arrays. A file that holds the block is
+mapped into memory, so the processes of a machine share it, and opening it takes the same time for a
+million files as for a few.
+"""
+
+import functools
+import json
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from nat_jax.errors import InputError
-from nat_jax.input.sources.file_listing import Group, Listing, Stamp, decoded, encoded
+from nat_jax.errors import InputError, UserError
+from nat_jax.input.sources.file_listing import File, Listing, Stamp, decoded
+from nat_jax.input.sources.folder_layout import OTHER_SPLIT, read_layout
 from nat_jax.input.sources.source import SPLITS, split_positions
+from nat_jax.input.sources.zip_archive import MEMBER
 
-_TEST_FOLDERS = ("test", "val", "validation", "valid")  # in any case; the first that is there
+# The name of the format (to be changed with any change of the block, or of what is listed in which
+# order), CRC-32 of all that follows (it starts from the third entry), and bytes of the header.
+_PREFIX = struct.Struct("<8sII")
+_FORMAT = b"natidx2\0"
+_ALIGN = 8
 _CHUNK = 2**16
+_COLUMNS: dict[str, np.dtype[Any]] = {
+    "names": np.dtype("<u1"),
+    "starts": np.dtype("<i8"),
+    "sizes": np.dtype("<i8"),
+    "labels": np.dtype("<i4"),
+    "members": MEMBER,
+}
 
 
-class Files(NamedTuple):
-    """The files of one split in order, without a Python object for any.
+class DamagedIndex(UserError):
+    """An index that is not as it was written; the message tells what is wrong."""
 
-    A file costs 20 bytes and its name, one more for a NUL: 57 bytes, or 73 MB in all, for the
-    1,281,167 of ImageNet's training set, whose names ("train/n01440764/n01440764_10026.JPEG") have
-    36. In a .zip it costs 22 more. Where the index is kept these bytes are mapped from a file, so
-    the processes of a machine share them, and only what is looked at takes memory.
+
+class SplitIndex(NamedTuple):
+    """The records of one split in order, without a Python object for any.
+
+    A file costs 21 bytes and its name: 57 bytes, or 73 MB in all, for the 1,281,167 of ImageNet's
+    training set, whose names ("train/n01440764/n01440764_10026.JPEG") have 36. In a .zip it costs
+    22 more.
 
     Attributes:
         names: uint8[total], the path of each below the root in UTF-8, every one followed by a NUL.
         starts: int64[N + 1], where in `names` each begins, and the end.
         sizes: int64[N], bytes of each.
         labels: int32[N], -1 where unlabelled.
-        members: where each lies in a .zip, [N] of `zip_archive.MEMBER`; None in a folder.
+        members: where each lies in a .zip, [N] of `MEMBER`; empty for a folder.
+        class_names: see `Source`.
+        fingerprint: see `Source`.
     """
 
     names: np.ndarray
     starts: np.ndarray
     sizes: np.ndarray
     labels: np.ndarray
-    members: np.ndarray | None
-
-    def name(self, position: int) -> str:
-        """Give the path of one file below the root, with "/"."""
-        start, end = int(self.starts[position]), int(self.starts[position + 1])
-        return decoded(self.names[start : end - 1].tobytes())
-
-    def take(self, chosen: np.ndarray, labels: np.ndarray) -> "Files":
-        """Keep some files in their order.
-
-        Args:
-            chosen: bool[N].
-            labels: int32, of those that are kept.
-        """
-        lengths = np.diff(self.starts)
-        names = self.names[np.repeat(chosen, lengths)]
-        members = None if self.members is None else self.members[chosen]
-        return Files(names, _starts(lengths[chosen]), self.sizes[chosen], labels, members)
-
-
-@dataclass(frozen=True)
-class SplitIndex:
-    """What is known of one split without reading a record.
-
-    Attributes:
-        files: its files.
-        class_names: see `Source`.
-        fingerprint: see `Source`.
-    """
-
-    files: Files
+    members: np.ndarray
     class_names: tuple[str, ...] | None
     fingerprint: str
+
+    def name(self, position: int) -> str:
+        """Return the path of one file below the root, with "/"."""
+        start, end = int(self.starts[position]), int(self.starts[position + 1])
+        return decoded(self.names[start : end - 1].tobytes())
 
 
 @dataclass(frozen=True)
@@ -78,14 +79,16 @@ class FileIndex:
 
     Attributes:
         splits: by name.
-        remarks: what was left out, in words, with {root} for the path.
+        remarks: what was left out, with {root} for the path.
         stamp: what the root looked like when it was listed.
-        kept: the folder of the cache that it lies in; None where it is in memory only.
+        block: uint8, the index as bytes.
+        kept: the file that holds these bytes; None where they are in memory only.
     """
 
     splits: Mapping[str, SplitIndex]
     remarks: Sequence[str]
     stamp: Stamp
+    block: np.ndarray
     kept: Path | None
 
 
@@ -97,167 +100,112 @@ def build_index(listing: Listing, root: str) -> FileIndex:
         root: what messages call the data.
 
     Raises:
-        ValueError: the layout is not one of those that `open_folder` knows.
+        ValueError: loose images stand next to class folders, or there is one image only.
     """
-    files, group_of = _packed(listing.groups)
+    layout = read_layout(listing.folders)
+    files = sorted(listing.files)
+    folder = np.fromiter((file.folder for file in files), np.int32, len(files))
+    if layout.loose is not None:
+        loose = np.flatnonzero(folder == layout.loose)
+        raise InputError(
+            f"folder: {root} mixes {len(loose)} loose images (such as "
+            f"{decoded(files[loose[0]].path)}) with class folders; put every image into a class "
+            "folder, or all into one folder (unlabelled)"
+        )
     remarks = []
     if listing.others:
         remarks.append(f"left out {listing.others} file(s) of {{root}} that are not images")
-    layout = _Layout(listing.groups, root)
-    if layout.outside:
-        remarks.append(f"left out {layout.outside} image(s) outside train/ and {layout.test}/")
-    splits = {}
+    splits, outside = {}, len(files)
     for split in SPLITS:
+        labels = layout.labels[split][folder]
         if layout.test is None:
-            chosen = np.zeros(len(group_of), bool)
-            chosen[split_positions(len(group_of), split)] = True
+            positions = split_positions(len(files), split)
         else:
-            chosen = layout.belongs(split)[group_of]
-        class_names, label_of = layout.classes(split)
-        taken = files.take(chosen, label_of[group_of[chosen]])
-        splits[split] = SplitIndex(taken, class_names, _fingerprint(split, class_names, taken))
-    return FileIndex(splits, remarks, listing.stamp, None)
+            positions = np.flatnonzero(labels != OTHER_SPLIT)
+        outside -= len(positions)
+        chosen, names = [files[i] for i in positions.tolist()], layout.class_names[split]
+        splits[split] = _packed(chosen, labels[positions], split, names)
+    if outside:
+        remarks.append(f"left out {outside} image(s) outside train/ and {layout.test}/")
+    return decode_index(_encode(splits, remarks, listing.stamp))
 
 
-def _packed(groups: Sequence[Group]) -> tuple[Files, np.ndarray]:
-    """Put all files in the order of their paths, unlabelled, and say which group each is of."""
-    names, sizes, members, group_of = [], [], [], []
-    for number, start, stop in _in_order(groups):
-        prefix, inside, all_sizes, all_members = groups[number]
-        count = stop - start
-        if count < len(all_sizes):
-            inside = b"\0".join(inside.split(b"\0")[start:stop])
-        front = encoded(prefix)
-        names.append(front + inside.replace(b"\0", b"\0" + front) + b"\0")
-        sizes.append(all_sizes[start:stop])
-        if all_members is not None:
-            members.append(all_members[start:stop])
-        group_of.append(np.full(count, number, np.int32))
-    joined = np.frombuffer(b"".join(names), np.uint8)
-    ends = np.flatnonzero(joined == 0) + 1
-    starts = np.concatenate([np.zeros(1, np.int64), ends])
-    labels = np.full(len(ends), -1, np.int32)
-    all_members = np.concatenate(members) if members else None
-    files = Files(joined, starts, np.concatenate(sizes), labels, all_members)
-    return files, np.concatenate(group_of)
-
-
-def _in_order(groups: Sequence[Group]) -> Iterator[tuple[int, int, int]]:
-    """Yield runs of files, as number of the group, start and stop, in the order of their paths.
-
-    Whole groups are compared by their first paths. Only where a folder has images and folders with
-    images, such as "a.jpg", "b/c.jpg" and "d.jpg", its run is cut where those come.
-    """
-    below: dict[str, set[str]] = {}
-    for group in groups:
-        prefix = group.prefix
-        while prefix:
-            parent, slash, _ = prefix[:-1].rpartition("/")
-            parent += slash
-            child = prefix[len(parent) :]
-            known = below.setdefault(parent, set())
-            if child in known:
-                break
-            known.add(child)
-            prefix = parent
-    runs = []
-    for number, group in enumerate(groups):
-        front, names, count = encoded(group.prefix), group.names, len(group.sizes)
-        inside = [names.partition(b"\0")[0]]
-        cuts = {0, count}
-        if group.prefix in below:
-            inside = names.split(b"\0")
-            cuts |= {bisect_left(inside, encoded(child)) for child in below[group.prefix]}
-        ordered = sorted(cuts)
-        for start, stop in zip(ordered, ordered[1:], strict=False):
-            runs.append((front + inside[start], number, start, stop))
-    for _, number, start, stop in sorted(runs):
-        yield number, start, stop
-
-
-class _Layout:
-    """Splits and classes, as the names of the folders say.
-
-    Attributes:
-        test: the folder of the test split; None where it is to be held out.
-        outside: how many images are in neither split.
-    """
-
-    def __init__(self, groups: Sequence[Group], root: str):
-        self._groups = groups
-        self._root = root
-        self.test: str | None = None
-        self.outside = 0
-        # Paths without the folders that hold everything.
-        self._inner = [g.prefix for g in groups]
-        while len(tops := set(map(_top, self._inner))) == 1 and "" not in tops:
-            self._inner = [inner.partition("/")[2] for inner in self._inner]
-        named = {top.lower(): top for top in sorted(tops, reverse=True)}
-        self._train = named.get("train")
-        if self._train is not None:
-            self.test = next((named[name] for name in _TEST_FOLDERS if name in named), None)
-        if self.test is not None:
-            inside = self.belongs("train") | self.belongs("test")
-            counts = [len(g.sizes) for g in groups]
-            self.outside = sum(n for n, known in zip(counts, inside, strict=True) if not known)
-
-    def belongs(self, split: str) -> np.ndarray:
-        """Say which groups are of a split that has its own folder: bool[groups]."""
-        folder = self._train if split == "train" else self.test
-        return np.asarray([_top(inner) == folder for inner in self._inner])
-
-    def classes(self, split: str) -> tuple[tuple[str, ...] | None, np.ndarray]:
-        """Give the names of the classes, None where unlabelled, and int32[groups], the labels."""
-        if self.test is None:
-            own = self._classes(dict(enumerate(self._inner)))
-            names = set(own.values())
-        else:
-            both = {s: self._classes(self._paths_in(s)) for s in SPLITS}
-            own = both[split]
-            names = set().union(*(found.values() for found in both.values())) if own else set()
-        ordered = sorted(names)
-        number_of = {name: number for number, name in enumerate(ordered)}
-        labels = np.full(len(self._groups), -1, np.int32)
-        for group, name in own.items():
-            labels[group] = number_of[name]
-        return tuple(ordered) or None, labels
-
-    def _paths_in(self, split: str) -> dict[int, str]:
-        numbers = np.flatnonzero(self.belongs(split)).tolist()
-        return {number: self._inner[number].partition("/")[2] for number in numbers}
-
-    def _classes(self, paths: Mapping[int, str]) -> dict[int, str]:
-        """Give the class of each group by its path; nothing for a flat folder."""
-        flat = [number for number, path in paths.items() if not path]
-        if not flat:
-            return {number: path.partition("/")[0] for number, path in paths.items()}
-        if len(paths) > 1:
-            group = self._groups[flat[0]]
-            first = group.prefix + decoded(group.names.partition(b"\0")[0])
-            raise InputError(
-                f"folder: {self._root} mixes {len(group.sizes)} loose images (such as {first}) "
-                "with class folders; put every image into a class folder, or all into one folder "
-                "(unlabelled)"
-            )
-        return {}
-
-
-def _top(path: str) -> str:
-    return path.partition("/")[0]
-
-
-def _starts(lengths: np.ndarray) -> np.ndarray:
-    starts = np.zeros(len(lengths) + 1, np.int64)
-    np.cumsum(lengths, out=starts[1:])
-    return starts
-
-
-def _fingerprint(split: str, class_names: tuple[str, ...] | None, files: Files) -> str:
+def _packed(
+    files: Sequence[File], labels: np.ndarray, split: str, class_names: tuple[str, ...] | None
+) -> SplitIndex:
+    names = np.frombuffer(b"\0".join([file.path for file in files]) + b"\0", np.uint8)
+    starts = np.concatenate([np.zeros(1, np.int64), np.flatnonzero(names == 0) + 1])
     digest = sha256(f"{split} {class_names}\n".encode())
-    for start in range(0, len(files.sizes), _CHUNK):
-        end = min(start + _CHUNK, len(files.sizes))
-        names = files.names[files.starts[start] : files.starts[end]].tobytes()[:-1].split(b"\0")
-        sizes, labels = files.sizes[start:end].tolist(), files.labels[start:end].tolist()
-        lines = zip(names, sizes, labels, strict=True)
-        digest.update(b"".join(b"%b\0%d\0%d\n" % line for line in lines))
-    return digest.hexdigest()
+    for file, label in zip(files, labels.tolist(), strict=True):
+        digest.update(b"%b\0%d\0%d\n" % (file.path, file.size, label))
+    sizes = np.fromiter((file.size for file in files), np.int64, len(files))
+    members = np.asarray([file.member for file in files if file.member], MEMBER)
+    return SplitIndex(names, starts, sizes, labels, members, class_names, digest.hexdigest())
+
+
+def _encode(splits: Mapping[str, SplitIndex], remarks: Sequence[str], stamp: Stamp) -> bytes:
+    parts: list[Any] = []
+    size, about = 0, {}
+    for split, index in splits.items():
+        places = {}
+        for column, dtype in _COLUMNS.items():
+            data = getattr(index, column).astype(dtype, copy=False)
+            places[column] = size, len(data)
+            padding = bytes(-data.nbytes % _ALIGN)
+            parts += [data.view(np.uint8), padding]
+            size += data.nbytes + len(padding)
+        about[split] = {
+            "columns": places,
+            "class_names": index.class_names,
+            "fingerprint": index.fingerprint,
+        }
+    header = json.dumps({"splits": about, "remarks": remarks, "stamp": stamp}).encode()
+    header += b" " * (-(_PREFIX.size + len(header)) % _ALIGN)
+    parts = [header, *parts]
+    checksum = functools.reduce(lambda value, part: zlib.crc32(part, value), parts, len(header))
+    return b"".join([_PREFIX.pack(_FORMAT, checksum, len(header)), *parts])
+
+
+def load_index(path: Path) -> FileIndex:
+    """Map a kept index into memory, whatever its data look like now.
+
+    Raises:
+        DamagedIndex: it is missing, damaged, or of another version.
+    """
+    try:
+        with path.open("rb", buffering=0) as file:  # pages of a mapping would count as memory used
+            _, expected, checksum = _PREFIX.unpack(file.read(_PREFIX.size))
+            while chunk := file.read(_CHUNK):
+                checksum = zlib.crc32(chunk, checksum)
+        if checksum != expected:
+            raise DamagedIndex("its checksum is wrong")
+        return decode_index(np.asarray(np.memmap(path, np.uint8, "r")), path)
+    except (OSError, ValueError, LookupError, struct.error) as error:
+        raise DamagedIndex(f"{type(error).__name__}: {error}") from error
+
+
+def decode_index(block: bytes | np.ndarray, kept: Path | None = None) -> FileIndex:
+    """Read the bytes of an index; the arrays of the result are views of them.
+
+    Raises:
+        DamagedIndex: they are of another version.
+    """
+    data = np.frombuffer(block, np.uint8)
+    name, _, length = _PREFIX.unpack(data[: _PREFIX.size].tobytes())
+    if name != _FORMAT:
+        raise DamagedIndex("it is of another version")
+    start = _PREFIX.size + length
+    header = json.loads(data[_PREFIX.size : start].tobytes())
+    splits = {}
+    for split, about in header["splits"].items():
+        columns = {
+            column: np.frombuffer(data, _COLUMNS[column], count, start + at)
+            for column, (at, count) in about["columns"].items()
+        }
+        names = about["class_names"]
+        splits[split] = SplitIndex(
+            **columns,
+            class_names=None if names is None else tuple(names),
+            fingerprint=about["fingerprint"],
+        )
+    return FileIndex(splits, header["remarks"], Stamp(*header["stamp"]), data, kept)

@@ -3,13 +3,12 @@
 import logging
 import os
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
 from nat_jax.errors import InputError
-from nat_jax.input.sources.file_index import FileIndex, SplitIndex
-from nat_jax.input.sources.index_cache import DamagedIndex, load_index, open_index
+from nat_jax.input.sources.file_index import DamagedIndex, FileIndex, decode_index, load_index
+from nat_jax.input.sources.index_cache import open_index
 from nat_jax.input.sources.source import Record, UnreadableRecord
 from nat_jax.input.sources.zip_archive import ZipReader
 
@@ -21,77 +20,67 @@ class FolderSource:
 
     There is no Python object for a record until it is read, so that opening takes the same time for
     a million files as for a few. Pickling writes where the index is kept, or, where it is not, the
-    index itself.
+    index itself. A kept index may be days old, so with one a file whose length has changed is an
+    `UnreadableRecord`: the times of folders do not show that a file was overwritten.
 
     Args:
         path: the folder or the .zip.
         split: "train" or "test".
         index: what is known of the records.
-        archive: reads the .zip; None for a folder.
-        kept: the folder of the cache that the index comes from; None where it was listed by this
-            program or its parent. A kept index may be days old, so with one a file whose length has
-            changed is an `UnreadableRecord`: the times of folders do not show that a file was
-            overwritten.
     """
 
-    def __init__(
-        self,
-        path: str,
-        split: str,
-        index: SplitIndex,
-        archive: ZipReader | None = None,
-        kept: Path | None = None,
-    ):
+    def __init__(self, path: str, split: str, index: FileIndex):
+        known = index.splits[split]
         self.name = f"folder:{path}"
         self.split = split
-        self.class_names = index.class_names
-        self.num_classes = None if index.class_names is None else len(index.class_names)
-        self.fingerprint = index.fingerprint
-        self.labels = index.files.labels.view()
-        self.labels.flags.writeable = False  # in the cache they are not
+        self.class_names = known.class_names
+        self.num_classes = None if known.class_names is None else len(known.class_names)
+        self.fingerprint = known.fingerprint
+        self.labels = known.labels
         self._path = path
         self._root = _root(path)
         self._index = index
-        self._archive = archive
-        self._kept = kept
+        self._known = known
+        self._archive: ZipReader | None = None
+        if index.stamp.size is not None:
+            modified, _ = index.stamp.times[""]
+            self._archive = ZipReader(self._root, index.stamp.size, modified)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def record_name(self, index: int) -> str:
-        return self._index.files.name(range(len(self))[index])
+        return self._known.name(range(len(self))[index])
 
     def __getitem__(self, index: int) -> Record:
         position = range(len(self))[index]
-        files = self._index.files
-        name, label = files.name(position), int(self.labels[position])
-        size = int(files.sizes[position])
+        name, label = self._known.name(position), int(self.labels[position])
         try:
-            if self._archive is None or files.members is None:
+            if self._archive is not None:
+                image = self._archive.read(name, self._known.members[position])
+            else:
                 with open(os.path.join(self._root, name), "rb", buffering=0) as file:
                     image = file.read()
-            else:
-                image = self._archive.read(name, size, files.members[position])
-        except (OSError, zipfile.BadZipFile, zlib.error) as error:
+        except (OSError, zipfile.BadZipFile) as error:
             raise UnreadableRecord(name, label, str(error)) from error
-        if self._kept is not None and self._archive is None and len(image) != size:
+        size, kept = int(self._known.sizes[position]), self._index.kept
+        if kept is not None and self._archive is None and len(image) != size:
             reason = (
                 f"it has {len(image)} bytes, but {size} in the index of {self._root}: files were "
-                f"overwritten since it was made; delete {self._kept} and start again"
+                f"overwritten since it was made; delete {kept} and start again"
             )
             raise UnreadableRecord(name, label, reason)
         return {"index": index, "name": name, "label": label, "image": image}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self._kept is None:
-            return FolderSource, (self._path, self.split, self._index, self._archive)
-        return _reopen, (self._path, self.split, self.fingerprint, self._kept)
+        index = self._index.kept or self._index.block.tobytes()
+        return _reopen, (self._path, self.split, self.fingerprint, index)
 
 
 def open_folder(argument: str, split: str) -> FolderSource:
     """Open `folder:PATH`: class folders, or a flat folder, or a .zip of either.
 
-    `train/` beside `test/` or `val/` at the top are the splits; otherwise a tenth by index hash is
+    `train/` and `test/` or `val/` at the top are the splits; without them a tenth by index hash is
     held out as the test split. Folders that hold everything else are looked through, hidden files
     and files with other suffixes are left out.
 
@@ -108,30 +97,24 @@ def open_folder(argument: str, split: str) -> FolderSource:
     index = open_index(root)
     for remark in index.remarks:
         _log.info("folder: %s", remark.format(root=root))
-    return _source(argument, split, index)
+    return FolderSource(argument, split, index)
 
 
 def _root(path: str) -> str:
     return str(Path(path).expanduser().absolute())  # notebooks change their folder
 
 
-def _source(path: str, split: str, index: FileIndex) -> FolderSource:
-    archive = None
-    if index.stamp.size is not None:
-        modified, _ = index.stamp.times[""]
-        archive = ZipReader(_root(path), index.stamp.size, modified)
-    return FolderSource(path, split, index.splits[split], archive, index.kept)
-
-
-def _reopen(path: str, split: str, fingerprint: str, kept: Path) -> FolderSource:
+def _reopen(path: str, split: str, fingerprint: str, known: Path | bytes) -> FolderSource:
     """Open what another process has opened: by the same index, even if the data changed since."""
+    if isinstance(known, bytes):
+        return FolderSource(path, split, decode_index(known))
     try:
-        index = load_index(kept)
+        index = load_index(known)
     except DamagedIndex:  # somebody has emptied the cache
         index = open_index(_root(path))
     if index.splits[split].fingerprint != fingerprint:
         raise InputError(
             f"folder: {path} was changed after another process opened it, and its index is no "
-            f"longer in {kept}; start again"
+            f"longer in {known}; start again"
         )
-    return _source(path, split, index)
+    return FolderSource(path, split, index)

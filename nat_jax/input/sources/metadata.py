@@ -1,6 +1,6 @@
-"""What stands beside shards: the metadata of TensorFlow Datasets, and a conversion's manifest.
+"""What stands in a folder of shards: the metadata of TensorFlow Datasets, a conversion's manifest.
 
-TFDS's own builder of a prepared folder is not asked: for some kinds of features it imports
+TFDS's own builder of a prepared folder is not used: for some kinds of features it imports
 TensorFlow, for others the code that prepared them.
 """
 
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from nat_jax.errors import InputError
-from nat_jax.input.manifest import Manifest, labels_file, read_manifest
-from nat_jax.input.sources.shards import NAME_KEYS, Fields
+from nat_jax.input.sources.examples import NAME_KEYS, Fields
+from nat_jax.input.sources.manifest import Manifest, labels_file, read_manifest
 
 _log = logging.getLogger(__name__)
 
@@ -23,38 +23,40 @@ FORMAT = "array_record"
 INFO = "dataset_info.json"
 FEATURES = "features.json"
 
-_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # where a split gives none of its own
-_DIGITS = 5  # of a shard's number, or more
-
 
 @dataclasses.dataclass(frozen=True)
-class SplitMetadata:
-    """What is known of one split before a record is read.
+class SplitShards:
+    """The shards of one split, and what is known of them before a record is read.
 
     Attributes:
-        paths: its shards, in the order of their records.
-        lengths: records in each.
-        fingerprint: see `Source`.
+        paths: those to read, in the order of their records.
+        expected: those that have to be there.
+        lengths: records in each of `paths`; None where nothing states them.
+        fingerprint: see `Source`; None where it has to be computed from the files.
         class_names: see `Source`.
         labels: integers [N], or None where they stand in the records alone.
     """
 
     paths: tuple[Path, ...]
-    lengths: tuple[int, ...]
-    fingerprint: str
-    class_names: tuple[str, ...] | None
+    expected: tuple[Path, ...]
+    lengths: tuple[int, ...] | None = None
+    fingerprint: str | None = None
+    class_names: tuple[str, ...] | None = None
     labels: np.ndarray | None = None
 
+    def only(self, wanted: set[Path]) -> "SplitShards":
+        """Return the shards that a pattern chose, of which less is known."""
+        kept = [i for i, path in enumerate(self.paths) if path in wanted]
+        if len(kept) == len(self.paths):
+            return self
+        paths = tuple(self.paths[i] for i in kept)
+        lengths = self.lengths and tuple(self.lengths[i] for i in kept)
+        return SplitShards(paths, self.expected, lengths, class_names=self.class_names)
 
-@dataclasses.dataclass(frozen=True)
-class Metadata:
-    """What is known of a prepared data set: how its records are written, and its splits."""
 
-    fields: Fields
-    splits: dict[str, SplitMetadata]
-
-
-def read_metadata(directory: Path, name: str) -> Metadata | None:
+def read_metadata(
+    directory: Path, name: str
+) -> tuple[Fields | None, dict[str, SplitShards]] | None:
     """Read the metadata in a folder of shards.
 
     Args:
@@ -62,7 +64,7 @@ def read_metadata(directory: Path, name: str) -> Metadata | None:
         name: what messages call the source.
 
     Returns:
-        None where there is none.
+        How records are written, and the splits that have records; None where there is no metadata.
 
     Raises:
         ValueError: the metadata is damaged, a conversion is unfinished, or the data set is not one
@@ -76,25 +78,34 @@ def read_metadata(directory: Path, name: str) -> Metadata | None:
                 "run its command (--config.task=convert) again, which goes on where it stopped"
             )
         return None
+    import tensorflow_datasets as tfds
+
     info = read_info(directory)
     fields, classes = _choose_features(_read_features(directory), directory, name)
+    full_name = "/".join(part for part in (info.name, info.config_name, info.version) if part)
+    # TFDS can keep other formats in the same folder.
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=directory, dataset_name=info.name, filetype_suffix=FORMAT
+    )
     splits = {}
-    for split in info.splits:
-        lengths = tuple(split.shard_lengths)
-        if not sum(lengths):
+    for key, found in tfds.core.SplitDict.from_proto(info.splits, template).items():
+        if not found.num_examples:
             continue
-        full_name = "/".join(part for part in (info.name, info.config_name, info.version) if part)
-        identity = [full_name, split.name, list(lengths), split.num_bytes]
-        known = SplitMetadata(
-            paths=_shard_paths(directory, info.name, split),
-            lengths=lengths,
-            fingerprint=hashlib.sha256(json.dumps(identity).encode()).hexdigest(),
-            class_names=classes,
-        )
+        try:
+            names = found.filename_template.sharded_filepaths(found.num_shards)
+        except (KeyError, ValueError, IndexError) as error:
+            raise InputError(
+                f"{directory / INFO}: expected a pattern of TFDS for the names of files; "
+                f"got {found.filename_template.template!r}"
+            ) from error
+        paths = tuple(map(Path, names))
+        identity = [full_name, key, found.shard_lengths, int(found.num_bytes)]
+        fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        split = SplitShards(paths, paths, tuple(found.shard_lengths), fingerprint, classes)
         if manifest is not None:
-            known = _converted(known, manifest, split.name, directory)
-        splits[split.name] = known
-    return Metadata(fields, splits)
+            split = _converted(split, manifest, directory, key)
+        splits[key] = split
+    return fields, splits
 
 
 def read_info(directory: Path) -> Any:
@@ -136,48 +147,21 @@ def _parse(path: Path, message: Any) -> Any:
         ) from error
 
 
-def _shard_paths(directory: Path, data_set: str, split: Any) -> tuple[Path, ...]:
-    """Name a split's array_record files; TFDS can keep other formats beside them."""
-    count = len(split.shard_lengths)
-    digits = max(_DIGITS, len(str(count)))
-    paths = []
-    for i in range(count):
-        number, total = f"{i:0{digits}}", f"{count:0{digits}}"
-        variables = {
-            "DATASET": data_set,
-            "SPLIT": split.name,
-            "FILEFORMAT": FORMAT,
-            "SHARD_INDEX": number,
-            "NUM_SHARDS": total,
-            "SHARD_X_OF_Y": f"{number}-of-{total}",
-        }
-        try:
-            name = (split.filepath_template or _TEMPLATE).format_map(variables)
-        except (KeyError, ValueError, IndexError) as error:
-            raise InputError(
-                f"{directory / INFO}: expected a pattern of TFDS for the names of files; "
-                f"got {split.filepath_template!r}"
-            ) from error
-        paths.append(directory / name)
-    return tuple(paths)
-
-
-def _converted(
-    known: SplitMetadata, manifest: Manifest, key: str, directory: Path
-) -> SplitMetadata:
+def _converted(split: SplitShards, manifest: Manifest, directory: Path, key: str) -> SplitShards:
     """Put in what only the manifest knows: the source's own fingerprint, classes and labels."""
     try:
-        plan = manifest.splits[key]
-        labels = np.load(labels_file(directory, key)) if plan.has_labels else None
-        if labels is not None and labels.shape != (sum(known.lengths),):
+        plan = manifest["splits"][key]
+        labels = np.load(labels_file(directory, key)) if plan["has_labels"] else None
+        if labels is not None and labels.shape != (sum(split.lengths or ()),):
             raise ValueError(f"{labels.shape} labels")
     except (OSError, EOFError, ValueError, KeyError) as error:
         raise InputError(
             f"the conversion in {directory} is damaged ({error!r}); "
             "run its command (--config.task=convert) again, which checks and repairs it"
         ) from error
+    names = None if plan["class_names"] is None else tuple(plan["class_names"])
     return dataclasses.replace(
-        known, fingerprint=plan.fingerprint, class_names=plan.class_names, labels=labels
+        split, fingerprint=plan["fingerprint"], class_names=names, labels=labels
     )
 
 
@@ -209,16 +193,17 @@ def _choose_features(
     labels = [key for key, kind in kinds.items() if kind == "ClassLabel"]
     if "label" in labels:
         labels = ["label"]
-    label = labels[0] if len(labels) == 1 else None
+    label, classes = None, None
+    if len(labels) == 1:
+        count = features[labels[0]].class_label.num_classes
+        classes = _class_names(directory, labels[0], count)
+        label = None if classes is None else labels[0]
     names = [key for key in NAME_KEYS if kinds.get(key) == "Text"]
-    classes = None if label is None else _class_names(directory, label, features[label])
-    fields = Fields(images[0], None if classes is None else label, names[0] if names else None)
-    return fields, classes
+    return Fields(images[0], label, names[0] if names else None), classes
 
 
-def _class_names(directory: Path, label: str, feature: Any) -> tuple[str, ...] | None:
-    """Name the classes, by their numbers where they have no names; None where nobody counts."""
-    count = feature.class_label.num_classes
+def _class_names(directory: Path, label: str, count: int) -> tuple[str, ...] | None:
+    """Name the classes, by their numbers where they have no names; None if `count` is unknown."""
     names = read_class_names(directory, label)
     if names is not None and count and len(names) != count:
         file = class_names_file(directory, label)
@@ -228,7 +213,7 @@ def _class_names(directory: Path, label: str, feature: Any) -> tuple[str, ...] |
 
 
 def class_names_file(directory: Path, label: str) -> Path:
-    """Give where TFDS keeps the names of a label's classes, one a line."""
+    """Return the path where TFDS keeps the names of a label's classes, one a line."""
     return directory / f"{label.replace('/', '-')}.labels.txt"
 
 

@@ -23,7 +23,8 @@ from sample_files import (
     write_shard,
 )
 
-from nat_jax.input.sources import Source, UnreadableRecord, open_source, shards
+from nat_jax.input.sources import Source, UnreadableRecord, open_source
+from nat_jax.input.sources import examples as records
 from nat_jax.input.sources.source import split_positions
 
 
@@ -173,11 +174,11 @@ def test_raw_images_of_every_kind_are_told_from_examples():
     for kind in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM"):
         file = io.BytesIO()
         Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(file, kind)
-        assert shards.is_image(file.getvalue()), kind
-        fields = shards.guess_fields(file.getvalue())
-        assert shards.content(file.getvalue(), fields).image == file.getvalue()
-    assert not shards.is_image(example(image=jpeg(0)))
-    assert not shards.is_image()
+        assert records.is_image(file.getvalue()), kind
+        fields = records.guess_fields(file.getvalue())
+        assert records.content(file.getvalue(), fields).image == file.getvalue()
+    assert not records.is_image(example(image=jpeg(0)))
+    assert not records.is_image()
 
 
 @pytest.mark.parametrize(

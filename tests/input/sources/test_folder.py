@@ -1,7 +1,6 @@
 import io
 import logging
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -186,24 +185,6 @@ def names_that_fail(source: Source) -> list[str]:
         except UnreadableRecord as error:
             failures.append(str(error))
     return failures
-
-
-def test_threads_may_read_one_zip_at_once(tree: Path, tmp_path: Path):
-    source = open_source(f"folder:{zip_tree(tree, tmp_path / 'tree.zip')}")
-    wanted = [source[i % 12]["image"] for i in range(600)]
-    with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(lambda i: source[i % 12]["image"], range(600))) == wanted
-
-
-def test_fingerprints_see_names_sizes_and_order(tree: Path):
-    before = open_source(f"folder:{tree}").fingerprint
-    assert open_source(f"folder:{tree}").fingerprint == before
-    (tree / "train/cat/0.jpg").rename(tree / "train/cat/9.jpg")
-    renamed = open_source(f"folder:{tree}").fingerprint
-    with (tree / "train/ant/0.jpg").open("ab") as file:
-        file.write(b"\0")
-    longer = open_source(f"folder:{tree}").fingerprint
-    assert len({before, renamed, longer}) == 3
 
 
 def test_real_imagenette_zip_uses_val_as_test(shared_data: Path):

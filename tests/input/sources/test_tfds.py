@@ -44,26 +44,6 @@ def prepared_as(root: Path, monkeypatch, splits, features=None, **identity) -> N
     write_data_set(folder, splits, features, **identity)
 
 
-def test_tfds_fingerprints_never_change(tmp_path: Path, monkeypatch):
-    # Literals from the first release: with another fingerprint nobody's run goes on.
-    train, validation = [examples(3), examples(2, 3)], [examples(2, 5)]
-    prepared_as(tmp_path, monkeypatch, {"train": train, "validation": validation}, name="fixed")
-    left = {"train": [examples(2)], "test": [examples(1)]}
-    prepared_as(tmp_path, monkeypatch, left, name="other", config="left", version="2.0.0")
-    expected = {
-        ("tfds:fixed", "train"): "a640662aef9e4bfa25af826f9d92b9e6ecc8edc62b1c3ca304aa2da2cbbeb984",
-        ("tfds:fixed", "test"): "3da68858e5acb50f495f05dde9645bfa1fa6a86857b88e4d83111ccab7b08527",
-        ("tfds:other/left", "train"): (
-            "fc1043791bf41ce2a4791198743f7f27688d742cce48c9c9db382e69a95501d9"
-        ),
-        ("tfds:other/left", "test"): (
-            "37970736156619a850cc45719c679c1cb5e9e61bee0889110409d1926464baa0"
-        ),
-    }
-    for (spec, split), fingerprint in expected.items():
-        assert open_source(spec, split).fingerprint == fingerprint
-
-
 def test_tfds_gives_what_its_own_parser_gives(prepared: Path):
     import tensorflow_datasets as tfds
 

@@ -1,10 +1,10 @@
 """A .zip read in place: every way of packing, and every kind of damage."""
 
+import functools
 import gc
 import io
 import os
 import pickle
-import shutil
 import struct
 import threading
 import tracemalloc
@@ -13,14 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from sample_files import jpeg, names, zip_tree
+from sample_files import jpeg, zip_tree
 
 from nat_jax.input.sources import (
     UnreadableRecord,
     file_listing,
     index_cache,
     open_source,
-    zip_archive,
 )
 
 IMAGES = {f"{c}/{i}.jpg": jpeg(i) * (1 + 20 * i) for c in "ab" for i in range(4)} | {
@@ -74,38 +73,29 @@ def overwrite(path: Path, at: int, data: bytes) -> None:
         file.write(data)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_every_method_gives_the_bytes_that_were_packed(method: int, tmp_path: Path):
-    assert content(pack(tmp_path / "a.zip", method)) == IMAGES
-
-
-def test_methods_may_be_mixed(tmp_path: Path):
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+def methods_mixed(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as file:
         for number, (name, image) in enumerate(IMAGES.items()):
             file.writestr(name, image, compress_type=METHODS[number % 4])
-    assert content(tmp_path / "a.zip") == IMAGES
 
 
-def test_local_headers_with_fields_of_their_own_are_stepped_over(tmp_path: Path):
-    # Their ZIP64 fields stand in the local headers only.
-    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+def fields_in_local_headers_only(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as file:
         for name, image in IMAGES.items():
             with file.open(name, "w", force_zip64=True) as member:
                 member.write(image)
-    assert content(tmp_path / "a.zip") == IMAGES
 
 
-def test_zip64_archives_are_read(tmp_path: Path, monkeypatch):
-    # As one beyond 4 GiB has them: offsets and sizes in extra fields of the directory too.
-    monkeypatch.setattr(zipfile, "ZIP64_LIMIT", 100)
-    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 3)
-    archive = pack(tmp_path / "a.zip", zipfile.ZIP_DEFLATED)
-    assert b"PK\x06\x06" in archive.read_bytes()
-    assert content(archive) == IMAGES
+def zip64(path: Path) -> None:
+    """As an archive beyond 4 GiB has them: offsets and sizes in the directory's extra fields."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zipfile, "ZIP64_LIMIT", 100)
+        patch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 3)
+        pack(path, zipfile.ZIP_DEFLATED)
+    assert b"PK\x06\x06" in path.read_bytes()
 
 
-def test_a_sparse_archive_beyond_4_gib_is_read(tmp_path: Path):
-    path = tmp_path / "a.zip"
+def beyond_4_gib(path: Path) -> None:
     with path.open("wb") as file:
         try:
             file.seek(2**32 + 12345)  # a hole
@@ -115,12 +105,10 @@ def test_a_sparse_archive_beyond_4_gib_is_read(tmp_path: Path):
         with zipfile.ZipFile(file, "a") as archive:
             for name, image in IMAGES.items():
                 archive.writestr(name, image)
-    source = open_source(f"folder:{path}")
-    assert int(source._index.files.members["offset"].min()) > 2**32
-    assert content(path) == IMAGES
+    assert local_header(path, "a/0.jpg") > 2**32
 
 
-def test_streamed_archives_are_read(tmp_path: Path):
+def streamed(path: Path) -> None:
     class Pipe(io.FileIO):
         def seekable(self) -> bool:
             return False
@@ -130,19 +118,29 @@ def test_streamed_archives_are_read(tmp_path: Path):
 
         seek = tell
 
-    pipe = Pipe(tmp_path / "a.zip", "w")
+    pipe = Pipe(path, "w")
     with pipe, zipfile.ZipFile(pipe, "w", zipfile.ZIP_DEFLATED) as file:
         for name, image in IMAGES.items():
             with file.open(name, "w") as member:
                 member.write(image)
-    with zipfile.ZipFile(tmp_path / "a.zip") as file:
+    with zipfile.ZipFile(path) as file:
         assert file.getinfo("a/1.jpg").flag_bits & 8
-    assert content(tmp_path / "a.zip") == IMAGES
 
 
-def test_an_archive_behind_a_program_is_read(tmp_path: Path):
-    packed = pack(tmp_path / "plain.zip", zipfile.ZIP_DEFLATED).read_bytes()
-    (tmp_path / "a.zip").write_bytes(b"#!/bin/sh\nexit 1\n" * 50 + packed)
+def behind_a_program(path: Path) -> None:
+    path.write_bytes(b"#!/bin/sh\nexit 1\n" * 50 + pack(path, zipfile.ZIP_DEFLATED).read_bytes())
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        *(functools.partial(pack, method=method) for method in METHODS),
+        *(methods_mixed, fields_in_local_headers_only, zip64),
+        *(beyond_4_gib, streamed, behind_a_program),
+    ],
+)
+def test_every_archive_gives_the_bytes_that_were_packed(write, tmp_path: Path):
+    write(tmp_path / "a.zip")
     assert content(tmp_path / "a.zip") == IMAGES
 
 
@@ -165,14 +163,6 @@ def test_a_damaged_member_is_one_unreadable_record(method: int, tmp_path: Path):
         assert reason == "Bad CRC-32 for file 'b/3.jpg'"
     else:
         assert reason
-
-
-def test_a_flipped_bit_is_found_by_the_checksum(tmp_path: Path):
-    archive = pack(tmp_path / "a.zip")
-    at = local_header(archive, "a/2.jpg") + 30 + len("a/2.jpg") + 5
-    byte = archive.read_bytes()[at]
-    overwrite(archive, at, bytes([byte ^ 1]))
-    assert failure(archive, "a/2.jpg") == "Bad CRC-32 for file 'a/2.jpg'"
 
 
 def test_a_damaged_local_header_is_one_unreadable_record(tmp_path: Path):
@@ -210,14 +200,11 @@ def test_a_directory_that_claims_gigabytes_costs_no_memory(method: int, tmp_path
         tracemalloc.stop()
 
 
-def test_an_archive_without_its_end_is_refused(tmp_path: Path):
+def test_what_is_no_archive_is_refused(tmp_path: Path):
     archive = pack(tmp_path / "a.zip")
     os.truncate(archive, archive.stat().st_size // 2)
     with pytest.raises(ValueError, match=r"nor a readable \.zip: .*is it complete\?"):
         open_source(f"folder:{archive}")
-
-
-def test_a_file_in_place_of_a_folder_is_refused(tmp_path: Path):
     (tmp_path / "a.jpg").write_bytes(b"not an archive")
     with pytest.raises(ValueError, match=f"nor a readable .*name the folder: {tmp_path}$"):
         open_source(f"folder:{tmp_path / 'a.jpg'}")
@@ -281,28 +268,27 @@ def test_a_worker_does_not_read_the_directory_of_the_archive_again(
 
 
 def test_the_file_is_closed_with_its_last_source(tmp_path: Path):
-    source = open_source(f"folder:{pack(tmp_path / 'a.zip')}")
-    file = source._archive._file
-    os.fstat(file)
+    archive = pack(tmp_path / "a.zip")
+
+    def is_open() -> bool:
+        return any(
+            os.path.realpath(f"/proc/self/fd/{fd}") == str(archive)
+            for fd in os.listdir("/proc/self/fd")
+        )
+
+    source = open_source(f"folder:{archive}")
+    assert is_open()
     del source
     gc.collect()
-    with pytest.raises(OSError):
-        os.fstat(file)
+    assert not is_open()
 
 
-def test_a_zip_of_hidden_and_other_files_lists_the_images(tmp_path: Path):
+def test_a_zip_of_hidden_and_other_files_lists_the_images(tmp_path: Path, caplog):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
         for name in ("__MACOSX/x/._0.jpg", ".git/0.jpg", "a/.0.jpg", "a/notes.txt", "a/", "a/b/"):
             file.writestr(name, b"")
-        for name in IMAGES:
-            file.writestr(f"top/{name}", b"")
-    listing = zip_archive.list_zip(str(tmp_path / "a.zip"))
-    assert listing.others == 1
-    assert sorted(g.prefix for g in listing.groups) == ["top/a/", "top/b/"]
-
-
-def test_copies_of_one_archive_are_the_same_data(tmp_path: Path):
-    archive = pack(tmp_path / "a.zip")
-    shutil.copy(archive, tmp_path / "b.zip")
-    one, other = (open_source(f"folder:{tmp_path / n}") for n in ("a.zip", "b.zip"))
-    assert one.fingerprint == other.fingerprint and names(one) == names(other)
+        for name, image in IMAGES.items():
+            file.writestr(f"top/{name}", image)
+    with caplog.at_level("INFO"):
+        assert content(tmp_path / "a.zip") == {f"top/{n}": i for n, i in IMAGES.items()}
+    assert "left out 1 file(s) of" in caplog.text
