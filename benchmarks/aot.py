@@ -44,7 +44,7 @@ from jax.sharding import PartitionSpec as P
 from nat_jax import assign, models, optim
 from nat_jax.assign import _kernel
 from nat_jax.runtime import sharding
-from nat_jax.train_step import Step, match
+from nat_jax.train_step import Step, apply_matching, build_costs, solve_sharded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,8 +129,14 @@ def step_programs(mesh: Mesh) -> Iterator[Program]:
     weight = jax.ShapeDtypeStruct((blocks * b,), jnp.float32)
     features = jax.ShapeDtypeStruct((blocks * b, 64), jnp.float32)
     arguments = (features, features, rows, weight)
-    function = functools.partial(match, step)
-    yield Program(f"match of a step {blocks}x{b}", function, arguments, split=True)
+
+    def match(
+        z: jax.Array, batch_targets: jax.Array, rows: jax.Array, weight: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        cost = build_costs(step, z, batch_targets, weight)
+        return apply_matching(step, z, rows, cost, solve_sharded(step, cost))
+
+    yield Program(f"match of a step {blocks}x{b}", match, arguments, split=True)
     x = jax.ShapeDtypeStruct((blocks, b), jnp.float32)
     yield Program("control: plain jit", _loops_in_lock_step, (x,), split=True, control=True)
 

@@ -162,11 +162,11 @@ def examine(records: int, steps: int, scratch: Path | None) -> dict[str, Any]:
         faults.append("the images that were touched own other rows than before")
     if not (moved := int(np.sum(owned != images))):
         faults.append("no image moved")
-    if error := assignment_state.flaw(state.assignment):
+    if error := assignment_state.permutation_error(state.assignment):
         faults.append(f"not a permutation: {error}")
     state.assignment.delete()
     rows = scattered(length, step)
-    error, check = traced(lambda: assignment_state.flaw(rows))
+    error, check = traced(lambda: assignment_state.permutation_error(rows))
     if error:
         faults.append(f"a permutation is taken for none: {error}")
     _, checksum = traced(lambda: assignment_state.checksum(rows))

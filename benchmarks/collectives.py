@@ -130,7 +130,7 @@ def problem(step: Step, noise: targets.Targets, *, records: int, batch: int) -> 
         step,
         sharding.abstract(state, state_shardings(step)),
         sharding.abstract(noise, sharding.replicated(step.mesh)),
-        sharding.abstract(shapes, sharding.of_batch(step.mesh)),
+        sharding.abstract(shapes, sharding.batch_shardings(step.mesh)),
         Sizes.of(state, batch=batch, dim=step.model.dim, block=step.block, devices=devices),
     )
 
@@ -144,7 +144,7 @@ def compile_all(
     if not isinstance(function, HostStep):
         yield _compile("step", function.lower, arguments, options)
         return
-    first = _compile("ahead", function.ahead.lower, arguments, options)
+    first = _compile("pre_match", function.pre_match.lower, arguments, options)
     yield first
     posed = sharding.abstract(first.lowered.out_info, first.program.output_shardings)
     blocks, b, _ = posed.cost.shape
@@ -153,7 +153,7 @@ def compile_all(
     solutions = sharding.abstract(solutions, sharding.over_all(mesh))
     labels = {name: given.batch[name] for name in ("index", "weight")}
     arguments = (given.state, given.noise, labels, posed, solutions)
-    yield _compile("behind", function.behind.lower, arguments, options)
+    yield _compile("post_match", function.post_match.lower, arguments, options)
 
 
 def _compile(

@@ -52,14 +52,14 @@ _FLAGS = (
 def _pretrain(config: ConfigDict, workdir: Path) -> None:
     from nat_jax import train
 
-    _keep_programs()
+    _enable_compilation_cache()
     train.train_and_evaluate(config, workdir)
 
 
 def _suite(config: ConfigDict, workdir: Path) -> None:
     from nat_jax.experiments.suite import run_suite
 
-    _keep_programs()
+    _enable_compilation_cache()
     print(f"result: {run_suite(config, workdir)}")
 
 
@@ -88,21 +88,21 @@ def _export(config: ConfigDict, workdir: Path) -> None:
 def _features(config: ConfigDict, workdir: Path) -> None:
     from nat_jax.evaluate.write_features import write_features
 
-    _keep_programs()
+    _enable_compilation_cache()
     print(f"features: {write_features(config, workdir)}")
 
 
 def _judge(config: ConfigDict, workdir: Path) -> None:
     from nat_jax.evaluate.tasks import judge_task
 
-    _keep_programs()
+    _enable_compilation_cache()
     print(f"result: {judge_task(config, workdir)}")
 
 
-def _keep_programs() -> None:
+def _enable_compilation_cache() -> None:
     from nat_jax.runtime import cache_dir
 
-    cache_dir.keep_programs()
+    cache_dir.enable_compilation_cache()
 
 
 class Task(NamedTuple):
@@ -149,22 +149,22 @@ def _connect(task: str) -> None:
     from nat_jax.runtime import startup
 
     timeout = _DISTRIBUTED_TIMEOUT.value
-    place = startup.find_place(
+    process = startup.find_process(
         _DISTRIBUTED.value,
         coordinator=_COORDINATOR.value,
         num_processes=_NUM_PROCESSES.value,
         process_id=_PROCESS_ID.value,
         timeout=timeout,
     )
-    if place is None:
+    if process is None:
         return
     if not TASKS[task].in_several_processes:
         raise InputError(
-            f"task {task!r} runs in one process; this is number {place.index} of {place.count}. "
-            "Start it once, with --distributed=off"
+            f"task {task!r} runs in one process; this is number {process.index} of "
+            f"{process.count}. Start it once, with --distributed=off"
         )
-    startup.connect(place, timeout=timeout, heartbeat=_DISTRIBUTED_HEARTBEAT.value)
-    if place.index:
+    startup.connect(process, timeout=timeout, heartbeat=_DISTRIBUTED_HEARTBEAT.value)
+    if process.index:
         program.log_warnings_only(startup.who())
 
 

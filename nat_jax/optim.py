@@ -11,7 +11,7 @@ from nat_jax.errors import InputError
 
 SCHEDULES = ("constant", "inverse", "cosine")
 
-# Elements; only the largest arrays are worth the order that ``measured`` imposes.
+# Elements; only the largest arrays are worth the order that ``gradient_and_norm`` imposes.
 _LARGE = 2**20
 
 
@@ -82,7 +82,7 @@ def make_optimizer(settings: Optimizer) -> optax.GradientTransformation:
     return optax.chain(*chain)
 
 
-def measured(gradient: optax.Updates) -> tuple[optax.Updates, jax.Array]:
+def gradient_and_norm(gradient: optax.Updates) -> tuple[optax.Updates, jax.Array]:
     """Return a gradient, bit for bit, and its norm, float32 scalar.
 
     On CPUs large arrays are multiplied by 1.0 with a data dependency on the norm. An update may

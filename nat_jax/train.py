@@ -26,7 +26,7 @@ from nat_jax.models.frozen import Network
 from nat_jax.runtime import consistency, preemption, sharding, startup
 from nat_jax.runtime.preemption import Preempted, StopOnSignal
 from nat_jax.train_step import Metrics, TrainState, batch_shardings
-from nat_jax.training import checkpoint, metrics
+from nat_jax.training import checkpoint, health, metrics
 from nat_jax.training import workdir as workdirs
 from nat_jax.training.host_matching import SOLVER_SECONDS, compile_step
 from nat_jax.training.setup import (
@@ -40,7 +40,7 @@ from nat_jax.training.setup import (
 
 logger = logging.getLogger(__name__)
 
-# Steps whose results have not been read yet. Dispatching without bound deadlocks simulated devices
+# Dispatched steps whose results have not been read. Unbounded dispatch deadlocks simulated devices
 # on few cores, and two are enough to keep a device busy.
 _IN_FLIGHT = 2
 
@@ -53,11 +53,11 @@ class TrainingDiverged(UserError, RuntimeError):
 
 
 def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> TrainState:
-    """Train, judge the features, and write the table and the report.
+    """Train, evaluate the features, and write the table and the report.
 
-    The same call resumes an unfinished run, extends one that has become longer, and only reads the
-    results of a finished one. Of several processes all make the same call; the first one alone
-    judges, as that takes its own devices only, and writes what is written once.
+    The same call resumes an unfinished run, extends one whose length has grown, and only reads the
+    results of a finished one. Of several processes all make the same call; only the first one
+    evaluates, on its own devices, and writes the files of the run.
 
     Args:
         config: see ``nat_jax.config.default``; with several ``seeds``, each is an independent run
@@ -97,18 +97,18 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> T
         trained = _network(run, state)
         if jax.process_index() == 0:
             with preemption.nothing_to_save():
-                _say_health(run)
+                _log_health(run)
                 results[seed] = _judge_run(run, evaluator, int(state.step), trained)
         began = time.perf_counter()
     with preemption.nothing_to_save():
         if jax.process_index() == 0:
             _publish(folder, run, evaluator, results)
-        consistency.wait_for_all("published")  # however long that took
+        consistency.wait_for_all("published")
     return state
 
 
 def _train(run: Run, evaluator: judge.Judge, folder: Path, began: float) -> TrainState:
-    """Bring a run to its last step, from wherever its newest checkpoint stands."""
+    """Train a run to its last step, from its newest checkpoint."""
     checkpoints = checkpoint.Checkpoints(
         run.workdir / "checkpoints", keep=run.config.checkpoint.keep
     )
@@ -118,7 +118,7 @@ def _train(run: Run, evaluator: judge.Judge, folder: Path, began: float) -> Trai
             {"newest checkpoint": checkpoints.latest_step()},
             f"All hosts must see the same files in {run.workdir}",
         )
-        state = restore_or_create(run, checkpoints)  # or find out that it is another's
+        state = restore_or_create(run, checkpoints)  # raises if it is of another run
         if jax.process_index() == 0:
             workdirs.write_json(folder / "config.json", configs.to_dict(run.config))
         if int(state.step) > run.total_steps:
@@ -139,25 +139,25 @@ def _train(run: Run, evaluator: judge.Judge, folder: Path, began: float) -> Trai
 
 def _network(run: Run, state: TrainState) -> Network:
     """Return the network with its weights on the host; all processes must call this."""
-    return Network(run.step.model, *sharding.whole((state.params, state.batch_stats)))
+    return Network(run.step.model, *sharding.to_host((state.params, state.batch_stats)))
 
 
-def _say_health(run: Run) -> None:
-    """Say in words how a run went, from the last value of each metric."""
+def _log_health(run: Run) -> None:
+    """Log and write sentences on the health of a run, from the last value of each metric."""
     latest: dict[str, float] = {}
     for row in metrics.read_rows(run.workdir):
         latest |= {name: value for name, value in row.items() if value is not None}
     last_epoch = (run.total_steps - 1) // run.steps_per_epoch
     every = run.config.assign.reassign_every_epochs
-    said = metrics.health(
+    sentences = health.sentences(
         latest,
         n=run.step.block or run.config.batch_size,
         dim=run.step.model.dim,
         kind=run.config.targets.kind,
         matched_epoch=last_epoch - last_epoch % every if every else None,
     )
-    workdirs.write_json(run.workdir / "results" / "health.json", said)
-    for sentence in said:
+    workdirs.write_json(run.workdir / "results" / "health.json", sentences)
+    for sentence in sentences:
         logger.info("seed %d: %s", run.seed, sentence)
 
 
@@ -264,8 +264,8 @@ class _Loop:
                     state = self._dispatch(step, state, batch)
                     self._read(keep=_IN_FLIGHT)
                     state = self._after(step + 1, state, stop)
-                if asked := stop.asked():  # while the last step was saved
-                    raise Preempted(asked, run.total_steps)
+                if requested := stop.requested():  # while the last step was saved
+                    raise Preempted(requested, run.total_steps)
         finally:
             batches.close()
             self._writer.close()
@@ -354,22 +354,22 @@ class _Loop:
         )
 
     def _after(self, done: int, state: TrainState, stop: StopOnSignal) -> TrainState:
-        """Judge and save when due, and leave when asked to."""
+        """Evaluate and save when due; stop if a signal requests it."""
         run = self._run
         last = done == run.total_steps
-        asked = stop.asked()  # the same in all processes
-        if self._judges_at(done) and not asked:
+        requested = stop.requested()  # the same in all processes
+        if self._judges_at(done) and not requested:
             self._read(keep=0)
             with self._timer.paused():
                 self._judge(done, state)
-        if last or asked or done % self._save_every == 0:
+        if last or requested or done % self._save_every == 0:
             self._read(keep=0)  # nothing that is not finite is ever saved
             consistency.check_copies(state, f"step {done}")
             meta = {**run.identity(), "config": configs.to_dict(run.config)}
             self._checkpoints.save(done, state, meta)
-        if asked:
+        if requested:
             self._checkpoints.wait()
-            raise Preempted(asked, done)
+            raise Preempted(requested, done)
         return state
 
     def _judges_at(self, done: int) -> bool:

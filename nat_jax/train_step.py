@@ -2,13 +2,14 @@
 
 ::
 
+    rows      = present(batch)                        the target rows that the images own [B]
     features  = forward(images)                       z, unit rows [B, D]
-    rows      = match(features, targets, rows)        re-deal the batch's rows, when due
+    rows      = apply_matching(solve(build_costs))    rows reassigned within the batch, when due
     state     = update(features, targets[rows])       SGD on 1/(2n) sum |z - c|^2
 
-``match`` poses assignment problems (``pose``), solves them (``solve``) and deals out the rows
-(``deal``). Everything here is pure and runs under ``jax.jit`` over the ("data", "model") mesh; how
-it is compiled, and where matching is solved, is the business of ``nat_jax.training.host_matching``.
+A step that reassigns is ``post_match(solve(pre_match))``, whether the devices solve
+(``train_step``) or the host between two programs (``nat_jax.training.host_matching``). Everything
+here is pure and runs under ``jax.jit`` over the ("data", "model") mesh.
 """
 
 import dataclasses
@@ -27,13 +28,14 @@ from nat_jax.models import Model, Params
 from nat_jax.runtime import sharding
 from nat_jax.targets import Targets
 
+Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """All that training changes; what a checkpoint holds.
+    """Everything that training changes and a checkpoint holds.
 
     Attributes:
         params: the network's parameters, float32.
@@ -62,7 +64,7 @@ class Step:
         optimizer: the settings of SGD.
         mesh: devices along ("data", "model").
         loss: a key of ``losses.LOSSES``.
-        supervised: images are pulled to the row of their class, in place of one of their own.
+        supervised: the target of an image is the row of its class instead of a row of its own.
         solver: a key of ``assign.SOLVERS``.
         solver_options: keyword arguments of the solver, as sorted (name, value) pairs.
         block: images matched together; None for the whole global batch.
@@ -83,11 +85,11 @@ class Step:
 
 
 class Forward(NamedTuple):
-    """The training-mode pass over a batch.
+    """The training-mode forward pass over a batch.
 
     Attributes:
         features: float32[B, D], unit norm; [B, V, D] of V views of each image. Logits where the
-            loss takes these.
+            loss takes them.
         pullback: maps a cotangent of the features to one of the parameters.
         batch_stats: running statistics after this pass.
     """
@@ -98,7 +100,7 @@ class Forward(NamedTuple):
 
 
 class Solution(NamedTuple):
-    """What training needs of K solved blocks; see ``assign.Assignment``.
+    """The solver's result for K blocks; see ``assign.Assignment``.
 
     Attributes:
         col4row: int32[K, b].
@@ -111,6 +113,20 @@ class Solution(NamedTuple):
     gap: jax.Array
     rounds: jax.Array
     status: jax.Array
+
+
+class MatchProblem(NamedTuple):
+    """State of a step between the forward pass and the solver.
+
+    Attributes:
+        result: the forward pass.
+        rows: int32[B], the target rows that the images own before the matching.
+        cost: float32[K, b, b]; see ``build_costs``.
+    """
+
+    result: Forward
+    rows: jax.Array
+    cost: jax.Array
 
 
 def create_state(
@@ -132,83 +148,126 @@ def create_state(
 
 @functools.cache
 def state_shardings(step: Step) -> TrainState:
-    """Return where every leaf of the state lives, as a ``TrainState`` of shardings."""
+    """Return the sharding of every leaf of the state, as a ``TrainState``."""
     shapes = jax.eval_shape(
         lambda: create_state(step.model, step.optimizer, jnp.zeros(1, jnp.int32), jax.random.key(0))
     )
     assignment = sharding.over_data if step.storage == "sharded" else sharding.replicated
     return dataclasses.replace(
-        sharding.of_weights(step.mesh, shapes), assignment=assignment(step.mesh)
+        sharding.param_shardings(step.mesh, shapes), assignment=assignment(step.mesh)
     )
 
 
 def batch_shardings(step: Step) -> dict[str, jax.sharding.NamedSharding]:
-    """Return where what a step reads of a batch lives, by name."""
-    return sharding.of_batch(step.mesh, labels=step.supervised)
+    """Return the sharding of each batch entry that a step reads, by name."""
+    return sharding.batch_shardings(step.mesh, labels=step.supervised)
+
+
+def train_step(
+    step: Step,
+    state: TrainState,
+    targets: Targets,
+    batch: Batch,
+    *,
+    reassign: bool,
+) -> tuple[TrainState, Metrics]:
+    """Run forward, match (when ``reassign``) and update on one global batch.
+
+    Args:
+        step: the settings.
+        state: the state before the step.
+        targets: the target rows.
+        batch: image uint8[B, H, W, 3] or [B, V, H, W, 3], index int32[B] (distinct), weight
+            float32[B], 0 for a bad record; label int32[B] if supervised, -1 for a record without
+            a class.
+        reassign: whether this step reassigns the batch's rows; static.
+    """
+    if reassign:
+        problem = pre_match(step, state, targets, batch)
+        return post_match(step, state, targets, batch, problem, solve_sharded(step, problem.cost))
+    result = forward(step, state, batch["image"])
+    rows, weight = present(step, state, batch)
+    return update(step, state, result, targets.gather(rows), weight)
+
+
+def pre_match(
+    step: Step, state: TrainState, targets: Targets, batch: Batch, *, rematerialize: bool = False
+) -> MatchProblem:
+    """Run the part of a reassigning step that comes before the solver."""
+    result = forward(step, state, batch["image"], rematerialize=rematerialize)
+    rows, weight = present(step, state, batch)
+    cost = build_costs(step, result.features, targets.gather(rows), weight)
+    return MatchProblem(result, rows, cost)
+
+
+def post_match(
+    step: Step,
+    state: TrainState,
+    targets: Targets,
+    batch: Batch,
+    problem: MatchProblem,
+    solution: Solution,
+) -> tuple[TrainState, Metrics]:
+    """Run the part of a reassigning step that comes after the solver; reads index and weight."""
+    result, rows, cost = problem
+    rows, metrics = apply_matching(step, result.features, rows, cost, solution)
+    state = scatter_assignment(state, batch["index"], rows)
+    state, update_metrics = update(step, state, result, targets.gather(rows), batch["weight"])
+    return state, {**update_metrics, **metrics}
+
+
+def present(step: Step, state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    """Return each image's target row int32[B] and its weight in the loss float32[B]."""
+    if step.supervised:
+        return batch["label"], batch["weight"] * (batch["label"] >= 0)
+    return state.assignment[batch["index"]], batch["weight"]
 
 
 def forward(
-    model: Model,
-    state: TrainState,
-    images: jax.Array,
-    *,
-    output: str = "z",
-    keep_little: bool = False,
+    step: Step, state: TrainState, images: jax.Array, *, rematerialize: bool = False
 ) -> Forward:
     """Run the network in training mode and keep what its gradient needs.
 
     Args:
-        model: the network.
+        step: the network, and the loss, which takes features or logits.
         state: the current state.
         images: uint8[B, H, W, 3], or [B, V, H, W, 3], V views of each.
-        output: which of the network's outputs the loss takes, "z" or "logits".
-        keep_little: keep only what convolutions and matrix products return, and let the pullback
-            compute the rest again. For a pullback that is called in another program: within one the
-            compiler itself keeps no more than it needs.
+        rematerialize: store only the results of convolutions and matrix products, and let the
+            pullback compute the rest again. For a pullback that is called in another program:
+            within one program the compiler itself stores no more than it needs.
     """
+    output = losses.LOSSES[step.loss].output
     key = jax.random.fold_in(state.key, state.step)
-    each = images.reshape(-1, *images.shape[-3:])  # batch norm sees all views together
+    flat = images.reshape(-1, *images.shape[-3:])  # batch norm sees all views together
 
     def features(params: Params) -> tuple[jax.Array, Params]:
-        outputs, batch_stats = model.apply(params, state.batch_stats, each, train=True, key=key)
+        outputs, batch_stats = step.model.apply(
+            params, state.batch_stats, flat, train=True, key=key
+        )
         return outputs[output].reshape(*images.shape[:-3], -1), batch_stats
 
-    if keep_little:
+    if rematerialize:
         saved = jax.checkpoint_policies.dots_saveable
         features = jax.checkpoint(features, policy=saved, prevent_cse=False)
     z, pullback, batch_stats = jax.vjp(features, state.params, has_aux=True)
     return Forward(z, pullback, batch_stats)
 
 
-def match(
-    step: Step, features: jax.Array, batch_targets: jax.Array, rows: jax.Array, weight: jax.Array
-) -> tuple[jax.Array, Metrics]:
-    """Re-deal the batch's target rows among its images by solving an assignment problem.
+def build_costs(
+    step: Step, features: jax.Array, batch_targets: jax.Array, weight: jax.Array
+) -> jax.Array:
+    """Return the assignment problems of a batch, float32[K, b, b], for a solver that minimises.
 
-    Each block of images maximises the summed cosine between features and rows (paper, section 3.3,
-    equation 5; authors' main.lua). Views of an image share a row, which is chosen by the direction
-    of their mean (beyond the paper). A record of weight 0 keeps its row.
+    Entry (k, i, j) is minus the cosine between image i of block k and the target of image j, so
+    that each block of images maximises its summed cosine (paper, section 3.3, equation 5; authors'
+    main.lua). Views of an image share a row, chosen by the direction of their mean (beyond the
+    paper). A record of weight 0 can only keep its row.
 
     Args:
-        step: solver, block and mesh.
-        features: float32[B, D] or [B, V, D], unit norm, of the training-mode pass of this very
-            step.
-        batch_targets: float32[B, D], the targets that the images own now.
-        rows: int32[B], their row numbers.
+        step: block and mesh.
+        features: float32[B, D] or [B, V, D], unit norm, of this step's training-mode pass.
+        batch_targets: float32[B, D], the targets that the images own.
         weight: float32[B]; 0 for a bad record.
-
-    Returns:
-        The new rows int32[B], a permutation of ``rows`` within each block, and the metrics.
-    """
-    cost = pose(step, features, batch_targets, weight)
-    solution = _on_blocks(step, functools.partial(solve, step), len(cost))(cost)
-    return deal(step, features, rows, cost, solution)
-
-
-def pose(step: Step, features: jax.Array, batch_targets: jax.Array, weight: jax.Array) -> jax.Array:
-    """Return what the solver minimises, float32[K, b, b]; see ``match``.
-
-    Entry (k, i, j) is minus the cosine between image i of block k and the target of image j.
     """
 
     def costs(z: jax.Array, batch_targets: jax.Array, weight: jax.Array) -> jax.Array:
@@ -216,29 +275,40 @@ def pose(step: Step, features: jax.Array, batch_targets: jax.Array, weight: jax.
         similarity = jnp.einsum("kid,kjd->kij", z, batch_targets, precision=highest)
         good = weight > 0
         own = jnp.eye(weight.shape[1], dtype=bool)
-        allowed = own | (good[:, :, None] & good[:, None, :])  # a bad record keeps its row
+        allowed = own | (good[:, :, None] & good[:, None, :])
         return jnp.where(allowed, -similarity, jnp.inf)
 
-    z, batch_targets, weight = _blocks(step, (_one_direction(features), batch_targets, weight))
-    return _on_blocks(step, costs, len(z))(z, batch_targets, weight)
+    z, batch_targets, weight = _blocks(step, (_mean_direction(features), batch_targets, weight))
+    return _over_devices(step, costs, len(z))(z, batch_targets, weight)
 
 
 def solve(step: Step, cost: jax.Array) -> Solution:
-    """Solve the problems of ``pose``, or some of them, where they are."""
+    """Solve some of the problems of ``build_costs`` on the devices that hold them."""
     solved = assign.solve(cost, solver=step.solver, **dict(step.solver_options))
     return Solution(solved.col4row, solved.gap, solved.rounds, solved.status)
 
 
-def deal(
-    step: Step,
-    features: jax.Array,
-    rows: jax.Array,
-    cost: jax.Array,
-    solution: Solution,
-) -> tuple[jax.Array, Metrics]:
-    """Give the batch's rows to the images that the solution has for them; see ``match``."""
+def solve_sharded(step: Step, cost: jax.Array) -> Solution:
+    """Solve all problems of ``build_costs``, each device those of its own blocks."""
+    return _over_devices(step, functools.partial(solve, step), len(cost))(cost)
 
-    def of_each_block(
+
+def apply_matching(
+    step: Step, features: jax.Array, rows: jax.Array, cost: jax.Array, solution: Solution
+) -> tuple[jax.Array, Metrics]:
+    """Return the rows int32[B] that the solution assigns to the images, and metrics.
+
+    The new rows of each block are a permutation of its old ones.
+
+    Args:
+        step: block and mesh.
+        features: float32[B, D] or [B, V, D], as for ``build_costs``.
+        rows: int32[B], the rows that the images owned.
+        cost: float32[K, b, b].
+        solution: of these costs.
+    """
+
+    def in_blocks(
         z: jax.Array, rows: jax.Array, cost: jax.Array, solution: Solution
     ) -> tuple[jax.Array, Metrics]:
         new_rows = jnp.take_along_axis(rows, solution.col4row, axis=1)
@@ -251,24 +321,30 @@ def deal(
             "assign/gap": solution.gap / rows.shape[1],
             "assign/rounds": solution.rounds.astype(jnp.float32),
             "assign/worst_status": solution.status.astype(jnp.float32),
-            **_spread(z),
+            **feature_diversity(z),
         }
         return new_rows, metrics
 
-    z, row_blocks = _blocks(step, (_one_direction(features), rows))
-    new_rows, per_block = _on_blocks(step, of_each_block, len(z))(z, row_blocks, cost, solution)
+    z, row_blocks = _blocks(step, (_mean_direction(features), rows))
+    new_rows, per_block = _over_devices(step, in_blocks, len(z))(z, row_blocks, cost, solution)
     metrics = {name: jnp.mean(value) for name, value in per_block.items()}
     metrics["assign/worst_status"] = jnp.max(per_block["assign/worst_status"])
     return new_rows.reshape(rows.shape), metrics
 
 
+def scatter_assignment(state: TrainState, index: jax.Array, rows: jax.Array) -> TrainState:
+    """Return the state in which the images ``index`` int32[B] own ``rows`` int32[B]."""
+    assignment = state.assignment.at[index].set(rows, unique_indices=True)
+    return dataclasses.replace(state, assignment=assignment)
+
+
 def _blocks(step: Step, batch: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-    """Cut arrays [B, ...] into consecutive blocks [K, b, ...]."""
+    """Split arrays [B, ...] into consecutive blocks [K, b, ...]."""
     return tuple(x.reshape(-1, step.block or len(x), *x.shape[1:]) for x in batch)
 
 
-def _on_blocks(step: Step, function: Callable[..., Any], count: int) -> Callable[..., Any]:
-    """Let each device work on its own blocks, or all on the same ones where they do not divide.
+def _over_devices(step: Step, function: Callable[..., Any], count: int) -> Callable[..., Any]:
+    """Run a function of K blocks on each device's own blocks; on all where K does not divide.
 
     Under shard_map no collective can end up inside a solver's loop.
     """
@@ -276,8 +352,8 @@ def _on_blocks(step: Step, function: Callable[..., Any], count: int) -> Callable
     return jax.shard_map(function, mesh=step.mesh, in_specs=spec, out_specs=spec, check_vma=False)
 
 
-def _one_direction(features: jax.Array) -> jax.Array:
-    """Give one unit vector for each image, [B, D]: that of its features, or of its views' mean."""
+def _mean_direction(features: jax.Array) -> jax.Array:
+    """Return one unit vector for each image, [B, D]: its features, or its views' mean direction."""
     z = jax.lax.stop_gradient(features)
     if z.ndim == 2:
         return z
@@ -285,8 +361,8 @@ def _one_direction(features: jax.Array) -> jax.Array:
     return mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-12)
 
 
-def _spread(z: jax.Array) -> Metrics:
-    """Measure how the features of each block [K, b, D] fill the sphere.
+def feature_diversity(z: jax.Array) -> Metrics:
+    """Return two measures, each [K], of how the unit features [K, b, D] of a block fill the sphere.
 
     ``features/effective_rank`` is the participation ratio (tr M)^2 / tr(M^2) of their second
     moment M: 1 when all coincide, min(b, D) at the most. ``features/uniformity`` is
@@ -304,31 +380,24 @@ def _spread(z: jax.Array) -> Metrics:
 
 
 def update(
-    settings: optim.Optimizer,
-    state: TrainState,
-    result: Forward,
-    targets: jax.Array,
-    weight: jax.Array,
-    *,
-    loss: str = "square",
+    step: Step, state: TrainState, result: Forward, targets: jax.Array, weight: jax.Array
 ) -> tuple[TrainState, Metrics]:
     """Take one step of SGD on the loss against the gathered targets.
 
     Args:
-        settings: the optimiser.
-        state: the state before the step, its assignment already re-dealt.
+        step: the optimiser and the loss.
+        state: the state before the step, with its new assignment.
         result: the forward pass.
-        targets: float32[B, D], the rows that the images own now.
+        targets: float32[B, D], the targets of the images.
         weight: float32[B]; 0 for a record that shall not count.
-        loss: a key of ``losses.LOSSES``.
 
     Returns:
         The state after the step, and the loss, the gradient's norm and the learning rate.
     """
-    function = losses.LOSSES[loss].function
-    value, cotangent = jax.value_and_grad(function)(result.features, targets, weight)
-    gradient, norm = optim.measured(*result.pullback(cotangent))
-    optimizer = optim.make_optimizer(settings)
+    loss = losses.LOSSES[step.loss].function
+    value, cotangent = jax.value_and_grad(loss)(result.features, targets, weight)
+    gradient, norm = optim.gradient_and_norm(*result.pullback(cotangent))
+    optimizer = optim.make_optimizer(step.optimizer)
     updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
     new_state = dataclasses.replace(
         state,
@@ -337,49 +406,10 @@ def update(
         opt_state=opt_state,
         step=state.step + 1,
     )
+    rate = optim.make_schedule(step.optimizer)(state.step)
     metrics = {
         "train/loss": value,
         "train/gradient_norm": norm,
-        "train/learning_rate": jnp.asarray(optim.make_schedule(settings)(state.step), jnp.float32),
+        "train/learning_rate": jnp.asarray(rate, jnp.float32),
     }
     return new_state, metrics
-
-
-def train_step(
-    step: Step,
-    state: TrainState,
-    targets: Targets,
-    batch: Mapping[str, jax.Array],
-    *,
-    reassign: bool,
-) -> tuple[TrainState, Metrics]:
-    """Run forward, match (when ``reassign``) and update on one global batch.
-
-    Args:
-        step: the settings.
-        state: the state before the step.
-        targets: the target rows.
-        batch: image uint8[B, H, W, 3] or [B, V, H, W, 3], index int32[B] (distinct), weight
-            float32[B]; label int32[B] if supervised, -1 for a record that shall not count.
-        reassign: whether this step re-deals the batch's rows; static.
-    """
-    output = losses.LOSSES[step.loss].output
-    result = forward(step.model, state, batch["image"], output=output)
-    rows, weight = state.assignment[batch["index"]], batch["weight"]
-    if step.supervised:
-        rows, weight = batch["label"], weight * (batch["label"] >= 0)
-    metrics: Metrics = {}
-    if reassign:
-        batch_targets = targets.gather(rows)
-        rows, metrics = match(step, result.features, batch_targets, rows, weight)
-        state = write_down(state, batch["index"], rows)
-    state, update_metrics = update(
-        step.optimizer, state, result, targets.gather(rows), weight, loss=step.loss
-    )
-    return state, {**update_metrics, **metrics}
-
-
-def write_down(state: TrainState, index: jax.Array, rows: jax.Array) -> TrainState:
-    """Return the state in which the images ``index`` int32[B] own ``rows`` int32[B]."""
-    assignment = state.assignment.at[index].set(rows, unique_indices=True)
-    return dataclasses.replace(state, assignment=assignment)

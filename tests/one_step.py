@@ -25,13 +25,13 @@ NETWORKS = {
 
 
 class Outcome(NamedTuple):
-    """What a step gives.
+    """The result of a step.
 
     Attributes:
         state: on the devices, after the step.
         params, assignment, metrics: on the host; the permutation without its padding.
         index: int32[B], the records of the batch.
-        similarity: [B, B], cosines of features and the targets that the images owned; known of a
+        similarity: [B, B], cosines of features and the targets that the images owned; known for a
             step on one device.
     """
 
@@ -49,6 +49,7 @@ def make_step(
     network: str = "small",
     dtype: str = "float32",
     bn_groups: int = 1,
+    solver: str = "scipy",  # the quickest to compile
     **settings: Any,
 ) -> Step:
     model = models.make_model(
@@ -60,7 +61,7 @@ def make_step(
         bn_groups=bn_groups,
         **NETWORKS[network],
     )
-    return Step(model, optim.Optimizer(0.5, momentum=0.9), mesh, **settings)
+    return Step(model, optim.Optimizer(0.5, momentum=0.9), mesh, solver=solver, **settings)
 
 
 def make_targets(step: Step, storage: str = "table") -> targets.Targets:
@@ -72,7 +73,8 @@ def make_targets(step: Step, storage: str = "table") -> targets.Targets:
 
 @functools.cache
 def first_state(model: models.Model, optimizer: optim.Optimizer) -> TrainState:
-    return create_state(model, optimizer, jnp.zeros(0, jnp.int32), jax.random.key(0))
+    create = jax.jit(create_state, static_argnums=(0, 1))
+    return create(model, optimizer, jnp.zeros(0, jnp.int32), jax.random.key(0))
 
 
 def make_state(step: Step) -> TrainState:
@@ -116,7 +118,7 @@ def one_step(
 def _similarity(
     step: Step, noise: targets.Targets, state: TrainState, batch: dict[str, np.ndarray]
 ) -> np.ndarray:
-    features = jax.jit(lambda s, x: forward(step.model, s, x).features)(state, batch["image"])
+    features = jax.jit(lambda s, x: forward(step, s, x).features)(state, batch["image"])
     if features.ndim == 3:  # what is matched is the direction of the views' mean
         features = jnp.mean(features, axis=1)
         features /= jnp.linalg.norm(features, axis=-1, keepdims=True)

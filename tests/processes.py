@@ -1,5 +1,6 @@
 """Starts nat_jax in several processes on this host, as the tests see it from outside."""
 
+import dataclasses
 import os
 import signal
 import socket
@@ -8,7 +9,9 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 from project import ROOT
 
@@ -146,6 +149,14 @@ def start(
         ]
     logs = workdir.with_name(f"{workdir.name}-logs")
     return Run(logs, commands, [environment(devices, **variables)] * processes)
+
+
+def leaves_of(state: Any) -> dict[str, np.ndarray]:
+    """Return the leaves of a train state by name, that of its key as integers."""
+    flat = jax.tree_util.tree_flatten_with_path(
+        dataclasses.replace(state, key=jax.random.key_data(state.key))
+    )[0]
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat}
 
 
 def state(workdir: Path, process: int = 0) -> dict[str, np.ndarray]:

@@ -27,7 +27,7 @@ def tiny(solves: str):
     c.optim.learning_rate = 0.1
     c.assign.reassign_every_epochs = 3
     c.assign.placement = solves
-    c.assign.block = 64
+    c.assign.block, c.assign.solver = 64, "scipy"
     c.eval.every_epochs = 2
     c.eval.probes = ("knn",)
     c.eval.labels_per_class = (0,)

@@ -69,12 +69,12 @@ def test_momentum_and_weight_decay_follow_their_definition():
 
 def test_a_gradient_is_measured_without_a_change():
     small, large = jax.random.normal(jax.random.key(0), (3,)), jnp.full((1024, 1024), 0.125)
-    gradient, norm = jax.jit(optim.measured)({"small": small, "large": large})
+    gradient, norm = jax.jit(optim.gradient_and_norm)({"small": small, "large": large})
     np.testing.assert_array_equal(gradient["small"], small)
     np.testing.assert_array_equal(gradient["large"], large)
     np.testing.assert_allclose(norm, optax.tree.norm([small, large]), rtol=1e-6)
     broken = large.at[5, 7].set(jnp.nan)
-    gradient, norm = jax.jit(optim.measured)({"small": small, "large": broken})
+    gradient, norm = jax.jit(optim.gradient_and_norm)({"small": small, "large": broken})
     assert np.isnan(norm) and np.isnan(gradient["large"]).all()
     np.testing.assert_array_equal(gradient["small"], small)
 

@@ -57,7 +57,7 @@ def judging(devices):
     layer_outputs.lower(network, ("conv1", "z"), None, *weights, images).compile()
 
 here = [device for device in devices if device.process_index == 0]
-attempt("judging alone", lambda: judging(sharding.alone(here, processes)))
+attempt("judging alone", lambda: judging(sharding.standalone_devices(here, processes)))
 attempt("judging on all of a host", lambda: judging(here))
 
 def summing(first_only):

@@ -9,7 +9,7 @@ from nat_jax import report
 from nat_jax.report import charts, tables
 from nat_jax.report.page import render
 from nat_jax.report.tables import probe_name
-from nat_jax.training.workdir import write_whole
+from nat_jax.runtime import atomic_files
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -101,10 +101,10 @@ def write(result: Result, workdir: Path) -> Path:
         if len(measured.x) > 1:
             figure = measured.figure()
             png = workdir / "pictures" / f"suite_{measured.name}.png"
-            write_whole(png, charts.png(figure))
+            atomic_files.write(png, charts.png(figure))
             svg = charts.inline_svg(figure, measured.name)
         sections.append((measured.title, measured.table(), svg))
-    write_whole(workdir / "results" / "suite.md", markdown(result).encode())
+    atomic_files.write(workdir / "results" / "suite.md", markdown(result).encode())
     page = render(
         "experiments/suite.html",
         title=_title(result),
@@ -117,7 +117,7 @@ def write(result: Result, workdir: Path) -> Path:
         layers=tables.arrange(result["layers"]),
         runs=_runs(result),
     )
-    write_whole(workdir / "report.html", page.encode())
+    atomic_files.write(workdir / "report.html", page.encode())
     return workdir / "report.html"
 
 

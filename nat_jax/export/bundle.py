@@ -9,7 +9,6 @@ import dataclasses
 import io
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -140,26 +139,17 @@ class Bundle(Network):
         files = {CARD: atomic_files.as_json(self._card()), WEIGHTS: self._weights()} | dict(
             extras or {}
         )
-        partial, old = (
-            place.with_name(f".{place.name}.{os.getpid()}{end}") for end in ("", ".old")
-        )
         try:
             if place.exists() and any(place.iterdir()) and not (place / CARD).exists():
                 raise BundleError(f"{place} holds something else; name an empty or a new folder")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            for name, data in files.items():
-                (partial / name).write_bytes(data)
-            sums = {name: atomic_files.sha256(partial / name) for name in files}
-            (partial / SUMS).write_bytes(atomic_files.sums_text(sums))
-            if place.exists():
-                place.replace(old)
-            partial.replace(place)
+            with atomic_files.replacing(place) as partial:
+                partial.mkdir()
+                for name, data in files.items():
+                    (partial / name).write_bytes(data)
+                sums = {name: atomic_files.sha256(partial / name) for name in files}
+                (partial / SUMS).write_bytes(atomic_files.sums_text(sums))
         except OSError as error:
             raise BundleError(f"cannot write the bundle {place}: {error}") from error
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-            shutil.rmtree(old, ignore_errors=True)
         return place
 
     def layer_shapes(self) -> dict[str, list[int]]:

@@ -17,7 +17,11 @@ def hash64(values: np.ndarray) -> np.ndarray:
 
     One step of SplitMix64 from each number as its state (Steele, Lea and Flood, 2014).
     """
-    z = values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    return mix64(values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))
+
+
+def mix64(z: np.ndarray) -> np.ndarray:
+    """Return SplitMix64's finaliser of uint64: a bijection that keeps zero."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))

@@ -10,8 +10,8 @@ import jinja2
 
 from nat_jax.report import charts, tables
 from nat_jax.report.contents import Contents, read
-from nat_jax.training import metrics
-from nat_jax.training.workdir import write_whole
+from nat_jax.runtime import atomic_files
+from nat_jax.training import health
 
 
 def write_report(workdir: Path) -> Path:
@@ -49,7 +49,7 @@ def write_report(workdir: Path) -> Path:
         },
     )
     path = workdir / "report.html"
-    write_whole(path, page.encode())
+    atomic_files.write(path, page.encode())
     return path
 
 
@@ -111,7 +111,7 @@ def _chance(contents: Contents) -> float | None:
     # The formula is for random directions; rows of the canonical basis are none.
     if contents.setting("targets.kind") != "sphere" or not matched or not dim:
         return None
-    return metrics.chance_cosine(matched, dim)
+    return health.chance_cosine(matched, dim)
 
 
 def _summary(result: Mapping[str, Any], steps: int | None) -> str:

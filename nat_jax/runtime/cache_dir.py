@@ -1,4 +1,4 @@
-"""The user's folder for what can be made again: indexes of large data sets, compiled programs."""
+"""The user's cache folder: indexes of large data sets, compiled programs."""
 
 import logging
 import os
@@ -6,16 +6,16 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-# Seconds of compiling. JAX's second is longer than most programs of a small network take, which
-# together are most of a small run's start.
-_WORTH_KEEPING = 0.1
+# Programs that take longer to compile are cached, in seconds. JAX's default of 1 s leaves out most
+# programs of a small network, which together are most of a small run's start.
+_MIN_COMPILE_SECONDS = 0.1
 
 
 def place(kind: str) -> Path | None:
-    """Return the folder for one kind of things, which may not exist yet.
+    """Return the folder for one kind of cached files, which may not exist yet.
 
-    It is in ``$NAT_JAX_CACHE``, else ``$XDG_CACHE_HOME/nat_jax``, else ``~/.cache/nat_jax``. None
-    where there is no home.
+    It is in ``$NAT_JAX_CACHE``, else ``$XDG_CACHE_HOME/nat_jax``, else ``~/.cache/nat_jax``; None
+    if there is no home folder.
     """
     base = os.environ.get("NAT_JAX_CACHE") or ""
     if not base:
@@ -24,15 +24,15 @@ def place(kind: str) -> Path | None:
     return None if base.startswith("~") else Path(base).absolute() / kind
 
 
-def keep_programs() -> None:
-    """Let JAX keep compiled programs here, unless it was told to keep them elsewhere or nowhere.
+def enable_compilation_cache() -> None:
+    """Let JAX cache compiled programs here, unless it is configured to cache elsewhere or nowhere.
 
-    Where nothing can be written one line says so.
+    If the folder cannot be written, this is logged.
     """
-    import jax  # not needed by those who ask for a place only
+    import jax  # ``place`` does without
 
-    told = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    if told is not None:  # by $JAX_COMPILATION_CACHE_DIR for instance; "" is nowhere
+    configured = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if configured is not None:  # by $JAX_COMPILATION_CACHE_DIR for instance; "" is nowhere
         return
     folder = place("programs")
     try:
@@ -43,11 +43,11 @@ def keep_programs() -> None:
             raise PermissionError(f"{folder} cannot be written")
     except OSError as error:
         logger.info(
-            "compiled programs are not kept (%s): each start compiles anew; set NAT_JAX_CACHE to a "
-            "folder that can be written",
+            "compiled programs are not kept (%s): each start compiles them again; set "
+            "NAT_JAX_CACHE to a folder that can be written",
             error,
         )
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", _WORTH_KEEPING)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)

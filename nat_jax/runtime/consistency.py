@@ -1,4 +1,4 @@
-"""What several processes must have in common, compared before it does harm.
+"""Checks that all processes of a run have the same config, data, folder and state.
 
 Each check is a collective: all processes make the same calls in the same order, and all of them
 raise, or none.
@@ -20,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nat_jax.errors import UserError
+from nat_jax.runtime import sharding
 
 PyTree = Any
 
@@ -28,75 +29,65 @@ class Disagreement(UserError, RuntimeError):
     """Processes of one run differ in what they must share."""
 
 
-def meet() -> None:
-    """Let all devices of all processes exchange something, when all have just been started.
+def warm_up_collectives() -> None:
+    """Run one collective over all devices of all processes, right after the start.
 
-    This finds out whether they can. It also sets up what they need for it: Gloo, on CPUs, gives up
-    where one process comes to that more than 30 seconds after another, as in compiling a step.
+    This checks that they can communicate, and sets up their connections: Gloo, on CPUs, gives up
+    where one process comes to that more than 30 seconds after another, as after compiling a step.
     """
     mesh = Mesh(np.array(jax.devices()), ("all",), axis_types=(AxisType.Auto,))
-    one = jax.make_array_from_callback(
+    ones = jax.make_array_from_callback(
         (mesh.size,), NamedSharding(mesh, P("all")), lambda _: np.ones(1, np.int32)
     )
-    jax.block_until_ready(jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, P()))(one))
+    jax.block_until_ready(jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, P()))(ones))
 
 
 def check_same(values: Mapping[str, Any], hint: str) -> None:
     """Check that all processes have equal values.
 
     Args:
-        values: what JSON can hold, by the name that the message gives it. Of a mapping with
-            strings as keys the message names the first key whose values differ.
-        hint: what to do about a difference.
+        values: JSON values by the name that the message shows. Of a mapping the message names the
+            first key whose values differ.
+        hint: how to fix a difference.
 
     Raises:
-        Disagreement: naming what differs, and the processes that stand against process 0.
+        Disagreement: naming what differs, and the processes that differ from process 0.
     """
     if jax.process_count() == 1:
         return
-    name, others = _first_that_differs(values)
-    if name is None:
+    text = json.dumps(values, sort_keys=True).encode()
+    digest = np.frombuffer(hashlib.sha256(text).digest(), np.uint32)
+    mine = np.append(digest, np.uint32(len(text)))
+    every = np.asarray(multihost_utils.process_allgather(mine))
+    if (every == every[0]).all():
         return
-    value = values[name]
-    if isinstance(value, Mapping):
-        keys = {key: value.get(key) for key in _of_process_0(sorted(value))}
-        # the keys themselves come last: where no value differs, some process has more of them
-        name, others = _first_that_differs({**keys, f"keys of {name}": sorted(value)})
-        assert name is not None
-        value = keys.get(name, sorted(value))
-    count = jax.process_count()
-    raise Disagreement(
-        f"{name}: process{'es' if len(others) > 1 else ''} {_listed(others)} of {count} "
-        f"differ{'' if len(others) > 1 else 's'} from process 0; here it is "
-        f"{_short(json.dumps(value, sort_keys=True))}. {hint}"
-    )
+    padded = np.frombuffer(text.ljust(every[:, -1].max()), np.uint8)
+    texts = np.asarray(multihost_utils.process_allgather(padded))
+    first, *others = (_flat(json.loads(each.tobytes())) for each in texts)
+    for name in sorted(first.keys() | set().union(*others)):
+        expected = first.get(name)
+        differing = [p for p, other in enumerate(others, 1) if other.get(name) != expected]
+        if differing:
+            got = others[differing[0] - 1].get(name)
+            raise Disagreement(
+                f"{name}: process {_listed(differing)} of {jax.process_count()} differs from "
+                f"process 0: {_short(got)} instead of {_short(expected)}. {hint}"
+            )
 
 
-def _first_that_differs(values: Mapping[str, Any]) -> tuple[str | None, list[int]]:
-    """Return the first name whose value is not the same everywhere, and where it is another."""
-    texts = [json.dumps(value, sort_keys=True) for value in values.values()]
-    mine = [np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint32) for text in texts]
-    every = np.asarray(multihost_utils.process_allgather(np.stack(mine)))
-    for number, name in enumerate(values):
-        others = [p for p in range(len(every)) if (every[p, number] != every[0, number]).any()]
-        if others:
-            return name, others
-    return None, []
-
-
-def _of_process_0(names: list[str]) -> list[str]:
-    """Return process 0's strings to all."""
-    mine = np.frombuffer(json.dumps(names).encode(), np.uint8)
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(mine.size)))
-    text = multihost_utils.broadcast_one_to_all(np.resize(mine, length))
-    return json.loads(np.asarray(text).tobytes())
+def _flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace each mapping in ``values`` by its entries."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat.update(value if isinstance(value, Mapping) else {name: value})
+    return flat
 
 
 def check_shared(folder: Path) -> None:
     """Check that all processes see the same folder.
 
     Raises:
-        Disagreement: some do not see what process 0 writes into it.
+        Disagreement: some do not see the file that process 0 writes into it.
     """
     if jax.process_count() == 1:
         return
@@ -117,27 +108,34 @@ def check_shared(folder: Path) -> None:
         )
 
 
-def wait_for_all(what: str) -> None:
-    """Wait until all processes have come here: for as long as they live; 30 minutes with Gloo."""
+def wait_for_all(name: str) -> None:
+    """Wait for all processes; without a time limit while they live, with Gloo for 30 minutes."""
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"nat_jax: {what}")
+        multihost_utils.sync_global_devices(f"nat_jax: {name}")
+
+
+def all_true(value: bool) -> bool:
+    """Return whether a value is true in every process."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.process_allgather(np.array(value)).all())
 
 
 def check_copies(tree: PyTree, what: str) -> None:
     """Check that all copies of each array are equal, on every device of every process.
 
-    Each device hashes what it holds; 4 bytes an array and device are exchanged.
+    Each device hashes the data it holds; 4 bytes an array and device are exchanged.
 
     Args:
-        tree: arrays that are replicated, or sharded over one mesh; of a shard there may be several
-            copies too.
-        what: what they are, for the message.
+        tree: arrays that are replicated, or sharded over one mesh; a shard may have several copies
+            too.
+        what: name of the tree in the message.
 
     Raises:
-        Disagreement: naming the first array whose copies differ, and where.
+        Disagreement: naming the first array whose copies differ, and the processes.
     """
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    arrays = [_plain(leaf) for _, leaf in leaves]
+    arrays = [sharding.without_key_type(leaf) for _, leaf in leaves]
     shardings: tuple[Any, ...] = tuple(array.sharding for array in arrays)
     if not shardings or len(shardings[0].device_set) == 1:
         return
@@ -145,25 +143,20 @@ def check_copies(tree: PyTree, what: str) -> None:
     sums = np.asarray(_checksums(shardings)(*arrays))
     for number, ((path, _), array) in enumerate(zip(leaves, arrays, strict=True)):
         places = array.sharding.devices_indices_map(array.shape)
-        copies: dict[str, dict[int, list[int]]] = {}  # part of the array -> checksum -> processes
+        copies: dict[str, dict[int, set[int]]] = {}  # part of the array -> checksum -> processes
         for device, value in zip(devices, sums[:, number], strict=True):
-            owners = copies.setdefault(str(places[device]), {}).setdefault(int(value), [])
-            owners.append(device.process_index)
-        for owners_by_sum in copies.values():
-            if len(owners_by_sum) > 1:
-                few = sorted(owners_by_sum.values(), key=len)
-                named = " against ".join(f"process {_listed(sorted(set(p)))}" for p in few)
+            by_checksum = copies.setdefault(str(places[device]), {})
+            by_checksum.setdefault(int(value), set()).add(device.process_index)
+        for by_checksum in copies.values():
+            if len(by_checksum) > 1:
+                name = jax.tree_util.keystr(path, simple=True)
+                owners = sorted(by_checksum.values(), key=len)
+                named = " against ".join(f"process {_listed(sorted(each))}" for each in owners)
                 raise Disagreement(
-                    f"{what}: the copies of {jax.tree_util.keystr(path, simple=True)!r} differ: "
-                    f"that of {named}. Nothing was saved; the same command line goes on from the "
-                    "last checkpoint. If it happens again, suspect the hardware of the first"
+                    f"{what}: the copies of {name!r} differ: that of {named}. Nothing was saved; "
+                    "the same command line goes on from the last checkpoint. If it happens again, "
+                    "suspect the hardware of the first"
                 )
-
-
-def _plain(leaf: jax.Array) -> jax.Array:
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.random.key_data(leaf)
-    return leaf
 
 
 @functools.cache
@@ -185,7 +178,7 @@ def _checksums(shardings: tuple[NamedSharding, ...]) -> Any:
 
 
 def _checksum(array: jax.Array) -> jax.Array:
-    """Sum a hash of each (position, value), modulo 2**32; a sum has no order that could vary."""
+    """Return the sum of a hash of each (position, value), modulo 2**32, in any order."""
     if array.dtype == bool:
         array = array.astype(jnp.uint8)
     unsigned = jnp.dtype(f"uint{8 * min(array.dtype.itemsize, 4)}")
@@ -195,17 +188,18 @@ def _checksum(array: jax.Array) -> jax.Array:
 
 
 def _mix(x: jax.Array) -> jax.Array:
-    """Let each of 32 bits depend on all (the finaliser of MurmurHash3)."""
+    """Mix 32 bits so that each depends on all (the finaliser of MurmurHash3)."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
 
 
 def _listed(numbers: list[int]) -> str:
-    """Name up to eight numbers."""
+    """Return up to eight numbers as text."""
     shown = ", ".join(map(str, numbers[:8]))
     return f"{shown} and {len(numbers) - 8} more" if len(numbers) > 8 else shown
 
 
-def _short(text: str) -> str:
+def _short(value: Any) -> str:
+    text = json.dumps(value)
     return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,8 +1,8 @@
-"""The device mesh, where arrays live on it, and global batches.
+"""The device mesh, the shardings of arrays on it, and global batches.
 
-One 2-D mesh ("data", "model") serves a laptop and a pod. Pixels are split over all of its devices,
-so that each convolves images of its own. What follows from them, features for instance, is split
-along "data"; the devices along "model" share the matrices of wide fully connected layers.
+One 2-D mesh ("data", "model") serves a laptop and a pod. Images are split over all of its devices,
+so that each convolves images of its own. Features and everything else per image are split along
+"data"; the devices along "model" share the matrices of wide fully connected layers.
 
 The axes are of type Auto: the Explicit type, JAX's default, refuses
 ``targets[assignment[index]]`` on sharded operands.
@@ -74,9 +74,9 @@ def make_mesh(
 
 
 def _in_order(devices: Sequence[jax.Device]) -> list[jax.Device]:
-    """Order devices by their wiring, as JAX knows it for each TPU slice, and by process above all.
+    """Order devices by process, and within one by their wiring, as JAX knows it for a TPU slice.
 
-    The batch is then in one order, whichever process has which part of it.
+    Each process then has consecutive parts of the batch.
     """
     slices: dict[int, list[jax.Device]] = {}
     for device in devices:
@@ -104,17 +104,17 @@ def over_all(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P(mesh.axis_names))
 
 
-def of_batch(mesh: Mesh, *, labels: bool = False) -> dict[str, NamedSharding]:
-    """Return the shardings of what a train step needs of a batch, with ``labels`` if supervised."""
+def batch_shardings(mesh: Mesh, *, labels: bool = False) -> dict[str, NamedSharding]:
+    """Return the shardings of the batch entries of a train step, with ``labels`` if supervised."""
     along = ("index", "weight", "label") if labels else ("index", "weight")
     return {"image": over_all(mesh), **dict.fromkeys(along, over_data(mesh))}
 
 
-def of_weights(mesh: Mesh, shapes: Any) -> Any:
-    """Return the sharding of every parameter, or of what an optimiser or batch norm keeps.
+def param_shardings(mesh: Mesh, shapes: Any) -> Any:
+    """Return the sharding of every parameter, optimiser slot or batch statistic.
 
     Large matrices, those of fully connected layers, are split over "model" by their outputs, and so
-    is what an optimiser keeps beside each of their elements. Everything else is replicated.
+    are the optimiser's slots of the same shape. Everything else is replicated.
 
     Args:
         mesh: the devices.
@@ -131,10 +131,10 @@ def of_weights(mesh: Mesh, shapes: Any) -> Any:
 
 
 def permutation_storage(storage: str, num_records: int, mesh: Mesh) -> tuple[str, int]:
-    """Say where a permutation of the records lives, and how long it is.
+    """Return how a permutation of the records is stored, and its length.
 
     A sharded one is padded. Entry i >= ``num_records`` is i, and stays so: no record has that
-    index, and no batch that row. The whole remains a permutation.
+    index, and no batch that row. The padded array is a permutation too.
 
     Args:
         storage: "auto", "replicated" or "sharded".
@@ -170,7 +170,7 @@ def permutation_storage(storage: str, num_records: int, mesh: Mesh) -> tuple[str
 
 def global_batch(local: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Assemble each process's share of a batch into global arrays."""
-    shardings = of_batch(mesh)
+    shardings = batch_shardings(mesh)
     return {
         name: jax.make_array_from_process_local_data(shardings.get(name, over_data(mesh)), value)
         for name, value in local.items()
@@ -178,7 +178,7 @@ def global_batch(local: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.A
 
 
 def abstract(tree: Any, shardings: Any) -> Any:
-    """Return the shapes and dtypes of ``tree`` as they shall be restored.
+    """Return the shapes, dtypes and target shardings of ``tree``, for restoring it.
 
     Args:
         tree: pytree of arrays or ``jax.ShapeDtypeStruct``.
@@ -191,49 +191,55 @@ def abstract(tree: Any, shardings: Any) -> Any:
     )
 
 
-def whole(tree: Any) -> Any:
-    """Return arrays as they are on no device in particular, for work a process does alone.
+def without_key_type(leaf: jax.Array) -> jax.Array:
+    """Return the uint32 data of a typed PRNG key, and any other array as it is."""
+    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.key_data(leaf)
+    return leaf
 
-    All processes must call this: others may hold what this one lacks.
+
+def to_host(tree: Any) -> Any:
+    """Return all of each array as ``numpy.ndarray``, for work that a process does alone.
+
+    All processes must call this: others may hold shards that this one lacks.
 
     Args:
         tree: pytree of arrays, sharded in any way.
-
-    Returns:
-        The same of ``numpy.ndarray``.
     """
 
-    def fetch(leaf: jax.Array) -> np.ndarray:
-        if leaf.is_fully_addressable or leaf.is_fully_replicated:
-            return np.asarray(leaf)
-        return np.asarray(multihost_utils.process_allgather(leaf, tiled=True))
+    def fetch(leaf: Any) -> np.ndarray:
+        leaf = without_key_type(leaf)
+        if isinstance(leaf, jax.Array) and not (
+            leaf.is_fully_addressable or leaf.is_fully_replicated
+        ):
+            leaf = multihost_utils.process_allgather(leaf, tiled=True)
+        return np.asarray(leaf)
 
     return jax.tree.map(fetch, tree)
 
 
 def _local_mesh() -> Mesh:
-    """Return the devices that this process can use while the others do something else."""
-    devices = alone(jax.local_devices(), jax.process_count())
+    """Return the devices of this process that it can use without the other processes."""
+    devices = standalone_devices(jax.local_devices(), jax.process_count())
     return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
 
 
-def alone(devices: Sequence[jax.Device], processes: int) -> Sequence[jax.Device]:
-    """Return those of a process's devices that a program of its own can run on.
+def standalone_devices(devices: Sequence[jax.Device], processes: int) -> Sequence[jax.Device]:
+    """Return those of a process's devices that it can run a program of its own on.
 
-    On part of a TPU pod it may have one chip only: the compiler refuses several, as their wiring is
-    shared with the rest.
+    In a TPU pod that is one chip: the compiler refuses several, as they are wired to other hosts.
     """
     return devices[:1] if processes > 1 and devices[0].platform == "tpu" else devices
 
 
 def on_local_devices(tree: Any) -> Any:
-    """Copy whole arrays onto the devices of this process, for work it does alone."""
+    """Copy arrays to the devices of this process, for work that it does alone."""
     everywhere = NamedSharding(_local_mesh(), P())
     return jax.tree.map(lambda leaf: jax.device_put(np.asarray(leaf), everywhere), tree)
 
 
 def local_batch(images: np.ndarray) -> jax.Array:
-    """Split a batch over this process's devices, or copy it to each where it does not divide."""
+    """Split a batch over this process's devices, or copy it to each if it does not divide."""
     mesh = _local_mesh()
     spec = P("data") if len(images) % mesh.size == 0 else P()
     return jax.device_put(images, NamedSharding(mesh, spec))

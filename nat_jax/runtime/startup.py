@@ -1,9 +1,9 @@
-"""Start-up of several processes, and the end of one whose peers are gone.
+"""Start-up of several processes, and the end of one that has lost another.
 
 JAX finds the cluster, connects the processes and notices when one of them dies. What is added here:
-a process that is alone waits for nobody, and what goes wrong is one message within a bounded time,
-where JAX's runtime aborts with a C++ stack trace. It was run on loopback, in up to four processes
-with simulated CPU devices; what JAX reports on TPU pods and in Kubernetes was imitated in tests.
+a process that is alone waits for no other, and every failure is one message within a bounded time,
+where JAX's runtime waits or aborts. Tested over loopback in up to four processes with simulated CPU
+devices; what JAX reports on TPU pods and in Kubernetes is imitated in tests.
 """
 
 import contextlib
@@ -14,7 +14,6 @@ import re
 import signal
 import socket
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 import jax
 
 from nat_jax.errors import UserError
-from nat_jax.runtime import c_signals, consistency
+from nat_jax.runtime import consistency, preemption
 
 logger = logging.getLogger(__name__)
 
@@ -30,11 +29,11 @@ MODES = ("auto", "on", "off")
 
 LOST = 75  # exit code of a process that has lost another: EX_TEMPFAIL, "try again", of sysexits.h
 
-_LATER = 60  # seconds by which JAX's own time limit, at which it aborts, lies behind ours
-_PROBE = 2.0  # seconds to find out whether a coordinator that did not help can be reached at all
+_LATER = 60  # seconds from our time limit to JAX's own, at which it aborts
+_PROBE = 2.0  # seconds for one attempt to reach a coordinator that did not answer
 
-# What the transports say when the other end is gone: Gloo on CPUs, NCCL on GPUs, gRPC everywhere.
-_GONE = re.compile(
+# Errors of the transports when a peer is gone: Gloo on CPUs, NCCL on GPUs, gRPC everywhere.
+_PEER_GONE = re.compile(
     r"UNAVAILABLE: |(UNKNOWN|INTERNAL|ABORTED|CANCELLED|DEADLINE_EXCEEDED): .*"
     r"(gloo|nccl|connection|socket|peer|coordination)",
     re.IGNORECASE,
@@ -42,42 +41,52 @@ _GONE = re.compile(
 
 
 class StartUpError(UserError, RuntimeError):
-    """The processes of a run cannot be brought together."""
+    """The processes of a run cannot be connected."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
-    """Which of how many processes this one is, and where the first one waits for the others."""
+class ProcessInfo:
+    """The index of this process, the number of processes, and how they connect.
+
+    Attributes:
+        coordinator: HOST:PORT at which process 0 waits for the others.
+        count: number of processes.
+        index: of this one, from 0.
+        by_hand: all three were given, so that JAX need not look for a cluster.
+    """
 
     coordinator: str
     count: int
     index: int
-    by_hand: bool  # all three were given, so that JAX need not look for a cluster
+    by_hand: bool
+
+    def __str__(self) -> str:
+        return f"process {self.index} of {self.count}, coordinator {self.coordinator}"
 
 
-def find_place(
+def find_process(
     mode: str = "auto",
     *,
     coordinator: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
     timeout: float = 300.0,
-) -> Place | None:
-    """Find out whether this process is one of several.
+) -> ProcessInfo | None:
+    """Return this process's number among several, from the flags or from the cluster.
 
     Args:
         mode: "auto" looks for a cluster as JAX knows them: a SLURM step, Open MPI, the workers of a
             TPU pod, an indexed Kubernetes job; "on" insists on one; "off" does not look.
-        coordinator: HOST:PORT of the first process; found by "auto" and "on" if None.
-        num_processes: how many there are; found if None.
-        process_id: which this is, from 0; found if None.
-        timeout: seconds that JAX may ask a cluster's services for.
+        coordinator: HOST:PORT of the first process; if None the cluster's.
+        num_processes: number of processes; if None the cluster's.
+        process_id: number of this one, from 0; if None the cluster's.
+        timeout: seconds for JAX to query a cluster's services.
 
     Returns:
         None for a process that is alone, and with mode "auto" for a cluster of one.
 
     Raises:
-        StartUpError: what was given is incomplete, or contradicts itself.
+        StartUpError: the arguments are incomplete or contradictory.
     """
     flags = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
     given = [f"--{name}={value}" for name, value in flags.items() if value is not None]
@@ -90,14 +99,14 @@ def find_place(
         return None
     cluster: Any = None
     if missing:
-        with _limited(timeout, lambda: "asking the cluster where this process belongs"):
+        with _limited(timeout, lambda: "querying the cluster for this process's number"):
             cluster = _cluster(insist=mode == "on" or bool(given))
             if cluster is not None:
-                num_processes = _ask(cluster, cluster.get_process_count, num_processes)
+                num_processes = _query(cluster, cluster.get_process_count, num_processes)
                 if mode == "auto" and num_processes == 1:
                     return None
-                process_id = _ask(cluster, cluster.get_process_id, process_id)
-                coordinator = _ask(cluster, lambda: _address(cluster, timeout), coordinator)
+                process_id = _query(cluster, cluster.get_process_id, process_id)
+                coordinator = _query(cluster, lambda: _address(cluster, timeout), coordinator)
         if cluster is None and not given and mode == "auto":
             return None
     if coordinator is None or num_processes is None or process_id is None:
@@ -114,12 +123,12 @@ def find_place(
             f"--process_id: expected 0 to {num_processes - 1}, as --num_processes is "
             f"{num_processes}; got {process_id}"
         )
-    return Place(coordinator, num_processes, process_id, cluster is None)
+    return ProcessInfo(coordinator, num_processes, process_id, cluster is None)
 
 
 def _cluster(*, insist: bool) -> Any:
     """Return JAX's description of the cluster that started this process; None outside of one."""
-    # Not public in JAX, but the only way to learn the number of processes before connecting.
+    # Private, but JAX has no public way to learn the number of processes before connecting.
     from jax._src.clusters import ClusterEnv, K8sCluster
 
     if not insist and (_is_one_tpu_host() or os.environ.get("SLURM_STEP_NUM_TASKS") == "1"):
@@ -131,7 +140,7 @@ def _cluster(*, insist: bool) -> Any:
         if cluster.opt_in_only_method:
             continue
         try:
-            if _ask(cluster, cluster.is_env_present):
+            if _query(cluster, cluster.is_env_present):
                 return cluster
         except StartUpError as error:  # a TPU VM elsewhere than at Google, for instance
             if insist:
@@ -147,9 +156,9 @@ def _cluster(*, insist: bool) -> Any:
 
 
 def _is_one_tpu_host() -> bool:
-    """Say whether the environment names one TPU host, as on Kaggle and in Colab.
+    """Return whether the environment names one TPU host, as on Kaggle and in Colab.
 
-    JAX would ask Google's metadata service all the same, and fail where there is none.
+    JAX would query Google's metadata service all the same, and fail where there is none.
     """
     hosts = os.environ.get("TPU_PROCESS_ADDRESSES") or os.environ.get("TPU_WORKER_HOSTNAMES", "")
     return hosts != "" and "," not in hosts and "MEGASCALE_NUM_SLICES" not in os.environ
@@ -160,7 +169,7 @@ def _address(cluster: Any, timeout: float) -> str:
     return cluster.get_coordinator_address(timeout_secs=timeout, override_coordinator_port=port)
 
 
-def _ask(cluster: Any, question: Callable[[], Any], known: Any = None) -> Any:
+def _query(cluster: Any, question: Callable[[], Any], known: Any = None) -> Any:
     if known is not None:
         return known
     try:
@@ -173,108 +182,105 @@ def _ask(cluster: Any, question: Callable[[], Any], known: Any = None) -> Any:
         ) from error
 
 
-def connect(place: Place, *, timeout: float = 300.0, heartbeat: int = 100) -> None:
+def connect(process: ProcessInfo, *, timeout: float = 300.0, heartbeat: int = 100) -> None:
     """Connect to the other processes and see all their devices.
 
-    What JAX cannot survive, a refusal by the coordinator for instance, ends this process with one
-    message and exit code 2, as does the time limit.
+    At the time limit, and where JAX's runtime aborts, as on a refusal by the coordinator, this
+    process ends with one message and exit code 2. Ctrl-C ends it at once: Python would not see it
+    before the runtime stops waiting.
 
     Args:
-        place: from ``find_place``.
-        timeout: seconds in which all must have come.
-        heartbeat: seconds without a sign of life after which a process counts as dead, and JAX ends
-            all others.
+        process: from ``find_process``.
+        timeout: seconds in which all must have connected.
+        heartbeat: seconds of silence after which a process counts as dead, and JAX ends all others.
 
     Raises:
         StartUpError: the port is taken, or JAX refuses.
     """
-    if place.index == 0:
-        _check_port(place)
-    with (
-        _survived(place) as stderr,
-        _limited(timeout, lambda: _why_nobody_came(place), stderr),
-    ):
-        try:
+    if process.index == 0:
+        _check_port(process)
+    main = threading.current_thread() is threading.main_thread()
+    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL) if main else None
+    try:
+        with (
+            preemption.c_handler(signal.SIGABRT, lambda _: _exit(_aborted(process))),
+            _limited(timeout, lambda: _missing(process)),
+        ):
             jax.distributed.initialize(
-                place.coordinator,
-                num_processes=place.count,
-                process_id=place.index,
-                cluster_detection_method="deactivate" if place.by_hand else None,
+                process.coordinator,
+                num_processes=process.count,
+                process_id=process.index,
+                cluster_detection_method="deactivate" if process.by_hand else None,
                 initialization_timeout=int(timeout) + _LATER,
                 heartbeat_timeout_seconds=heartbeat,
             )
             seen = jax.process_count()  # starts the devices, which also waits for the others
-            if seen == place.count:
-                consistency.meet()
-        except Exception as error:
-            raise StartUpError(f"{_named(place)}: {type(error).__name__}: {error}") from error
-    if seen != place.count:
+            if seen == process.count:
+                consistency.warm_up_collectives()
+    except Exception as error:
+        raise StartUpError(f"{process}: {type(error).__name__}: {error}") from error
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, interrupt)
+    if seen != process.count:
         raise StartUpError(
-            f"{_named(place)}: JAX sees {seen}. All need the same --num_processes (and on CPUs, "
+            f"{process}: JAX sees {seen}. All need the same --num_processes (and on CPUs, "
             "jax_cpu_collectives_implementation 'gloo' or 'mpi')"
         )
 
 
-def _named(place: Place) -> str:
-    return f"process {place.index} of {place.count}, coordinator {place.coordinator}"
-
-
-def _check_port(place: Place) -> None:
-    """Try to listen, as JAX would crash where it cannot."""
+def _check_port(process: ProcessInfo) -> None:
+    """Check that the coordinator can listen; JAX would crash."""
     if "JAX_COORDINATOR_BIND_ADDRESS" in os.environ:
         return
-    port = int(place.coordinator.rpartition(":")[2])
+    port = int(process.coordinator.rpartition(":")[2])
     both = socket.has_dualstack_ipv6()
     family = socket.AF_INET6 if both else socket.AF_INET
     try:
         socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
     except (OSError, OverflowError) as error:
         raise StartUpError(
-            f"{_named(place)}: cannot listen on port {port}: {error}. End what uses it, or choose "
+            f"{process}: cannot listen on port {port}: {error}. End what uses it, or choose "
             "another port with --coordinator=HOST:PORT, or JAX_COORDINATOR_PORT where the cluster "
             "is found, in all processes"
         ) from error
 
 
-def _why_nobody_came(place: Place) -> str:
-    cure = (
-        f"Every process needs the same --coordinator and --num_processes={place.count}, and its "
-        f"own --process_id from 0 to {place.count - 1}; look at the others' output, or raise "
-        "--distributed_timeout. --distributed=off runs alone"
-    )
-    if place.index == 0:
-        return f"waiting, as {_named(place)}, for the others: not all came. {cure}"
-    host, _, port = place.coordinator.rpartition(":")
-    found = ["no answer"]
-
-    def probe() -> None:
+def _missing(process: ProcessInfo) -> str:
+    """Return what a process that nobody has joined is waiting for."""
+    reason = "for the others: not all came"
+    if process.index:
+        host, _, port = process.coordinator.rpartition(":")
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=_PROBE).close()
-            found[0] = ""
+            reason = "which answers; not all processes have come to it"
         except OSError as error:
-            found[0] = str(error)
-
-    thread = threading.Thread(target=probe, daemon=True)  # a name server may take longer
-    thread.start()
-    thread.join(_PROBE)
-    if found[0]:
-        what = f"which cannot be reached: {found[0]}"
-    else:
-        what = "which answers; not all processes have come to it"
-    return f"waiting, as {_named(place)}, {what}. {cure}"
+            reason = f"which cannot be reached: {error}"
+    return (
+        f"waiting, as {process}, {reason}. "
+        f"Every process needs the same --coordinator and --num_processes={process.count}, and its "
+        f"own --process_id from 0 to {process.count - 1}; look at the others' output, or raise "
+        "--distributed_timeout. --distributed=off runs alone"
+    )
 
 
-def _end(message: str, stderr: int = 2) -> None:
-    os.write(stderr, f"nat_jax: {message}\n".encode())
+def _aborted(process: ProcessInfo) -> str:
+    return (
+        f"{process}: JAX's runtime gave up, for the reason above. It does so when two processes "
+        "have the same --process_id, not all the same --num_processes, or when one has ended: look "
+        "at the others' output"
+    )
+
+
+def _exit(message: str) -> None:
+    os.write(2, f"nat_jax: {message}\n".encode())
     os._exit(2)
 
 
 @contextlib.contextmanager
-def _limited(timeout: float, waiting_for: Callable[[], str], stderr: int = 2) -> Iterator[None]:
-    """End this process with one message if what is inside takes too long."""
-    timer = threading.Timer(
-        timeout, lambda: _end(f"after {timeout:g} s still {waiting_for()}", stderr)
-    )
+def _limited(timeout: float, waiting_for: Callable[[], str]) -> Iterator[None]:
+    """End this process with one message if the time inside exceeds a limit."""
+    timer = threading.Timer(timeout, lambda: _exit(f"after {timeout:g} s still {waiting_for()}"))
     timer.daemon = True
     timer.start()
     try:
@@ -283,55 +289,19 @@ def _limited(timeout: float, waiting_for: Callable[[], str], stderr: int = 2) ->
         timer.cancel()
 
 
-@contextlib.contextmanager
-def _survived(place: Place) -> Iterator[int]:
-    """Make one message of an abort: JAX's runtime prints a stack trace and aborts where it fails.
-
-    Standard error is held back meanwhile; what is given is where messages can still be written.
-    Ctrl-C ends the process at once: Python would not see it before the runtime's wait is over.
-    """
-    sys.stderr.flush()
-    main = threading.current_thread() is threading.main_thread()
-    interrupt = signal.signal(signal.SIGINT, signal.SIG_DFL) if main else None
-    with tempfile.TemporaryFile() as held:
-        stderr = os.dup(2)
-        os.dup2(held.fileno(), 2)
-
-        def aborted(_: int) -> None:
-            held.seek(0)
-            said = held.read().decode(errors="replace")
-            status = re.search(r"absl::Status: (.*)", said)
-            _end(
-                f"{_named(place)}: JAX's runtime gave up: "
-                f"{status[1] if status else said.strip()[-500:]}. It does so when two processes "
-                "have the same --process_id, not all the same --num_processes, or when one has "
-                "ended: look at the others' output",
-                stderr,
-            )
-
-        try:
-            with c_signals.handled(signal.SIGABRT, aborted):
-                yield stderr
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
-            if interrupt is not None:
-                signal.signal(signal.SIGINT, interrupt)
-            held.seek(0)
-            os.write(2, held.read())
-
-
 def who() -> str:
-    """Return "process 3: " in one of several processes, and nothing in one that is alone."""
+    """Return "process 3: " in one of several processes, and "" in one that is alone."""
     return f"process {jax.process_index()}: " if jax.distributed.is_initialized() else ""
 
 
 def lost_peer(error: BaseException) -> str | None:
-    """Return the transport's words if an error says that another process is gone, else None."""
+    """Return the transport's message if an error means that another process is gone, else None."""
     seen: BaseException | None = error
     while jax.distributed.is_initialized() and seen is not None:
         # JAX raises ValueError for some of them.
-        if isinstance(seen, jax.errors.JaxRuntimeError | ValueError) and _GONE.match(str(seen)):
+        if isinstance(seen, jax.errors.JaxRuntimeError | ValueError) and _PEER_GONE.match(
+            str(seen)
+        ):
             return str(seen).split("\n")[0]
         seen = seen.__cause__ or seen.__context__
     return None

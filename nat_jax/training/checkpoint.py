@@ -1,38 +1,38 @@
-"""Checkpoints: the one place that knows orbax.
+"""Checkpoints: the only module that uses orbax.
 
-A checkpoint is the whole training state and a JSON record beside it. Orbax writes both in the
-background into a temporary folder and renames it when all is on disk, so a killed save leaves the
-older checkpoints as they were. Orbax does not notice a flipped bit in array data: the record
-therefore holds a digest of every leaf, and a checkpoint that does not match is never restored. The
-state is hashed on the host before its save goes on in the background, and when it is restored. The
-assignment, the one leaf that grows with the data set, is hashed and proven to be a permutation
-shard by shard (``nat_jax.training.assignment_state``); it never comes together in one place.
+A checkpoint is the training state and a JSON record. Orbax writes both in the background into a
+temporary folder and renames it when all is on disk, so a killed save leaves the older checkpoints
+as they were. Orbax does not notice a flipped bit in array data: the record therefore holds a digest
+of every leaf, and a checkpoint that does not match is never restored. The state is hashed on the
+host before its save continues in the background, and after it is restored. The assignment, the one
+leaf that grows with the data set, is hashed and proven to be a permutation shard by shard
+(``nat_jax.training.assignment_state``) and never gathered.
 """
 
 import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from nat_jax.errors import InputError, UserError
+from nat_jax.runtime import consistency, sharding
 from nat_jax.training import assignment_state
 
 PyTree = Any
 
 logger = logging.getLogger(__name__)
 
-# Of the JSON record; raised when its meaning changes.
+# Version of the JSON record; raised when its meaning changes.
 _FORMAT = 2
 
-# What orbax calls a checkpoint that is not complete. Its own cleaning ends only at the next save.
+# Orbax's name for an incomplete checkpoint, which it removes at the next save only.
 _LEFTOVERS = "*.orbax-checkpoint-tmp*"
 
 
@@ -41,15 +41,15 @@ class CheckpointError(UserError, RuntimeError):
 
 
 class _Damaged(CheckpointError):
-    """What is on disk is not what was saved; an older checkpoint may be good."""
+    """The files on disk do not match what was saved; an older checkpoint may be good."""
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's manager, which leaves the question whether to stop to the training loop.
+    """Orbax's manager without its own query for preemption, which the training loop makes.
 
-    Orbax asks JAX's runtime too, from its background thread with the steps of older saves. The
-    runtime lets the processes stop at the step after the last that it heard of: one that is past,
-    then, and nobody would stop (seen with two processes).
+    Orbax queries JAX's runtime too, from its background thread with the steps of older saves. The
+    runtime lets the processes stop at the step after the last one queried: at one that has passed,
+    then, and none would stop (seen with two processes).
     """
 
     def reached_preemption(self, step: int) -> bool:
@@ -66,10 +66,10 @@ class Checkpoints:
         """Open a folder of checkpoints; create it, and remove what killed saves left in it.
 
         Args:
-            directory: where the checkpoints live; made absolute here.
-            keep: how many of the newest to keep; an older one goes only when a newer one is
-                complete. From 2 on, a damaged newest checkpoint is not the end of the run.
-            read_only: touch nothing: another process may be training here.
+            directory: of the checkpoints; made absolute here.
+            keep: number of newest checkpoints to keep; an older one is removed only when a newer
+                one is complete. From 2 on the run survives a damaged newest checkpoint.
+            read_only: change nothing on disk: another process may be training here.
 
         Raises:
             ValueError: if ``keep`` is less than 1.
@@ -105,7 +105,7 @@ class Checkpoints:
         Args:
             step: number of finished training steps; larger than any saved before.
             state: pytree of arrays; its top level holds ``assignment`` int32[N].
-            meta: what JSON can hold; given back by ``restore``.
+            meta: JSON values, returned by ``restore``.
 
         Raises:
             ValueError: if ``state`` has no ``assignment``, or it is not a permutation.
@@ -118,11 +118,11 @@ class Checkpoints:
             raise InputError(
                 f"state to save: expected a top-level leaf 'assignment'; got {sorted(leaves)}"
             )
-        flaw = assignment_state.flaw(leaves["assignment"])
-        if not _all_processes(flaw is None):
+        error = assignment_state.permutation_error(leaves["assignment"])
+        if not consistency.all_true(error is None):
             raise InputError(
                 f"state to save at step {step}: 'assignment' is not a permutation: "
-                f"{flaw or 'on another process'}; nothing was saved"
+                f"{error or 'in another process'}; nothing was saved"
             )
         record = {
             "format": _FORMAT,
@@ -167,27 +167,22 @@ class Checkpoints:
                 differs from ``expect`` or from the shapes of ``abstract_state``.
         """
         self.wait()
-        damaged: dict[int, str] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                record = self._read_record(step)
-                self._check_meta(step, record["meta"], expect)
-                self._check_leaves(step, record["leaves"], _named_leaves(abstract_state))
-                state = self._read_state(step, record, abstract_state)
-            except _Damaged as error:
-                logger.warning("%s; trying an older one", error)
-                damaged[step] = str(error)
-                continue
-            if damaged:
-                self._set_aside(damaged)
-                logger.warning("restored the older checkpoint of step %d instead", step)
+
+        def read(step: int) -> tuple[PyTree, dict[str, Any]]:
+            record = self._read_record(step)
+            self._check_meta(step, record["meta"], expect)
+            self._check_leaves(step, record["leaves"], _named_leaves(abstract_state))
+            how = ocp.args.StandardRestore(abstract_state)
+            state = self._read_state(step, record["leaves"], how)
+            error = assignment_state.permutation_error(_named_leaves(state)["assignment"])
+            self._raise_damaged(step, error and f"'assignment' is not a permutation: {error}")
             return state, record["meta"]
-        if not damaged:
-            raise CheckpointError(f"no checkpoint in {self._directory}")
-        raise CheckpointError(
-            "no usable checkpoint: " + "; ".join(damaged.values()) + ". Nothing was changed on "
-            "disk; restore the files from a copy, or start again with another workdir"
-        )
+
+        (state, meta), step, damaged = self._newest_good(read)
+        if damaged:
+            self._set_aside(damaged)
+            logger.warning("restored the older checkpoint of step %d instead", step)
+        return state, meta
 
     def restore_parts(self, abstract: Mapping[str, PyTree]) -> tuple[Any, int, dict[str, Any]]:
         """Restore some parts of the newest good state, and change nothing on disk.
@@ -203,20 +198,38 @@ class Checkpoints:
             CheckpointError: there is no checkpoint, none is good, or the newest readable one has
                 other shapes.
         """
-        reasons = []
+        prefixes = tuple(f"{name}/" for name in abstract)
+
+        def read(step: int) -> tuple[Any, dict[str, Any]]:
+            record = self._read_record(step)
+            saved = {n: leaf for n, leaf in record["leaves"].items() if n.startswith(prefixes)}
+            self._check_leaves(step, saved, _named_leaves(abstract))
+            places = ocp.checkpoint_utils.construct_restore_args(abstract)
+            how = ocp.args.PyTreeRestore(abstract, restore_args=places, partial_restore=True)
+            return self._read_state(step, saved, how), record["meta"]
+
+        (parts, meta), step, _ = self._newest_good(read)
+        return parts, step, meta
+
+    def _newest_good(self, read: Callable[[int], Any]) -> tuple[Any, int, list[int]]:
+        """Return what ``read`` returns of the newest good checkpoint, its step, the damaged ones.
+
+        Raises:
+            CheckpointError: there is no checkpoint, none is good, or ``read`` raises it.
+        """
+        damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                record = self._read_record(step)
-                parts = tuple(f"{name}/" for name in abstract)
-                saved = {n: leaf for n, leaf in record["leaves"].items() if n.startswith(parts)}
-                self._check_leaves(step, saved, _named_leaves(abstract))
-                state = self._read_state(step, {**record, "leaves": saved}, abstract, partial=True)
+                return read(step), step, list(damaged)
             except _Damaged as error:
                 logger.warning("%s; trying an older one", error)
-                reasons.append(str(error))
-                continue
-            return state, step, record["meta"]
-        raise CheckpointError("; ".join(reasons) or f"no checkpoint in {self._directory}")
+                damaged[step] = str(error)
+        if not damaged:
+            raise CheckpointError(f"no checkpoint in {self._directory}")
+        raise CheckpointError(
+            "no usable checkpoint: " + "; ".join(damaged.values()) + ". Nothing was changed on "
+            "disk; restore the files from a copy, or start again with another workdir"
+        )
 
     def digests(self) -> dict[str, str]:
         """Return a digest of every leaf of the newest checkpoint, by the leaf's name.
@@ -231,7 +244,7 @@ class Checkpoints:
         return {name: leaf["digest"] for name, leaf in leaves.items()}
 
     def wait(self) -> None:
-        """Block until a running save is on disk.
+        """Wait until a running save is on disk.
 
         Raises:
             CheckpointError: if it failed.
@@ -268,30 +281,25 @@ class Checkpoints:
         return item["record"]
 
     def _read_state(
-        self, step: int, record: dict[str, Any], abstract_state: PyTree, *, partial: bool = False
+        self, step: int, saved: Mapping[str, Any], how: ocp.args.CheckpointArgs
     ) -> PyTree:
+        """Read arrays and compare them with the digests of the ``saved`` leaves."""
         state = reason = None
-        how: ocp.args.CheckpointArgs = ocp.args.StandardRestore(abstract_state)
-        if partial:
-            places = ocp.checkpoint_utils.construct_restore_args(abstract_state)
-            how = ocp.args.PyTreeRestore(abstract_state, restore_args=places, partial_restore=True)
         try:
             state = self._manager.restore(step, args=ocp.args.Composite(state=how)).state
         except Exception as error:
             reason = f"its arrays are unreadable ({_first_line(error)})"
-        self._raise_damaged(step, reason)  # the processes look at what they read together, or not
+        self._raise_damaged(step, reason)  # all processes must agree before the collectives below
         leaves = _named_leaves(state)
-        for name, saved in record["leaves"].items():
-            if _digest(name, leaves[name]) != saved["digest"]:
+        for name, leaf in saved.items():
+            if _digest(name, leaves[name]) != leaf["digest"]:
                 reason = f"{name!r} does not match its checksum"
-        if not partial and (flaw := assignment_state.flaw(leaves["assignment"])):
-            reason = f"'assignment' is not a permutation: {flaw}"
         self._raise_damaged(step, reason)
         return state
 
     def _raise_damaged(self, step: int, reason: str | None) -> None:
-        if not _all_processes(reason is None):
-            raise _Damaged(str(self._error(step, f"is damaged: {reason or 'on another process'}")))
+        if not consistency.all_true(reason is None):
+            raise _Damaged(str(self._error(step, f"is damaged: {reason or 'in another process'}")))
 
     def _check_meta(self, step: int, meta: Mapping[str, Any], expect: Mapping[str, Any]) -> None:
         expected = _as_json(expect)
@@ -322,8 +330,8 @@ class Checkpoints:
                 "Use the settings it was made with, or another workdir",
             )
 
-    def _set_aside(self, steps: Mapping[int, str]) -> None:
-        """Rename damaged checkpoints, which would stand in the way of saving their steps again."""
+    def _set_aside(self, steps: list[int]) -> None:
+        """Rename damaged checkpoints, so that their steps can be saved again."""
         if jax.process_index() == 0:
             for step in steps:
                 target = self._directory / f"{step}.damaged"
@@ -332,33 +340,16 @@ class Checkpoints:
                     number += 1
                     target = self._directory / f"{step}.damaged-{number}"
                 (self._directory / str(step)).rename(target)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("nat_jax damaged checkpoints set aside")
+        consistency.wait_for_all("damaged checkpoints set aside")
         self._manager.reload()
 
     def _error(self, step: int, what: str) -> CheckpointError:
         return CheckpointError(f"checkpoint of step {step} in {self._directory} {what}")
 
 
-def _all_processes(good: bool) -> bool:
-    """Say whether something is true on every process; all must call this."""
-    if jax.process_count() == 1:
-        return good
-    return bool(multihost_utils.process_allgather(np.array(good)).all())
-
-
 def _named_leaves(tree: PyTree) -> dict[str, Any]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
-def _to_host(leaf: Any) -> np.ndarray:
-    if isinstance(leaf, jax.Array):
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            leaf = jax.random.key_data(leaf)
-        if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
-            return multihost_utils.process_allgather(leaf, tiled=True)
-    return np.asarray(leaf)
 
 
 def _describe(leaf: Any) -> dict[str, Any]:
@@ -369,12 +360,12 @@ def _digest(name: str, leaf: Any) -> str:
     if name == "assignment":
         return f"{assignment_state.checksum(leaf):016x}"
     # reshape first: a uint8 view needs a last axis, which a scalar has not
-    data = np.ascontiguousarray(_to_host(leaf)).reshape(-1).view(np.uint8)
+    data = np.ascontiguousarray(sharding.to_host(leaf)).reshape(-1).view(np.uint8)
     return hashlib.sha256(data.data).hexdigest()
 
 
 def _as_json(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what reading ``values`` back from JSON gives: lists for tuples, text for keys."""
+    """Return ``values`` as they are when read back from JSON: lists for tuples, text for keys."""
     return json.loads(json.dumps(dict(values)))
 
 

@@ -1,4 +1,4 @@
-"""What a run says about itself: rows on disk, the progress on the terminal, and its health."""
+"""Metrics of a run: rows on disk, the progress on the terminal, timing."""
 
 import collections
 import contextlib
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import jax
-from scipy.special import betaincinv
+
+from nat_jax.runtime import atomic_files
 
 # Steps of each kind whose durations are compared to find the share of matching.
 _DURATIONS = 50
@@ -21,26 +22,19 @@ _DURATIONS = 50
 # Columns of a terminal that does not report its width.
 _USUAL_WIDTH = 100
 
-# Features count as collapsed when their effective rank lies this near to 1, on the way from 1 (all
-# coincide) to that of points spread evenly over the sphere.
-_COLLAPSED_SHARE = 0.05
-
-# An average cosine this much above chance is more than the noise of one batch.
-_ABOVE_CHANCE = 0.02
-
 
 class MetricsWriter:
-    """Append rows to ``metrics.jsonl``, and to TensorBoard when asked; process 0 alone writes."""
+    """Append rows to ``metrics.jsonl``, and to TensorBoard if enabled; only process 0 writes."""
 
     def __init__(
         self, workdir: Path, *, resume_step: int | None, tensorboard: bool = False
     ) -> None:
-        """Open a run's rows, without those that a resumed run is about to write again.
+        """Open a run's rows, and drop those that a resumed run will write again.
 
         Args:
             workdir: folder of the run; created if missing.
-            resume_step: rows of later steps are dropped; None keeps them all. A last line torn by
-                a kill is dropped in either case.
+            resume_step: rows of later steps are dropped; None keeps them all. An incomplete last
+                line, left by a kill, is dropped in either case.
             tensorboard: also write event files to ``workdir/tensorboard``.
 
         Raises:
@@ -59,7 +53,7 @@ class MetricsWriter:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, float]) -> None:
-        """Append one row; what is not finite is written as null.
+        """Append one row; values that are not finite are written as null.
 
         Args:
             row: metric names to numbers; must hold "step".
@@ -90,12 +84,10 @@ class MetricsWriter:
 def _drop_rows(path: Path, resume_step: int | None) -> None:
     kept = [
         line + "\n"
-        for row, line in _whole_rows(path)
+        for row, line in _complete_rows(path)
         if resume_step is None or row["step"] <= resume_step
     ]
-    new = path.with_suffix(".jsonl.new")
-    new.write_text("".join(kept), encoding="utf-8")
-    os.replace(new, path)
+    atomic_files.write(path, "".join(kept).encode())
 
 
 def _open_events(folder: Path, resume_step: int | None) -> Any:
@@ -113,11 +105,11 @@ def _open_events(folder: Path, resume_step: int | None) -> Any:
 def read_rows(workdir: Path) -> list[dict[str, Any]]:
     """Return the rows of a run's ``metrics.jsonl``; none if there is no such file."""
     path = workdir / "metrics.jsonl"
-    return [row for row, _ in _whole_rows(path)] if path.exists() else []
+    return [row for row, _ in _complete_rows(path)] if path.exists() else []
 
 
-def _whole_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Give the rows of a file with their text, without a last one torn by a kill."""
+def _complete_rows(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield the rows of a file with their text, without an incomplete last line."""
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
@@ -152,16 +144,16 @@ class Timer:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave the time inside, an evaluation for instance, out of everything."""
+        """Exclude the time inside, of an evaluation for instance, from all measurements."""
         start = time.perf_counter()
         yield
         self._paused += time.perf_counter() - start
         self._last_step = None
 
     def step(self, images: int, *, matched: bool, solving: float | None = None) -> None:
-        """Count a finished step over ``images`` images; ``matched`` if it re-dealt rows.
+        """Count a finished step over ``images`` images; ``matched`` if it reassigned rows.
 
-        ``solving`` is for how many seconds the host solved and the devices waited, where it did.
+        ``solving``: seconds that the host solved while the devices waited, if the host solves.
         """
         now = time.perf_counter()
         if self._last_step is not None:
@@ -174,13 +166,13 @@ class Timer:
             self._solving = (self._solving or 0.0) + solving
 
     def window(self) -> dict[str, float]:
-        """Return the measurements since the last call, and start anew.
+        """Return the measurements since the last call, and start a new window.
 
         Returns:
             time/images_per_second; time/data_share, the share of time spent waiting for data; and
-            time/match_share: the share of time that the host solved; where the devices solve, the
-            share that matching added, from the median durations of steps with and without it, once
-            both have been seen.
+            time/match_share, the share of time that the host spent solving; if the devices solve,
+            the share that matching added, from the median durations of steps with and without it,
+            once both have been seen.
         """
         elapsed = max(time.perf_counter() - self._start - self._paused, 1e-9)
         row = {
@@ -198,17 +190,17 @@ class Timer:
 
 
 class Progress:
-    """Show a run's progress: a bar on a terminal, else one plain line per row; process 0 alone."""
+    """Show a run's progress: a bar on a terminal, else a line per row; only process 0 does."""
 
     def __init__(
         self, *, start: int, total: int, stream: TextIO | None = None, bar: bool | None = None
     ) -> None:
-        """Begin to show.
+        """Start the display.
 
         Args:
-            start: steps that were done before.
-            total: steps of the whole run.
-            stream: where to write; standard error by default.
+            start: steps done before.
+            total: steps of the complete run.
+            stream: output; standard error by default.
             bar: True for a bar, False for lines; by default a bar if ``stream`` is a terminal.
         """
         self._stream = stream or sys.stderr
@@ -232,7 +224,7 @@ class Progress:
             )
 
     def update(self, row: Mapping[str, float]) -> None:
-        """Show a row of metrics; one of an evaluation is always a line of its own."""
+        """Show a row of metrics; a row of an evaluation always gets its own line."""
         if not self._shown:
             return
         step = int(row["step"])
@@ -249,7 +241,7 @@ class Progress:
         self._bar.update(step - self._bar.n)
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """End the display; the bar stays visible."""
         if self._bar is not None:
             self._bar.close()
 
@@ -260,7 +252,7 @@ class Progress:
             print(text, file=self._stream, flush=True)
 
     def _eta(self, step: int) -> str:
-        """Estimate from the rows after the first, which compilation makes slow."""
+        """Return the remaining time, estimated without the first row, which includes compiling."""
         now = time.perf_counter()
         if self._first is None:
             self._first = step, now
@@ -271,7 +263,7 @@ class Progress:
 
 
 def _has_width(stream: TextIO) -> bool:
-    """Say whether a terminal reports its width; where it says 0, tqdm would draw nothing."""
+    """Return whether a terminal reports its width; if it reports 0, tqdm draws nothing."""
     try:
         return os.get_terminal_size(stream.fileno()).columns > 0
     except (OSError, ValueError):
@@ -293,108 +285,3 @@ def _summary(row: Mapping[str, float], *, brief: bool = False) -> str:
         if (share := row.get(f"time/{name}_share")) is not None:
             parts.append(f"{name} {share:.0%}")
     return "  ".join(parts)
-
-
-def chance_cosine(n: int, dim: int) -> float:
-    """Return the average cosine that matching reaches between features and rows without relation.
-
-    The 1 - 1/n quantile of the cosine between a random direction and a fixed one in ``dim``
-    dimensions, (1 + cosine) / 2 being Beta((D-1)/2, (D-1)/2): what the best of n rows offers. An
-    optimal matching of uniform points comes within a few percent of it. For large D it falls as
-    sqrt(2 ln n / D), which exceeds 1 when D is small.
-
-    Args:
-        n: images that are matched together, at least 1.
-        dim: D, the feature dimension, at least 1.
-    """
-    if n < 1 or dim < 1:
-        raise ValueError(f"chance_cosine: expected n >= 1 and dim >= 1; got n={n}, dim={dim}")
-    if n == 1:
-        return 0.0
-    if dim == 1:
-        return 1.0
-    half = (dim - 1) / 2
-    return float(2 * betaincinv(half, half, 1 - 1 / n) - 1)
-
-
-def health(
-    row: Mapping[str, float],
-    *,
-    n: int,
-    dim: int,
-    kind: str = "sphere",
-    matched_epoch: int | None = None,
-) -> list[str]:
-    """Say in words how a run is doing; what needs attention begins with "warning:".
-
-    Args:
-        row: the latest value of each metric; what is missing or not finite is not judged, a loss
-            that is not finite is reported.
-        n: images that are matched together (``assign.block``, or the global batch).
-        dim: D, the feature dimension.
-        kind: of the targets; the chance level is known for "sphere" only.
-        matched_epoch: the last epoch that re-matched its batches, counted from 0.
-    """
-    finite = {k: v for k, v in row.items() if v is not None and math.isfinite(v)}
-    said = []
-    if "train/loss" in row and "train/loss" not in finite:
-        said.append("warning: the loss is not finite; lower optim.learning_rate")
-    spread, collapsed = _spread_health(finite, n, dim)
-    if not collapsed:
-        said += _matching_health(finite, n, dim, kind, matched_epoch)
-    said += spread
-    if finite.get("assign/worst_status", 0):
-        said.append(
-            "warning: the solver did not reach its optimum in every block (rows are still a "
-            "permutation); see assign/gap and assign.options"
-        )
-    return said
-
-
-def _matching_health(
-    row: Mapping[str, float], n: int, dim: int, kind: str, matched_epoch: int | None
-) -> list[str]:
-    if not {"assign/cosine_before", "assign/cosine_after"} <= row.keys():
-        return []
-    before, after = row["assign/cosine_before"], row["assign/cosine_after"]
-    when = "" if matched_epoch is None else f" in epoch {matched_epoch}"
-    text = (
-        f"before re-matching{when}, features pointed to the targets that their images already "
-        f"owned with cosine {before:.3f} (without learning 0)"
-    )
-    if matched_epoch == 0:
-        said = ["batches were re-matched in epoch 0 only, which is too early to judge"]
-    elif kind != "sphere":
-        said = [text]
-    elif before < max(_ABOVE_CHANCE, 3 / math.sqrt(n * dim)):
-        said = [f"{text}: nothing is learnt yet, which is normal in the first epochs only"]
-    else:
-        said = [f"{text}: it is learning"]
-    if kind == "sphere":
-        said.append(
-            f"re-matching raised it to {after:.3f}; features without any learning reach about "
-            f"{chance_cosine(n, dim):.3f}"
-        )
-    if after < before - 1e-4:
-        said.append("warning: matching lowered the cosine, which no correct matching can do")
-    if "assign/moved" in row:
-        said.append(
-            f"{row['assign/moved']:.0%} of the images took another target; all do at the start, "
-            "fewer as the matching settles"
-        )
-    return said
-
-
-def _spread_health(row: Mapping[str, float], n: int, dim: int) -> tuple[list[str], bool]:
-    """Return what to say of the features' spread, and whether they collapsed."""
-    if "features/effective_rank" not in row:
-        return [], False
-    rank = row["features/effective_rank"]
-    even = 1 / (1 / n + (1 - 1 / n) / dim)
-    text = f"effective rank of the features {rank:.1f}, of {even:.1f} when spread evenly"
-    if rank - 1 < _COLLAPSED_SHARE * (even - 1):
-        return [
-            f"warning: {text}: the features collapse. Lower optim.learning_rate, or match more "
-            "images together (batch_size, assign.block)"
-        ], True
-    return [text], False

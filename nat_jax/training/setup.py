@@ -1,4 +1,4 @@
-"""One seed's run: its records, network, targets and state, made from a config."""
+"""Construction of one seed's run from a config: records, network, targets and state."""
 
 import dataclasses
 import logging
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 class Sources(NamedTuple):
-    """Where images come from: to train on, and for the probes to learn and be judged on."""
+    """Sources of images: for training, and for the probes to train and test on."""
 
     train: Source
     probe_train: Source
@@ -34,7 +34,7 @@ class Sources(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One seed's training: what it reads, what it computes, how long, and where it writes."""
+    """One seed's training: its data, computation, length and folder."""
 
     config: ConfigDict
     seed: int
@@ -47,9 +47,9 @@ class Run:
     total_steps: int
 
     def reassigns(self, step: int) -> bool:
-        """Say whether a step re-matches its batch: those of epochs 0, 3, 6, ... do.
+        """Return whether a step reassigns its batch, as those of epochs 0, 3, 6, ... do.
 
-        Labels stay with their images.
+        With labels, the assignment is unused.
         """
         every = self.config.assign.reassign_every_epochs
         if self.step.supervised or not every:
@@ -57,7 +57,7 @@ class Run:
         return step // self.steps_per_epoch % every == 0
 
     def identity(self) -> dict[str, Any]:
-        """Return what a checkpoint must have in common with this run."""
+        """Return the entries of a checkpoint's ``meta`` that must equal this run's."""
         return {
             "num_records": len(self.sources.train),
             "dim": self.step.model.dim,
@@ -68,7 +68,7 @@ class Run:
 
 
 def open_sources(config: ConfigDict) -> Sources:
-    """Open the records to train on and those of the probes.
+    """Open the sources for training and for the probes.
 
     Raises:
         ValueError: a source that is unknown, missing or malformed, or fewer records than a batch.
@@ -93,7 +93,7 @@ def set_up(
     sources: Sources,
     cache: ImageCache,
 ) -> Run:
-    """Turn a config into one seed's run."""
+    """Return one seed's run from a config."""
     steps_per_epoch = pipeline.steps_per_epoch(len(sources.train), config.batch_size)
     total_steps = configs.steps_from(config, "", steps_per_epoch)
     settings = config.optim
@@ -167,10 +167,10 @@ def make_model(config: ConfigDict, platform: str) -> models.Model:
 
 
 def place_images(run: Run) -> DeviceImages | None:
-    """Put the training images on the devices, if they are to be augmented there.
+    """Copy the training images to the devices if they are augmented there, else return None.
 
     Raises:
-        ValueError: they shall be, but are not kept in memory.
+        ValueError: ``data.augment_on`` is "device", but the images are not kept in memory.
     """
     data, mesh, source = run.config.data, run.step.mesh, run.sources.train
     on_host = data.augment_on == "auto" and mesh.devices.flat[0].platform == "cpu"

@@ -1,4 +1,4 @@
-"""A run's folder: what may change when it is used again, and files that are never half written."""
+"""A run's folder: what may change when it is used again, and its JSON files."""
 
 import json
 import logging
@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from nat_jax import config as configs
 from nat_jax import schema
 from nat_jax.errors import InputError
+from nat_jax.runtime import atomic_files
 
 logger = logging.getLogger(__name__)
 
@@ -98,21 +99,13 @@ def check(workdir: Path, config: ConfigDict) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file holds; None where there is no file."""
+    """Return the content of a JSON file; None if there is no file."""
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON; see ``write_whole``."""
-    write_whole(path, (json.dumps(value, indent=1) + "\n").encode())
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write so that a killed process leaves the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(data)
-    partial.replace(path)
+    """Write a value as JSON, atomically."""
+    atomic_files.write(path, atomic_files.as_json(value))
 
 
 def check_same_run(saved: Mapping[str, Any], config: ConfigDict, workdir: Path) -> None:

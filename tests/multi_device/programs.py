@@ -1,42 +1,70 @@
-"""Reading compiled programs."""
+"""Compiling a train step without running it, and reading what its devices exchange."""
 
 import math
 import re
 
-COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
+import jax
+import jax.numpy as jnp
+import numpy as np
+from collectives_read import COLLECTIVES, computations, loops
+
+from nat_jax.runtime import sharding
+from nat_jax.targets import Targets
+from nat_jax.train_step import Step, create_state, state_shardings
+
+B = 32  # images a batch
+N = 4 * sharding.PERMUTATION_UNIT  # 1.7 million rows: more than anything else in the step
+
+# The machine code matters to nobody here; loops, collectives and memory stay as they are.
+FAST = {"xla_backend_optimization_level": 0}
 
 
-def collectives_in_loops(program: str) -> list[str]:
-    """Return the lines with a collective that some while loop's body leads to."""
-    parts, name = {}, None
-    for line in program.splitlines():
-        if opened := re.match(r"(?:ENTRY )?%?([\w.\-]+) .*\{$", line):
-            name = opened[1]
-        parts.setdefault(name, []).append(line)
-    calls = r"(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
-    waiting = re.findall(r"(?:body|condition)=%?([\w.\-]+)", program)
-    assert waiting, "the program has no while loop"
-    seen, found = set(), []
-    while waiting:
-        name = waiting.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        for line in parts[name]:
-            found += [line] if any(f" {word}" in line for word in COLLECTIVES) else []
-            waiting += re.findall(calls, line)
-            for group in re.findall(r"branch_computations=\{([^}]*)\}", line):
-                waiting += [branch.strip().lstrip("%") for branch in group.split(",")]
-    return found
+def compiled(function, *arguments) -> jax.stages.Compiled:
+    return function.lower(*arguments).compile(FAST)
+
+
+def arguments(step: Step, noise: Targets) -> tuple:
+    """Return the state, targets and batch of a step, as shapes with shardings."""
+    state = jax.eval_shape(
+        lambda: create_state(step.model, step.optimizer, jnp.zeros(N, jnp.int32), jax.random.key(0))
+    )
+    side = step.model.image_size
+    batch = {
+        "image": jax.ShapeDtypeStruct((B, side, side, 3), np.uint8),
+        "index": jax.ShapeDtypeStruct((B,), np.int32),
+        "weight": jax.ShapeDtypeStruct((B,), np.float32),
+    }
+    return (
+        sharding.abstract(state, state_shardings(step)),
+        noise,
+        sharding.abstract(batch, sharding.batch_shardings(step.mesh)),
+    )
+
+
+def collectives(program: str) -> list[str]:
+    """Return the lines with a collective."""
+    return [
+        line
+        for operations in computations(program).values()
+        for opcode, line in operations
+        if COLLECTIVES.match(opcode)
+    ]
+
+
+def collectives_in_loops(program: str) -> int:
+    """Return the number of collectives inside the program's loops, of which there must be some."""
+    found = loops(program)
+    assert found, "the program has no loop"
+    return sum(loop["collectives"] for loop in found)
 
 
 def largest_collective(program: str) -> int:
     """Return the number of elements of the largest array that a collective returns."""
-    result = re.compile(rf" = (.*?) (?:{'|'.join(COLLECTIVES)})(?:-start)?\(")
-    shapes = [
-        tuple(map(int, filter(None, dimensions.split(","))))
-        for returned in result.findall(program)
-        for dimensions in re.findall(r"\w\[([\d,]*)\]", returned)
-    ]
-    assert shapes, "the program has no collective"
-    return max(map(math.prod, shapes))
+    return max(
+        math.prod(map(int, filter(None, dimensions.split(","))))
+        for line in collectives(program)
+        for dimensions in re.findall(
+            r"\w\[([\d,]*)\]",
+            line.partition(" = ")[2].partition("(%")[0].partition("channel_id")[0],
+        )
+    )

@@ -1,53 +1,26 @@
 """What a step's devices send each other is what is known, and anything new is seen."""
 
 import dataclasses
-import functools
-import sys
 from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
 
+import collectives_read as reading
 import jax
 import jax.numpy as jnp
 import pytest
-
-from nat_jax import models, optim, targets
-from nat_jax.runtime import sharding
-from nat_jax.train_step import Step, state_shardings, train_step
-from nat_jax.training import setup
-
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-
-import collectives_read as reading
 from collectives import Problem, compile_all, problem
 from collectives_read import read
+from one_step import D, make_step
+from programs import FAST, B, N
 
-B, D = 64, 16
-N = 4 * sharding.PERMUTATION_UNIT
-# The machine code matters to nobody here; collectives stay where they are.
-FAST = {"xla_backend_optimization_level": 0}
+from nat_jax import targets
+from nat_jax.runtime import sharding
+from nat_jax.train_step import state_shardings, train_step
+
 OTHERS = (reading.FEATURES, reading.INTEGERS, reading.WEIGHTS, reading.SOLUTION)
 
 
-def given(
-    *,
-    block: int | None = None,
-    placement: str = "device",
-    storage: str = "replicated",
-    solver: str = "scipy",  # the quickest to compile
-) -> Problem:
-    network = models.make_model(
-        "convnet", dim=D, image_size=8, frontend="sobel", widths=(4, 12), pools=2
-    )
-    step = Step(
-        network,
-        optim.Optimizer(0.5, momentum=0.9),
-        sharding.make_mesh(),
-        solver=solver,
-        block=block,
-        placement=placement,
-        storage=storage,
-    )
+def given(**settings) -> Problem:
+    step = make_step(sharding.make_mesh(), **settings)
     noise, _ = targets.make_targets("sphere", N, D, jax.random.key(7), storage="virtual")
     return problem(step, noise, records=N, batch=B)
 
@@ -71,32 +44,22 @@ def exchanged(problem: Problem, *, reassign: bool) -> tuple[list[str], dict[str,
 @pytest.mark.parametrize(
     ("settings", "reassign", "expected"),
     [
-        # One block over eight devices: features and targets come together, and all deal the rows.
+        # One block over eight devices: features and targets come together, and all assign the rows.
         (dict(), False, {}),
         (dict(), True, {reading.FEATURES: 2, reading.INTEGERS: 2, reading.WEIGHTS: 1}),
-        # A block on each device: the permutation, which all have, takes up all rows.
-        (dict(block=8), False, {}),
-        (dict(block=8, solver="auction"), True, {reading.INTEGERS: 2}),
+        # A block on each device: the permutation, which all have, gets all rows.
+        (dict(block=4), False, {}),
+        (dict(block=4), True, {reading.INTEGERS: 2}),
         # Where each has a share of the permutation, it is asked for rows as well.
-        (dict(block=8, storage="sharded"), False, {reading.INTEGERS: 2}),
-        (dict(block=8, storage="sharded"), True, {reading.INTEGERS: 4}),
-        (dict(block=8, placement="host"), True, {reading.INTEGERS: 2, reading.SOLUTION: 1}),
+        (dict(block=4, storage="sharded"), False, {reading.INTEGERS: 2}),
+        (dict(block=4, storage="sharded"), True, {reading.INTEGERS: 4}),
+        (dict(block=4, placement="host"), True, {reading.INTEGERS: 2, reading.SOLUTION: 1}),
     ],
 )
 def test_a_step_exchanges_what_is_known(settings: dict, reassign: bool, expected: dict) -> None:
     faults, others = exchanged(given(**settings), reassign=reassign)
     assert faults == []
     assert others == expected
-
-
-def broken(change: Callable) -> Callable:
-    """Return a train step that does something besides."""
-
-    def step_and(step, state, noise, batch, *, reassign):
-        new, metrics = train_step(step, state, noise, batch, reassign=reassign)
-        return change(step, state, new, metrics, batch)
-
-    return step_and
 
 
 def gathers_images(step, state, new, metrics, batch):
@@ -128,30 +91,42 @@ def watches_channels(step, state, new, metrics, batch):
 
 
 @pytest.mark.parametrize(
-    ("change", "storage", "complaint"),
+    ("storage", "changes"),
     [
-        (gathers_images, "replicated", "unknown: all-gather of u8"),
-        (gathers_the_permutation, "sharded", "N-sized"),
-        (asks_for_rows, "replicated", "B indices or rows: 1, not 0 at the most"),
-        (sums_gradients_twice, "replicated", "elements too many"),
-        (watches_channels, "replicated", "sums over each channel"),
+        (
+            "replicated",
+            {
+                gathers_images: "unknown: all-gather of u8",
+                asks_for_rows: "B indices or rows: 1, not 0 at the most",
+                sums_gradients_twice: "elements too many",
+                watches_channels: "sums over each channel",
+            },
+        ),
+        ("sharded", {gathers_the_permutation: "N-sized"}),
     ],
 )
-def test_anything_more_is_seen(change: Callable, storage: str, complaint: str) -> None:
-    whole = given(block=8, storage=storage)
-    at = state_shardings(whole.step)
-    function = jax.jit(
-        functools.partial(broken(change), whole.step, reassign=False),
-        out_shardings=(at, sharding.replicated(whole.step.mesh)),
+def test_anything_more_is_seen(storage: str, changes: dict[Callable, str]) -> None:
+    given_step = given(block=4, storage=storage)
+    at = state_shardings(given_step.step)
+
+    def with_more(state, noise, batch):
+        new, metrics = train_step(given_step.step, state, noise, batch, reassign=False)
+        for change in changes:
+            new, metrics = change(given_step.step, state, new, metrics, batch)
+        return new, metrics
+
+    out = (at, sharding.replicated(given_step.step.mesh))
+    lowered = jax.jit(with_more, out_shardings=out).lower(
+        given_step.state, given_step.noise, given_step.batch
     )
-    lowered = function.lower(whole.state, whole.noise, whole.batch)
-    found = read(lowered.compile(FAST).as_text(), whole.sizes)
-    faults = whole.sizes.faults(found, reassign=False, sharded=storage == "sharded")
-    assert any(complaint in fault for fault in faults), faults
+    found = read(lowered.compile(FAST).as_text(), given_step.sizes)
+    faults = given_step.sizes.faults(found, reassign=False, sharded=storage == "sharded")
+    for complaint in changes.values():
+        assert any(complaint in fault for fault in faults), faults
 
 
 def test_a_gradient_that_is_not_summed_is_seen() -> None:
-    whole = given(block=8)
+    whole = given(block=4)
     (compiled,) = compile_all(whole, reassign=False, options=FAST)
     found = read(compiled.program.as_text(), whole.sizes)
     less = [
@@ -161,29 +136,3 @@ def test_a_gradient_that_is_not_summed_is_seen() -> None:
         for each in found
     ]
     assert any("never summed" in fault for fault in whole.sizes.faults(less, reassign=False))
-
-
-def first_state_bytes() -> int:
-    """Return the temporary bytes of a device that makes its part of a run's first state."""
-    step = given(storage="sharded").step
-    beginning = SimpleNamespace(
-        seed=0,
-        step=step,
-        sources=SimpleNamespace(train=range(N - 1)),  # padded by one entry
-        config=SimpleNamespace(targets=SimpleNamespace(kind="sphere")),
-    )
-    function = jax.jit(lambda: setup.initial_state(beginning), out_shardings=state_shardings(step))
-    return function.lower().compile(FAST).memory_analysis().temp_size_in_bytes
-
-
-def test_each_device_makes_its_own_share_of_the_first_permutation(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    assert first_state_bytes() < N // 8 * 4
-
-    def joined(kind, number, key, *, length):
-        parts = jnp.arange(number, dtype=jnp.int32), jnp.arange(number, length, dtype=jnp.int32)
-        return jnp.concatenate(parts)
-
-    monkeypatch.setattr(targets, "initial_assignment", joined)
-    assert first_state_bytes() >= N * 4  # a whole one on each device would be seen

@@ -1,13 +1,16 @@
 """Training in several processes: the same result, written once, through every kind of end."""
 
 import json
+import runpy
 import signal
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from processes import LOST, Run, assert_close, assert_same_bits, state
+from processes import HERE, LOST, Run, assert_close, assert_same_bits, leaves_of, state
+
+from nat_jax import train
 
 
 @pytest.fixture(scope="module")
@@ -19,10 +22,12 @@ def two(start, tmp_path_factory) -> tuple[Path, Run]:
     return workdir, run
 
 
-def test_two_processes_end_as_one_with_as_many_devices(start, two, tmp_path):
-    start(tmp_path / "run", devices=4).finish()
+def test_two_processes_end_as_one_alone(start, two, tmp_path):
+    config = runpy.run_path(str(HERE / "tiny.py"))["get_config"]()
+    config.data.source = f"arrays:{start.args[0]}"
+    alone = leaves_of(train.train_and_evaluate(config, tmp_path))
     assert_same_bits(state(two[0], 0), state(two[0], 1))
-    assert_close(state(tmp_path / "run"), state(two[0]))
+    assert_close(alone, state(two[0]))
 
 
 def test_what_is_written_once_is_written_once(two):
@@ -74,7 +79,7 @@ def test_stopped_killed_and_finished_by_one(start, two, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "victim"), [(2, 0), (2, 1), (4, 0), (4, 2)])
+@pytest.mark.parametrize(("processes", "victim"), [(2, 0), (4, 2)])
 def test_a_killed_process_ends_the_others_and_two_go_on(start, two, tmp_path, processes, victim):
     workdir = tmp_path / "run"
     heartbeat = "--distributed_heartbeat=30"  # the bound, if a save is under way just then
@@ -104,7 +109,10 @@ def test_a_damaged_copy_is_found_before_it_is_saved(start, tmp_path):
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("--config.seeds=({process},)", "seeds: process 1 of 2 differs from process 0; here it"),
+        (
+            "--config.seeds=({process},)",
+            "seeds: process 1 of 2 differs from process 0: [1] instead of [0]",
+        ),
         ("--workdir={process}", "--workdir: process 0 writes into "),
     ],
 )
@@ -138,24 +146,26 @@ def test_ctrl_c_in_one_process_stops_all(start, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_process_that_hangs_ends_the_others_within_the_heartbeat(start, tmp_path, victim):
-    heartbeat = "--distributed_heartbeat=20"
-    run = start(tmp_path / "run", heartbeat, processes=2, devices=1, STEP_SECONDS="0.5")
-    run.wait_for("step 2/24")
-    run.processes[victim].send_signal(signal.SIGSTOP)
+def test_a_process_that_hangs_ends_the_others_within_the_heartbeat(start, tmp_path):
+    """Two runs at the same time, as both wait for it: the first process hangs, or the second."""
+    places = dict(processes=2, devices=1, STEP_SECONDS="0.5")
+    runs = [start(tmp_path / name, "--distributed_heartbeat=20", **places) for name in "ab"]
+    for victim, run in enumerate(runs):
+        run.wait_for("step 2/24")
+        run.processes[victim].send_signal(signal.SIGSTOP)
     stopped = time.monotonic()
-    code = run.processes[1 - victim].wait(120)
-    assert code in LOST
+    codes = [run.processes[1 - victim].wait(120) for victim, run in enumerate(runs)]
+    assert set(codes) <= set(LOST)
     assert time.monotonic() - stopped < 150
-    run.processes[victim].kill()
-    run.wait()
+    for victim, run in enumerate(runs):
+        run.processes[victim].kill()
+        run.wait()
 
 
 @pytest.mark.slow
-def test_other_numbers_of_processes_and_devices_go_on(start, tmp_path):
+def test_other_numbers_of_processes_and_devices_go_on(start, two, tmp_path):
     workdir = tmp_path / "run"
-    places = {8: (2, 4), 16: (1, 2), 24: (1, 1), 32: (4, 2)}  # steps: processes, devices of each
+    places = {8: (2, 4), 16: (1, 1), 24: (4, 2)}  # steps: processes, devices of each
     for steps, (processes, devices) in places.items():
         run = start(workdir, f"--config.steps={steps}", processes=processes, devices=devices)
         run.finish()
@@ -163,8 +173,7 @@ def test_other_numbers_of_processes_and_devices_go_on(start, tmp_path):
             assert f"resumed {workdir} at step {steps - 8} of {steps}" in run.output(0)
         for process in range(1, processes):
             assert_same_bits(state(workdir), state(workdir, process))
-    start(tmp_path / "alone", "--config.steps=32").finish()
-    assert_close(state(tmp_path / "alone"), state(workdir))
+    assert_close(state(two[0]), state(workdir))
 
 
 @pytest.mark.slow

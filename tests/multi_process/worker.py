@@ -14,11 +14,16 @@ import collections
 import dataclasses
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
 import jax
 import numpy as np
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from processes import leaves_of
 
 from nat_jax import main, train
 from nat_jax.training import checkpoint
@@ -26,11 +31,7 @@ from nat_jax.training import checkpoint
 
 def _keep(config, workdir):
     state = _train(config, workdir)
-    flat = jax.tree_util.tree_flatten_with_path(
-        dataclasses.replace(state, key=jax.random.key_data(state.key))
-    )[0]
-    leaves = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat}
-    np.savez(Path(workdir) / f"state-{jax.process_index()}.npz", **leaves)
+    np.savez(Path(workdir) / f"state-{jax.process_index()}.npz", **leaves_of(state))
     kept = Path(workdir) / f"programs-{jax.process_index()}"
     kept.write_text(str(events["/jax/compilation_cache/cache_hits"]))
     return state

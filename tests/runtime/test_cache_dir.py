@@ -1,37 +1,25 @@
-"""Where compiled programs are kept, and where they are not."""
+"""Where compiled programs are cached, and where they are not."""
 
 import os
 import subprocess
 import sys
-from pathlib import Path
 
+import jax
 import pytest
 from project import ROOT
 
 from nat_jax.runtime import cache_dir
 
+FOLDER, SECONDS = "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+
 PROGRAM = """
-import logging, jax
+import jax, nat_jax.train
+print(jax.config.jax_compilation_cache_dir)
 from nat_jax.runtime import cache_dir
-logging.basicConfig(format="%(message)s", level=logging.INFO)
-cache_dir.keep_programs()
+cache_dir.enable_compilation_cache()
 jax.jit(lambda x: jax.numpy.sort(x) @ x)(jax.numpy.ones(1000)).block_until_ready()
 print(jax.config.jax_compilation_cache_dir)
 """
-
-
-def run(program: str = PROGRAM, **settings: str) -> subprocess.CompletedProcess:
-    ours = ("JAX_COMPILATION_CACHE_DIR", "NAT_JAX_CACHE", "XDG_CACHE_HOME")
-    environment = {key: value for key, value in os.environ.items() if key not in ours}
-    # Whatever it takes to compile here: everything is kept.
-    always = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [sys.executable, "-c", program],
-        env=environment | always | settings,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
 
 
 @pytest.mark.parametrize(
@@ -51,29 +39,49 @@ def test_the_place(tmp_path, monkeypatch, settings, expected):
     assert cache_dir.place("file_index") == tmp_path / expected
 
 
-def test_programs_are_kept(tmp_path):
-    done = run(NAT_JAX_CACHE=str(tmp_path / "cache"))
+def test_programs_are_cached_when_enabled_and_not_by_an_import(tmp_path):
+    ours = ("JAX_COMPILATION_CACHE_DIR", "NAT_JAX_CACHE", "XDG_CACHE_HOME")
+    environment = {key: value for key, value in os.environ.items() if key not in ours} | {
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # whatever it takes to compile here
+        "PYTHONPATH": str(ROOT),
+        "NAT_JAX_CACHE": str(tmp_path / "cache"),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     folder = tmp_path / "cache" / "programs"
-    assert done.stdout.strip() == str(folder), done.stderr
+    assert done.stdout.split() == ["None", str(folder)], done.stderr
     assert any(path.name.startswith("jit_") for path in folder.iterdir())
 
 
+@pytest.fixture
+def setting():
+    """Return a function that sets JAX's folder for programs as a user might have."""
+    before = getattr(jax.config, FOLDER), getattr(jax.config, SECONDS)
+    yield lambda folder: jax.config.update(FOLDER, folder)
+    jax.config.update(FOLDER, before[0])
+    jax.config.update(SECONDS, before[1])
+
+
 @pytest.mark.parametrize("elsewhere", ["there", ""])
-def test_another_place_is_respected_and_so_is_none(tmp_path, elsewhere):
-    there = elsewhere and str(tmp_path / elsewhere)
-    done = run(NAT_JAX_CACHE=str(tmp_path / "cache"), JAX_COMPILATION_CACHE_DIR=there)
-    assert done.stdout.strip() == there, done.stderr
+def test_another_place_is_respected_and_so_is_none(tmp_path, monkeypatch, setting, elsewhere):
+    monkeypatch.setenv("NAT_JAX_CACHE", str(tmp_path / "cache"))
+    setting(elsewhere)
+    cache_dir.enable_compilation_cache()
+    assert getattr(jax.config, FOLDER) == elsewhere
     assert not (tmp_path / "cache").exists()
-    assert not there or any(Path(there).iterdir())
 
 
-def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path, monkeypatch, setting, caplog):
     (tmp_path / "file").write_text("")
-    done = run(NAT_JAX_CACHE=str(tmp_path / "file"))
-    assert done.returncode == 0 and done.stdout.strip() == "None"
-    assert done.stderr.count("compiled programs are not kept (") == 1
-
-
-def test_importing_the_library_changes_nothing():
-    done = run("import jax, nat_jax.train; print(jax.config.jax_compilation_cache_dir)")
-    assert done.stdout.strip() == "None", done.stderr
+    monkeypatch.setenv("NAT_JAX_CACHE", str(tmp_path / "file"))
+    setting(None)
+    with caplog.at_level("INFO", logger="nat_jax"):
+        cache_dir.enable_compilation_cache()
+    assert getattr(jax.config, FOLDER) is None
+    (record,) = caplog.records
+    assert "set NAT_JAX_CACHE to a folder that can be written" in record.getMessage()

@@ -1,5 +1,6 @@
-"""What processes must share, as far as one process can see it; the rest is in multi_process."""
+"""Checks across processes, as far as one process can see them; the rest is in multi_process."""
 
+import json
 import types
 
 import jax
@@ -11,22 +12,49 @@ from nat_jax.runtime import consistency
 from nat_jax.runtime.consistency import Disagreement
 
 
-class Others:
-    """Stands for the collectives of three processes, of which this is number 0."""
+def stand_for_three(monkeypatch, gather):
+    """Replace the collectives by those of three processes, of which this is one."""
+    monkeypatch.setattr(consistency.jax, "process_count", lambda: 3)
+    utils = types.SimpleNamespace(
+        process_allgather=gather,
+        broadcast_one_to_all=lambda value: value,
+        sync_global_devices=lambda name: None,
+    )
+    monkeypatch.setattr(consistency, "multihost_utils", utils)
 
-    def __init__(self, monkeypatch, change):
-        self._change = change
-        monkeypatch.setattr(consistency.jax, "process_count", lambda: 3)
-        utils = types.SimpleNamespace(
-            process_allgather=self._gather,
-            broadcast_one_to_all=lambda value: value,
-            sync_global_devices=lambda name: None,
-        )
-        monkeypatch.setattr(consistency, "multihost_utils", utils)
 
-    def _gather(self, mine):
-        every = np.stack([mine, mine, mine])
-        return self._change(every)
+class _Waits(Exception):
+    pass
+
+
+def check(monkeypatch, *values):
+    """Let three processes check these values; return the message of each, or None."""
+    gathered = []  # what each collective has given all of them so far
+
+    def run(value):
+        """Return the message, and what this process sends to the next collective."""
+        answers, sent = iter(gathered), []
+
+        def gather(mine):
+            if (answer := next(answers, None)) is None:
+                sent.append(mine)
+                raise _Waits
+            return answer
+
+        stand_for_three(monkeypatch, gather)
+        try:
+            consistency.check_same(value, "Copy it again")
+        except Disagreement as error:
+            return str(error), sent
+        except _Waits:
+            pass
+        return None, sent
+
+    while True:
+        messages, sent = zip(*map(run, values), strict=True)
+        if not any(sent):
+            return list(messages)
+        gathered.append(np.stack([each[0] for each in sent]))
 
 
 def test_one_process_agrees_with_itself(tmp_path):
@@ -36,59 +64,31 @@ def test_one_process_agrees_with_itself(tmp_path):
     consistency.wait_for_all("test")
 
 
-def test_equal_values_pass(monkeypatch):
-    Others(monkeypatch, lambda every: every)
-    consistency.check_same({"config": {"b": 1, "a": [2]}, "data": "f00"}, "")
-
-
-def test_the_first_difference_is_named(monkeypatch):
-    def change(every):
-        every[2, 1] ^= 1
-        return every
-
-    Others(monkeypatch, change)
-    with pytest.raises(Disagreement) as caught:
-        consistency.check_same({"config": {"a": 1}, "data": "f00"}, "Copy it again")
-    assert str(caught.value) == (
-        'data: process 2 of 3 differs from process 0; here it is "f00". Copy it again'
-    )
+def test_equal_values_pass_in_any_order_of_keys(monkeypatch):
+    one = {"config": {"b": 1, "a": [2]}, "data": "f00"}
+    other = {"data": "f00", "config": {"a": (2,), "b": 1}}
+    assert check(monkeypatch, one, other, one) == [None] * 3
 
 
 @pytest.mark.parametrize(
-    ("where", "said"),
+    ("change", "expected"),
     [
-        (1, "b: process 1 of 3 differs from process 0; here it is 2."),
-        (2, "keys of config: process"),
+        ({"data": "f01"}, 'data: process 2 of 3 differs from process 0: "f01" instead of "f00"'),
+        ({"config": {"b": 1, "a": 3}}, "a: process 2 of 3 differs from process 0: 3 instead of 2"),
+        ({"config": {"b": 1}}, "a: process 2 of 3 differs from process 0: null instead of 2"),
     ],
 )
-def test_of_a_mapping_the_key_is_named(monkeypatch, where, said):
-    calls = []
-
-    def change(every):
-        calls.append(every)
-        every[1, 0 if len(calls) == 1 else where] ^= 1
-        return every
-
-    Others(monkeypatch, change)
-    with pytest.raises(Disagreement) as caught:
-        consistency.check_same({"config": {"a": 1, "b": 2}, "data": "f00"}, "")
-    assert str(caught.value).startswith(said)
-    assert [len(every[0]) for every in calls] == [2, 3]
-
-
-def test_the_order_of_keys_does_not_matter(monkeypatch):
-    seen = []
-    Others(monkeypatch, lambda every: seen.append(every) or every)
-    consistency.check_same({"config": {"b": 1, "a": 2}}, "")
-    consistency.check_same({"config": {"a": 2, "b": 1}}, "")
-    np.testing.assert_array_equal(*seen)
+def test_the_first_difference_is_named_in_all_processes(monkeypatch, change, expected):
+    one = {"config": {"b": 1, "a": 2}, "data": "f00"}
+    found = check(monkeypatch, one, one, json.loads(json.dumps(one)) | change)
+    assert found == [f"{expected}. Copy it again"] * 3
 
 
 def test_a_folder_that_is_not_shared_is_named(monkeypatch, tmp_path):
-    Others(monkeypatch, lambda every: every)
+    stand_for_three(monkeypatch, lambda mine: np.stack([mine] * 3))
     consistency.check_shared(tmp_path)
     assert not list(tmp_path.iterdir())
-    Others(monkeypatch, lambda every: np.array([True, False, True]))
+    stand_for_three(monkeypatch, lambda mine: np.array([True, False, True]))
     with pytest.raises(Disagreement, match=f"{tmp_path}, which is another folder for process 1"):
         consistency.check_shared(tmp_path)
     assert not list(tmp_path.iterdir())

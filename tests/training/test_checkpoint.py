@@ -15,6 +15,7 @@ import numpy as np
 import optax
 import pytest
 
+from nat_jax.runtime import sharding
 from nat_jax.training import assignment_state, checkpoint
 from nat_jax.training.checkpoint import CheckpointError, Checkpoints
 
@@ -45,18 +46,18 @@ def collect_abandoned_reads() -> Iterator[None]:
 
 
 def make_state(seed: int) -> State:
-    key = jax.random.key(seed)
+    random = np.random.default_rng(seed)
+    kernel = random.normal(size=(3, 3, 2, 4)).astype(np.float32)
     params = {
-        "conv": {"kernel": jax.random.normal(key, (3, 3, 2, 4)), "flag": jnp.array([True, False])},
-        "head": jax.random.normal(key, (4, 500), dtype=jnp.bfloat16),
+        "conv": {"kernel": jnp.asarray(kernel), "flag": jnp.array([True, False])},
+        "head": jnp.asarray(random.normal(size=(4, 500)), jnp.bfloat16),
     }
-    optimizer = optax.sgd(0.1, momentum=0.9)
     return State(
         step=jnp.int32(seed),
         params=params,
-        opt_state=optimizer.init(params),
-        key=key,
-        assignment=jax.random.permutation(key, jnp.arange(N, dtype=jnp.int32)),
+        opt_state=optax.sgd(0.1, momentum=0.9).init(params),
+        key=jax.random.key(seed),
+        assignment=jnp.asarray(random.permutation(N).astype(np.int32)),
     )
 
 
@@ -71,7 +72,7 @@ def same(a: State, b: State) -> bool:
         return False
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return all(
-        x.dtype == y.dtype and np.array_equal(checkpoint._to_host(x), checkpoint._to_host(y))
+        x.dtype == y.dtype and np.array_equal(sharding.to_host(x), sharding.to_host(y))
         for x, y in pairs
     )
 
@@ -116,7 +117,7 @@ def test_round_trip_keeps_every_bit_type_and_typed_key(folder: Path) -> None:
     assert meta["step"] == 2
 
 
-def test_keeps_the_newest_and_reports_it(tmp_path: Path) -> None:
+def test_keeps_the_newest_and_never_goes_back(tmp_path: Path) -> None:
     directory = tmp_path / "checkpoints"
     saved = Checkpoints(directory, keep=2)
     assert saved.latest_step() is None
@@ -125,8 +126,12 @@ def test_keeps_the_newest_and_reports_it(tmp_path: Path) -> None:
     for step in (3, 5, 9):
         saved.save(step, make_state(step), {})
     assert saved.latest_step() == 9
+    saved.save(9, make_state(7), {})  # does nothing
+    with pytest.raises(CheckpointError, match="step 1 .* was not saved: the newest .* step 9"):
+        saved.save(1, make_state(7), {})
     saved.close()
     assert sorted(path.name for path in directory.iterdir()) == ["5", "9"]
+    assert same(restore(directory)[0], make_state(9))
 
 
 def test_a_donated_state_is_saved_as_it_was(tmp_path: Path) -> None:
@@ -142,24 +147,14 @@ def test_a_donated_state_is_saved_as_it_was(tmp_path: Path) -> None:
     jax.block_until_ready(state)
     restored, _ = saved.restore(like, expect={})
     saved.close()
-    assert not restored["w"].any()
-
-
-def test_saving_again_is_harmless_and_going_back_is_an_error(folder: Path) -> None:
-    opened = Checkpoints(folder)
-    opened.save(2, make_state(7), {})
-    with pytest.raises(CheckpointError, match="step 1 .* was not saved: the newest .* step 2"):
-        opened.save(1, make_state(7), {})
-    opened.close()
-    assert same(restore(folder)[0], make_state(2))
+    assert not np.asarray(restored["w"]).any()
 
 
 @pytest.mark.parametrize(
     ("rows", "named"),
     [
-        ([0, 1, 1], "row 1 belongs to images 1 and 2"),
-        ([1, 2, 3], "image 2 has row 3"),
-        ([-1, 0, 1], "image 0 has row -1"),
+        ([0, 1, 1], "at least 1 are missing"),
+        ([1, 2, 3], "at least 1 are missing"),
         ([[0, 1, 2]], "one dimension"),
     ],
 )
@@ -179,10 +174,10 @@ def test_a_saved_non_permutation_is_not_restored(
     saved = Checkpoints(tmp_path)
     rows = {"assignment": jnp.zeros(3, jnp.int32)}
     with monkeypatch.context() as patch:
-        patch.setattr(assignment_state, "flaw", lambda rows: None)
+        patch.setattr(assignment_state, "permutation_error", lambda rows: None)
         saved.save(1, rows, {})
         saved.wait()
-    with pytest.raises(CheckpointError, match=r"step 1 .*not a permutation: row 0 .* 0 and 1 and"):
+    with pytest.raises(CheckpointError, match=r"step 1 .*not a permutation: of its rows 0..2"):
         saved.restore(abstract(rows), expect={})
     saved.close()
 
@@ -191,8 +186,8 @@ def test_the_assignment_is_never_fetched_as_a_whole(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetched = []
-    real = checkpoint._to_host
-    monkeypatch.setattr(checkpoint, "_to_host", lambda x: fetched.append(x.shape) or real(x))
+    real = sharding.to_host
+    monkeypatch.setattr(sharding, "to_host", lambda x: fetched.append(x.shape) or real(x))
     opened = Checkpoints(folder)
     state, _ = opened.restore(abstract(make_state(0)), expect={})
     opened.save(3, state, {})
@@ -212,17 +207,14 @@ def test_a_checkpoint_in_another_format_is_left_alone(folder: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
 
 
-def test_another_run_is_one_message_with_both_values(folder: Path) -> None:
+def test_another_run_or_shape_is_one_message(folder: Path) -> None:
     with pytest.raises(CheckpointError) as raised:
         restore(folder, META | {"fingerprint": "xyz", "unknown": 3})
     message = str(raised.value)
     assert 'fingerprint: checkpoint "abc", this run "xyz"' in message
     assert "unknown: checkpoint null, this run 3" in message
     assert "seed" not in message and "another workdir" in message
-    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
 
-
-def test_another_shape_or_structure_is_one_message(folder: Path) -> None:
     like = abstract(make_state(0))
     longer: Any = jax.ShapeDtypeStruct((N + 1,), jnp.int32, sharding=like.assignment.sharding)
     params = {"head": like.params["head"], "tail": like.params["head"]}
@@ -234,6 +226,7 @@ def test_another_shape_or_structure_is_one_message(folder: Path) -> None:
     assert "assignment: checkpoint int32[1000], this run int32[1001]" in message
     assert "params/tail: checkpoint nothing, this run bfloat16[4, 500]" in message
     assert "params/conv/kernel: checkpoint float32[3, 3, 2, 4], this run nothing" in message
+    assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
 
 
 def test_damaged_newest_falls_back_loudly_and_can_be_saved_again(
@@ -257,8 +250,8 @@ def test_damaged_newest_falls_back_loudly_and_can_be_saved_again(
 
 
 def test_no_good_checkpoint_names_all_and_touches_nothing(folder: Path) -> None:
-    for step in ("1", "2"):
-        damage_arrays(folder / step)
+    damage_arrays(folder / "1")
+    shutil.rmtree(folder / "2" / "record")
     with pytest.raises(CheckpointError, match=r"no usable checkpoint: .*step 2 .*step 1 "):
         restore(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
@@ -267,7 +260,7 @@ def test_no_good_checkpoint_names_all_and_touches_nothing(folder: Path) -> None:
 def _damages(path: Path) -> dict[str, bytes]:
     data = path.read_bytes()
     damages = {"truncated": data[: len(data) // 2], "empty": b""}
-    for position in sorted({0, len(data) // 3, len(data) // 2, len(data) - 1}):
+    for position in sorted({0, len(data) // 2, len(data) - 1}):
         flipped = bytearray(data)
         flipped[position] ^= 0x04
         damages[f"bit at {position}"] = bytes(flipped)
@@ -315,11 +308,6 @@ def test_without_the_digests_flipped_bits_would_pass(
         path.write_text(json.dumps(content))
     monkeypatch.setattr(checkpoint, "_digest", lambda name, leaf: "not looked at")
     assert "wrong" in _damage_each_file(folder, tmp_path / "work")
-
-
-def test_missing_pieces_fall_back(folder: Path) -> None:
-    shutil.rmtree(folder / "2" / "record")
-    assert restore(folder)[1]["step"] == 1
 
 
 def test_a_file_in_the_way_is_a_checkpoint_error(tmp_path: Path) -> None:

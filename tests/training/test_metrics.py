@@ -1,4 +1,4 @@
-"""Rows on disk survive kills, the terminal shows them, and health speaks up when it should."""
+"""Rows on disk survive kills, and the terminal shows them."""
 
 import io
 import json
@@ -7,12 +7,10 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
-from scipy.optimize import linear_sum_assignment
 
 from nat_jax.training import metrics
-from nat_jax.training.metrics import MetricsWriter, Progress, Timer, chance_cosine, health
+from nat_jax.training.metrics import MetricsWriter, Progress, Timer
 
 
 def rows(workdir: Path) -> list[dict]:
@@ -171,89 +169,3 @@ def test_a_terminal_gets_the_bar() -> None:
     stream = Terminal()
     Progress(start=0, total=3, stream=stream).close()
     assert "0/3" in stream.getvalue()
-
-
-@pytest.mark.parametrize(("n", "dim"), [(64, 10), (256, 10), (256, 64), (128, 512)])
-def test_chance_is_what_matching_unrelated_points_reaches(n: int, dim: int) -> None:
-    generator = np.random.default_rng(0)
-    points = generator.normal(size=(2, n, dim))
-    points /= np.linalg.norm(points, axis=-1, keepdims=True)
-    cosines = points[0] @ points[1].T
-    reached = cosines[linear_sum_assignment(-cosines)].mean()
-    assert chance_cosine(n, dim) == pytest.approx(reached, rel=0.06)
-    assert math.sqrt(2 * math.log(n) / dim) != pytest.approx(reached, rel=0.06)
-
-
-def test_chance_at_the_edges() -> None:
-    assert chance_cosine(1, 10) == 0
-    assert chance_cosine(5, 1) == 1
-    assert 0.99 < chance_cosine(256, 2) <= 1
-    large = math.sqrt(2 * math.log(10**6) / 2048)
-    assert chance_cosine(10**6, 2048) == pytest.approx(large, rel=0.15)
-    with pytest.raises(ValueError, match="n=0, dim=3"):
-        chance_cosine(0, 3)
-
-
-GOOD = {
-    "train/loss": 0.3,
-    "assign/cosine_before": 0.4,
-    "assign/cosine_after": 0.8,
-    "assign/moved": 0.5,
-    "assign/worst_status": 0,
-    "features/effective_rank": 8.0,
-}
-
-
-def warnings(row: dict[str, float]) -> list[str]:
-    return [line for line in health(row, n=256, dim=10) if line.startswith("warning:")]
-
-
-def test_a_healthy_run_has_no_warning_and_all_its_numbers() -> None:
-    said = "\n".join(health(GOOD, n=256, dim=10))
-    assert not warnings(GOOD)
-    for part in ("0.400", "0.800", "0.750", "it is learning", "50% of the images", "8.0, of 9.7"):
-        assert part in said
-
-
-@pytest.mark.parametrize(
-    ("change", "word"),
-    [
-        ({"train/loss": math.nan}, "not finite"),
-        ({"features/effective_rank": 1.05}, "collapse"),
-        ({"assign/worst_status": 2}, "solver"),
-        ({"assign/cosine_after": 0.3}, "lowered the cosine"),
-    ],
-)
-def test_each_trouble_is_one_warning(change: dict[str, float], word: str) -> None:
-    (warning,) = warnings(GOOD | change)
-    assert word in warning
-
-
-def test_nothing_learnt_yet_is_said() -> None:
-    said = "\n".join(health(GOOD | {"assign/cosine_before": 0.001}, n=256, dim=10))
-    assert "nothing is learnt yet" in said and "it is learning" not in said
-
-
-def test_noise_of_a_small_batch_is_no_learning() -> None:
-    row = GOOD | {"assign/cosine_before": 0.05}
-    assert "it is learning" in "\n".join(health(row, n=4096, dim=10))
-    assert "nothing is learnt yet" in "\n".join(health(row, n=16, dim=64))
-
-
-def test_collapsed_features_are_not_called_learning() -> None:
-    said = "\n".join(health(GOOD | {"features/effective_rank": 1.01}, n=256, dim=10))
-    assert "collapse" in said and "learning" not in said.replace("learning_rate", "")
-
-
-def test_a_matching_in_the_first_epoch_only_is_not_judged() -> None:
-    first = "\n".join(health(GOOD, n=256, dim=10, matched_epoch=0))
-    later = "\n".join(health(GOOD, n=256, dim=10, matched_epoch=3))
-    assert "too early to judge" in first and "it is learning" not in first
-    assert "in epoch 3" in later and "it is learning" in later
-
-
-def test_what_is_missing_is_not_judged() -> None:
-    assert health({}, n=256, dim=10) == []
-    assert health({"features/effective_rank": math.nan}, n=256, dim=10) == []
-    assert warnings({"features/effective_rank": 1.0})
-    assert health({"features/effective_rank": 1.0}, n=1, dim=1)[0].startswith("effective rank")
