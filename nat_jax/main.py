@@ -165,7 +165,7 @@ def _connect(task: str) -> None:
         )
     startup.connect(process, timeout=timeout, heartbeat=_DISTRIBUTED_HEARTBEAT.value)
     if process.index:
-        program.log_warnings_only(startup.who())
+        program.log_warnings_only(startup.message_prefix())
 
 
 def run() -> None:

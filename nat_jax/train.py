@@ -68,7 +68,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> T
         The final state; of the last seed if there are several.
 
     Raises:
-        ValueError: a mistake in the config or the data, before any device work.
+        InputError: a mistake in the config or the data, before any device work.
         TrainingDiverged: loss or gradient not finite; the last good checkpoint is kept.
         Preempted: stopped by Ctrl-C or SIGTERM, with the state saved.
         Disagreement: the processes of this run have different configs, data or folders.

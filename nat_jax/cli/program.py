@@ -60,16 +60,16 @@ def guarded(function: Callable) -> Callable:
                     "own output says why. The same command line, started for all processes, goes "
                     "on from the last checkpoint"
                 )
-                print(f"nat_jax: {startup.who()}{message}", file=sys.stderr)
-                startup.leave(startup.LOST)
+                print(f"nat_jax: {startup.message_prefix()}{message}", file=sys.stderr)
+                startup.exit_process(startup.EXIT_LOST_PEER)
             from nat_jax.assign import AssignmentError
 
             if isinstance(error, UserError | AssignmentError):
-                print(f"nat_jax: {startup.who()}{error}", file=sys.stderr)
-                startup.leave(2, at_once=getattr(error, "leaves_a_thread", False))
-            if startup.who():  # Python's own end would wait for the other processes
+                print(f"nat_jax: {startup.message_prefix()}{error}", file=sys.stderr)
+                startup.exit_process(2, at_once=getattr(error, "leaves_a_thread", False))
+            if startup.message_prefix():  # Python's own end would wait for the other processes
                 traceback.print_exc()
-                startup.leave(1)
+                startup.exit_process(1)
             raise
 
     return call

@@ -79,7 +79,7 @@ def kept_for_us(folder: Path, key: str, busy: str) -> Iterator[None]:
         busy: message if another process holds the lock.
 
     Raises:
-        ValueError: it cannot be created, or another process holds the lock.
+        InputError: it cannot be created, or another process holds the lock.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -42,7 +42,7 @@ def make_mesh(
         devices: those to use; all of them, over all processes, if None.
 
     Raises:
-        ValueError: data * model is not the number of devices, or the devices along "model" are not
+        InputError: data * model is not the number of devices, or the devices along "model" are not
             all of one process.
     """
     devices = devices or jax.devices()
@@ -145,7 +145,7 @@ def permutation_storage(storage: str, num_records: int, mesh: Mesh) -> tuple[str
         "replicated" and N, or "sharded" and the padded length.
 
     Raises:
-        ValueError: the padded length is beyond int32, or does not divide by the devices.
+        InputError: the padded length is beyond int32, or does not divide by the devices.
     """
     if storage == "auto":
         storage = "sharded" if num_records >= _PERMUTATION_FROM else "replicated"

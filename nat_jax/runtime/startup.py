@@ -27,7 +27,9 @@ logger = logging.getLogger(__name__)
 
 MODES = ("auto", "on", "off")
 
-LOST = 75  # exit code of a process that has lost another: EX_TEMPFAIL, "try again", of sysexits.h
+EXIT_LOST_PEER = (
+    75  # exit code of a process that has lost another: EX_TEMPFAIL, "try again", of sysexits.h
+)
 
 _LATER = 60  # seconds from our time limit to JAX's own, at which it aborts
 _PROBE = 2.0  # seconds for one attempt to reach a coordinator that did not answer
@@ -289,7 +291,7 @@ def _limited(timeout: float, waiting_for: Callable[[], str]) -> Iterator[None]:
         timer.cancel()
 
 
-def who() -> str:
+def message_prefix() -> str:
     """Return "process 3: " in one of several processes, and "" in one that is alone."""
     return f"process {jax.process_index()}: " if jax.distributed.is_initialized() else ""
 
@@ -307,7 +309,7 @@ def lost_peer(error: BaseException) -> str | None:
     return None
 
 
-def leave(code: int, *, at_once: bool = False) -> None:
+def exit_process(code: int, *, at_once: bool = False) -> None:
     """End this process after an error.
 
     One of several ends at once: a proper shutdown would wait for the others, which wait for this

@@ -72,7 +72,7 @@ class Checkpoints:
             read_only: change nothing on disk: another process may be training here.
 
         Raises:
-            ValueError: if ``keep`` is less than 1.
+            InputError: if ``keep`` is less than 1.
             CheckpointError: if the folder cannot be used.
         """
         if keep < 1:
@@ -108,7 +108,7 @@ class Checkpoints:
             meta: JSON values, returned by ``restore``.
 
         Raises:
-            ValueError: if ``state`` has no ``assignment``, or it is not a permutation.
+            InputError: if ``state`` has no ``assignment``, or it is not a permutation.
             CheckpointError: if this save, or the one before it, fails.
         """
         if step == self.latest_step():

@@ -56,7 +56,7 @@ def resolve(placement: str, platform: str) -> str:
     out, "auto" is the device.
 
     Raises:
-        ValueError: ``placement`` is "host", and JAX has no CPU backend.
+        InputError: ``placement`` is "host", and JAX has no CPU backend.
     """
     if placement == "device" or (placement == "auto" and platform == "cpu"):
         return "device"

@@ -71,7 +71,7 @@ def open_sources(config: ConfigDict) -> Sources:
     """Open the sources for training and for the probes.
 
     Raises:
-        ValueError: a source that is unknown, missing or malformed, or fewer records than a batch.
+        InputError: a source that is unknown, missing or malformed, or fewer records than a batch.
     """
     few = config.data.per_class
     train = open_source(config.data.source, "train", per_class=few)
@@ -170,7 +170,7 @@ def place_images(run: Run) -> DeviceImages | None:
     """Copy the training images to the devices if they are augmented there, else return None.
 
     Raises:
-        ValueError: ``data.augment_on`` is "device", but the images are not kept in memory.
+        InputError: ``data.augment_on`` is "device", but the images are not kept in memory.
     """
     data, mesh, source = run.config.data, run.step.mesh, run.sources.train
     on_host = data.augment_on == "auto" and mesh.devices.flat[0].platform == "cpu"

@@ -66,7 +66,7 @@ def check(workdir: Path, config: ConfigDict) -> None:
     A folder in which no checkpoint was ever saved has nothing to lose and is taken over.
 
     Raises:
-        ValueError: see ``check_same_run``; or the folder cannot be used.
+        InputError: see ``check_same_run``; or the folder cannot be used.
     """
     if address := re.match(r"[a-z][a-z0-9+.-]+:/", str(workdir)):
         raise InputError(
@@ -115,7 +115,7 @@ def check_same_run(saved: Mapping[str, Any], config: ConfigDict, workdir: Path) 
     holds the data's fingerprint, shows whether the data is the same.
 
     Raises:
-        ValueError: naming the first other key, both values, and the way out.
+        InputError: naming the first other key, both values, and the way out.
     """
     for key, old, new in other_training(saved, config):
         if key in LENGTHS and 0 < (old or 0) < new:

@@ -168,6 +168,7 @@ def run_config(**mesh):
     return c
 
 
+@pytest.mark.slow
 def test_a_whole_run_on_eight_devices(tmp_path):
     c = run_config(model=2)
     c.assign.storage = "sharded"
@@ -209,9 +210,6 @@ def test_a_permutation_that_cannot_be_sharded_is_refused():
     assert sharding.permutation_storage("auto", 99, eleven) == ("replicated", 99)
 
 
-FREE = ((1, 1), (2, 1), (4, 1), (8, 1), (4, 2), (2, 4))
-
-
 def end_of_a_free_run(shape: tuple[int, int], folder, **changes) -> float:
     """Train configs/smoke.py on a mesh, check its permutation, and return its last losses' mean."""
     c = runpy.run_path(str(ROOT / "configs" / "smoke.py"))["get_config"]()
@@ -231,14 +229,10 @@ def end_of_a_free_run(shape: tuple[int, int], folder, **changes) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("placement", "shapes"),
-    [("device", FREE[1:]), ("host", FREE)],
-)
-def test_free_runs_end_alike_on_every_mesh(placement, shapes, tmp_path):
+def test_free_runs_end_alike_on_every_mesh(tmp_path):
     """Rounding decides between rows that are equally good, and runs drift apart, but not far."""
     alone = end_of_a_free_run((1, 1), tmp_path / "alone")
-    for shape in shapes:
+    for shape, placement in {(8, 1): "device", (2, 4): "device", (4, 2): "host"}.items():
         folder = tmp_path / str(shape)
         end = end_of_a_free_run(shape, folder, **{"assign.placement": placement})
         np.testing.assert_allclose(end, alone, rtol=0.01)
