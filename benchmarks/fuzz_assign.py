@@ -11,14 +11,14 @@ matching, an honest status, a total within ``gap`` of the float64 optimum (in ex
 promised accuracy, prices that prove it, and integers exact. A quarter of each cell's problems also
 come twice and with their rows and columns in another order.
 
-A case that fails is printed as an argument of ``--only``; so is the cell in which a hang ends the
-run. ``--only`` also takes a cell, and then solves and names its problems one by one.
+A case that fails is printed as an argument of ``--only``; after a hang the last cell printed is the
+one that hung. ``--only`` also takes a cell, and then solves and names its problems one by one.
 """
 
 import argparse
+import faulthandler
 import os
 import sys
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -85,28 +85,10 @@ class Record:
             self.coarsest[solver] = max(self.coarsest[solver], (gap / most, str(case)))
 
 
-class Watchdog:
-    """Ends the process when one step takes too long, even in compiled code."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self.timer: threading.Timer | None = None
-
-    def at(self, only: str) -> None:
-        """Start to wait for what that names."""
-        self.rest()
-        self.timer = threading.Timer(self.seconds, self._give_up, (only,))
-        self.timer.daemon = True
-        self.timer.start()
-
-    def rest(self) -> None:
-        """Wait for nothing."""
-        if self.timer:
-            self.timer.cancel()
-
-    def _give_up(self, only: str) -> None:
-        print(f"HANG: no end after {self.seconds:g} s\n    --only '{only}'", flush=True)
-        os._exit(1)
+def watch(seconds: float, only: str) -> None:
+    """End the process, even in compiled code, unless the next call comes within so many seconds."""
+    print(only, end=" ", flush=True)
+    faulthandler.dump_traceback_later(seconds, exit=True)
 
 
 def faults(case: Case, given: np.ndarray, result: assign.Assignment) -> list[problems.Fault]:
@@ -183,14 +165,13 @@ def draw(number: int, seed: int, record: Record) -> None:
         record.fail(f"{drawn.solver} {drawn.options} {drawn.cost.tolist()}", found)
 
 
-def replay(only: str, record: Record, watchdog: Watchdog) -> None:
+def replay(only: str, record: Record, endless: float) -> None:
     """Solve one case, or every case of a cell by itself."""
     *cell_words, kind, seed = only.split("/") if only.count("/") == 6 else (only, "", "0")
     cell = Cell.of("/".join(cell_words))
     every = [Case(cell, kind, int(seed))] if kind else cases_of(cell, 0)
     for case in every:
-        print(case, flush=True)
-        watchdog.at(str(case))
+        watch(endless, f"{case}\n")
         go_through(cell, [case] * 2 * DEVICES, record)  # the way sharded wants a multiple
 
 
@@ -206,7 +187,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def fuzz(arguments: argparse.Namespace, record: Record, watchdog: Watchdog) -> bool:
+def fuzz(arguments: argparse.Namespace, record: Record) -> bool:
     """Run cells and draws until there are cases enough; return whether all pairs were covered."""
     begin = time.monotonic()
 
@@ -219,17 +200,16 @@ def fuzz(arguments: argparse.Namespace, record: Record, watchdog: Watchdog) -> b
         if over() or record.cases + arguments.cases // DRAWN >= arguments.cases:
             break
         start, before = time.monotonic(), len(record.failures)
-        watchdog.at(str(cell))
+        watch(arguments.endless, str(cell))
         try:
             go_through(cell, cases_of(cell, arguments.seed), record)
         except Exception as error:
             record.fail(str(cell), [problems.Fault("raised", repr(error))])
         record.cells += 1
         seconds, bad = time.monotonic() - start, len(record.failures) - before
-        print(f"{record.cells:4} {record.cases:7} {seconds:6.1f} s {cell}", end="", flush=True)
-        print(f" {bad} FAULTS" if bad else "", flush=True)
+        print(f"{record.cells:4} {record.cases:7} {seconds:6.1f} s" + f" {bad} FAULTS" * bool(bad))
     while record.cases < arguments.cases and not over():
-        watchdog.at(f"draws {drawn} of seed {arguments.seed}")
+        watch(arguments.endless, f"draws {drawn} of seed {arguments.seed}\n")
         number = min(BLOCK, arguments.cases - record.cases)
         before = record.cases
         draw(number, arguments.seed * 1_000_000 + drawn, record)
@@ -242,14 +222,14 @@ def fuzz(arguments: argparse.Namespace, record: Record, watchdog: Watchdog) -> b
 def main() -> None:
     """Fuzz, or replay, and show what was found."""
     arguments = parse()
-    record, watchdog = Record(), Watchdog(arguments.endless)
+    record = Record()
     begin = time.monotonic()
     covered = None
     if arguments.only:
-        replay(arguments.only, record, watchdog)
+        replay(arguments.only, record, arguments.endless)
     else:
-        covered = fuzz(arguments, record, watchdog)
-    watchdog.rest()
+        covered = fuzz(arguments, record)
+    faulthandler.cancel_dump_traceback_later()
     seconds = time.monotonic() - begin
 
     for name, counts in record.counts.items():

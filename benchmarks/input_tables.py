@@ -61,9 +61,7 @@ def _pipelines(results: dict[str, Any]) -> list[str]:
         parts.append(measure.table([*head, "of cores"], cells))
         parts += [f"Skipped: {line}\n" for line in group["skipped"]]
         pairs = {(r["one"], r["other"]): f"{r['quartiles'][1]:.3g}" for r in group["ratios"]}
-        ones, others = (list(dict.fromkeys(pair[k] for pair in pairs)) for k in (0, 1))
-        cells = [[one, *(pairs.get((one, other), "") for other in others)] for one in ones]
-        parts.append(measure.table(["times as fast as", *others], cells))
+        parts.append(measure.pivot("times as fast as", pairs))
     return parts
 
 
