@@ -1,4 +1,4 @@
-"""What ``input_pipeline.py`` measures besides speed: waiting, and opening a large folder.
+"""What ``input_pipeline.py --files`` runs: opening and using a folder of many images.
 
     python benchmarks/input_loops.py JSON
 
@@ -7,51 +7,14 @@ runs one of ``PROGRAMS``, named by ``program`` in the JSON, in this process and 
 
 import json
 import pickle
-import statistics
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import measure
-from input_programs import make_transform
-
-_WARM = 10  # batches of the loop that waits: the first ones are always waited for
 
 Spec = dict[str, Any]
-
-
-def waiting(spec: Spec) -> Spec:
-    """Measure how long a loop waits for data whose step sleeps, as with an accelerator.
-
-    Returns:
-        share: of the loop's time that is spent waiting; median_ms and longest_ms of the waits.
-    """
-    from nat_jax.input import pipeline
-    from nat_jax.input.sources import open_source
-
-    batches = pipeline.train_batches(
-        open_source(spec["source"], "train"),
-        make_transform(),
-        batch_size=spec["batch"],
-        seed=spec["seed"],
-        start_step=0,
-        num_steps=_WARM + spec["steps"],
-        threads=spec["threads"],
-    )
-    waits, begin = [], 0.0
-    for number in range(_WARM + spec["steps"]):
-        asked = time.perf_counter()
-        begin = asked if number == _WARM else begin
-        next(batches)
-        waits.append(time.perf_counter() - asked)
-        time.sleep(spec["step_seconds"])
-    seconds, waits = time.perf_counter() - begin, waits[_WARM:]
-    return {
-        "share": measure.short(sum(waits) / seconds, 3),
-        "longest_ms": measure.short(1000 * max(waits), 3),
-        "median_ms": measure.short(1000 * statistics.median(waits), 3),
-    }
 
 
 def opening(spec: Spec) -> Spec:
@@ -89,9 +52,6 @@ def using(spec: Spec) -> Spec:
     source = open_source(spec["source"], "train")
     count = len(source)
     point("opened", records=count)
-    chosen = np.random.default_rng(spec["seed"]).integers(0, count, spec["reads"]).tolist()
-    size = sum(len(source[i]["image"]) for i in chosen)
-    point("random records read", records=len(chosen), bytes=size)
     seen = np.zeros(count, np.uint8)
     steps = pipeline.steps_per_epoch(count, spec["batch"])
     for batch in pipeline.train_batches(
@@ -112,7 +72,7 @@ def using(spec: Spec) -> Spec:
     return {"points": points, "checks": checks}
 
 
-PROGRAMS = {"waiting": waiting, "opening": opening, "using": using}
+PROGRAMS = {"opening": opening, "using": using}
 
 if __name__ == "__main__":
     arguments = json.loads(sys.argv[1])

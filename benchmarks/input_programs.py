@@ -130,23 +130,17 @@ def scaled_box(width: int, height: int, left: float, top: float) -> Box:
     return x, y, min(x + side, width), min(y + side, height)
 
 
-def make_transform() -> Any:
-    """Return nat_jax's transform."""
-    from nat_jax.input import transforms
-
-    return transforms.train_transform(image_size=SIZE, resize=SHORT, flip=True)
-
-
 def ours(spec: Spec) -> tuple[Spec, Turn]:
     """Set up nat_jax's batches."""
     if spec["decoder"] == "Pillow":
         sys.modules["simplejpeg"] = None  # type: ignore[assignment]  # as if not installed
     else:
         import simplejpeg  # noqa: F401  # nat_jax would do without
-    from nat_jax.input import pipeline
+    from nat_jax.input import pipeline, transforms
     from nat_jax.input.sources import open_source
 
     source = open_source(spec["source"], "train")
+    transform = transforms.train_transform(image_size=SIZE, resize=SHORT, flip=True)
     done = 0  # batches
 
     def some(count: int) -> int:
@@ -154,7 +148,7 @@ def ours(spec: Spec) -> tuple[Spec, Turn]:
         stop = done + max(1, count // spec["batch"])
         batches = pipeline.train_batches(
             source,
-            make_transform(),
+            transform,
             batch_size=spec["batch"],
             seed=spec["seed"],
             start_step=done,

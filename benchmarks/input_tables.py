@@ -21,13 +21,6 @@ def tables(results: dict[str, Any]) -> str:
         f"`{results['command']}`\n",
         *_pipelines(results),
     ]
-    if waiting := results.get("waiting"):
-        head = ["waiting for data", "batch", "load", "share of the loop", "longest wait, ms"]
-        rows = [
-            [r["kind"], f"{r['batch']}", *(f"{r[k]:.3g}" for k in ("load", "share", "longest_ms"))]
-            for r in waiting
-        ]
-        parts += ["## Steps of 50 ms\n", measure.table(head, rows)]
     return "\n".join([*parts, *_files(results)])
 
 
@@ -59,7 +52,6 @@ def _pipelines(results: dict[str, Any]) -> list[str]:
         ]
         head = [group["name"], "decoder", "images/s per core", "quartiles", "CPU us an image"]
         parts.append(measure.table([*head, "of cores"], cells))
-        parts += [f"Skipped: {line}\n" for line in group["skipped"]]
         pairs = {(r["one"], r["other"]): f"{r['quartiles'][1]:.3g}" for r in group["ratios"]}
         parts.append(measure.pivot("times as fast as", pairs))
     return parts
