@@ -166,7 +166,8 @@ def finish(faults: Sequence[str]) -> None:
 
 def child_environment(**variables: str) -> dict[str, str]:
     """Return this process's environment with the repository importable."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, **variables}
 
 
 def run_child(program: str, *arguments: str, **variables: str) -> Iterator[dict[str, Any]]:

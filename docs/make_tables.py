@@ -17,14 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nat_jax.cli.help_text import markdown_table_of_keys
+from nat_jax.experiments import pages as suite_pages
+from nat_jax.report import markdown_table
+from nat_jax.report.tables import NETWORK_NAMES, PROBE_NAMES
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
-
-from nat_jax.cli.help_text import markdown_table_of_keys  # noqa: E402
-from nat_jax.experiments import pages as suite_pages  # noqa: E402
-from nat_jax.report import markdown_table  # noqa: E402
-from nat_jax.report.tables import NETWORK_NAMES, PROBE_NAMES  # noqa: E402
-
 MARKED = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 NONE = "–"
 
