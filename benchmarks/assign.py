@@ -1,6 +1,6 @@
 """Time the assignment solver and its rivals in turn, and check every total.
 
-    python benchmarks/assign.py --quick
+    python benchmarks/assign.py --sizes 256 --batches 4x256 --seeds 1
     python benchmarks/assign.py --record cifar10 --source folder:PATH --epochs 3 --costs DIR
     python benchmarks/assign.py --costs DIR --output docs/results/assign.json \
         --plot docs/images/assign.png
@@ -19,10 +19,6 @@ for NVIDIA GPUs, and reports wall time.
 The total of every result is compared with SciPy's optimum in float64. What is more than 1e-6 of
 the sum of the optimum's |costs| above it is marked *; if the auction is, or its own bound on that
 difference is too low, the exit status is 1.
-
-A solver that takes more than a second does the first problem of a kind only. "-" means not run:
-estimated from smaller problems, one call would have taken more than ``--call`` seconds, or the
-``--budget`` was spent.
 """
 
 import argparse
@@ -53,9 +49,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--solvers", type=words, help=f"of {', '.join(SOLVERS)}, kernel")
     parser.add_argument("--costs", type=Path, help="folder of the problems that --record writes")
     parser.add_argument("--seeds", type=int, default=3, help="problems a family; 1 above n = 1024")
-    parser.add_argument("--quick", action="store_true", help="few problems, in under a minute")
-    parser.add_argument("--budget", type=float, default=1200, help="seconds for all of it")
-    parser.add_argument("--call", type=float, default=40, help="seconds that one call may take")
     parser.add_argument("--accelerator", action="store_true", help="use JAX's default device")
     parser.add_argument("--record", metavar="CONFIG", help="train configs/CONFIG.py, save problems")
     parser.add_argument("--source", help="of --record: arrays:PATH or folder:PATH")
@@ -68,9 +61,6 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.record and not (arguments.source and arguments.costs):
         parser.error("--record needs --source and --costs")
-    if arguments.quick:
-        arguments.sizes, arguments.batches = ["256"], ["4x256"]
-        arguments.seeds, arguments.call = 1, 0.2
     if arguments.solvers is None:
         arguments.solvers = [*SOLVERS, "kernel"] if arguments.accelerator else list(SOLVERS)
     if unknown := sorted({*arguments.solvers} - {*SOLVERS, "kernel"}):
@@ -151,7 +141,7 @@ def tables(measured: dict[str, Any]) -> str:
         f"{measure.described(measured, *PACKAGES)}. Median "
         f"{'CPU' if clock == 'cpu_ms' else 'wall'} milliseconds of one call, float32 costs; the "
         "geometric mean over problems. `mean` is that over sphere, near-collapsed, half-way, "
-        "clustered and matched. -: not run, too slow. *: the total is more than 1e-6 above the "
+        "clustered and matched. -: not run, as too slow. *: the total is more than 1e-6 above the "
         "optimum.\n",
         "## Against rivals\n",
         measure.table(

@@ -37,10 +37,14 @@ from pathlib import Path
 from typing import Any
 
 import input_data
-import input_tables
 import measure
-from input_tables import FASTER, KINDS
+from measure import number
 
+PACKAGES = ("nat_jax", "numpy", "pillow", "simplejpeg", "grain", "array_record", "jax")
+OTHERS = ("torch", "torchvision", "tensorflow")
+KINDS = ("folder", "arrayrecord")
+FASTER = "simplejpeg"
+_BUSY = 0.95  # below this share of the cores for the limit, other work disturbed the turns
 _END = 60  # seconds that a program may take to end
 _BATCH = 256  # of a folder's images
 
@@ -232,8 +236,8 @@ def summary(contender: Contender, cores: int) -> dict[str, Any]:
 
 
 def loop(program: str, **spec: Any) -> dict[str, Any]:
-    """Run a program of ``input_loops.py`` in a new process and return its result."""
-    (found,) = measure.run_child("input_loops.py", json.dumps({"program": program, **spec}))
+    """Run a program in a new process and return its result."""
+    (found,) = measure.run_child("input_programs.py", json.dumps({"program": program, **spec}))
     return found
 
 
@@ -255,6 +259,82 @@ def start_up(cores: int, options: argparse.Namespace) -> dict[str, Any]:
     return found | {"starts": seconds, "index_bytes": sum(kept)}
 
 
+def tables(results: dict[str, Any]) -> str:
+    """Return everything as one page of Markdown."""
+    parts = [
+        "# Input pipeline\n",
+        f"{measure.described(results, *PACKAGES, *OTHERS)}; seed {results['seed']}. "
+        f"`{results['command']}`\n",
+        *_pipelines(results),
+    ]
+    return "\n".join([*parts, *_files(results)])
+
+
+def _pipelines(results: dict[str, Any]) -> list[str]:
+    parts = []
+    if results["groups"]:
+        parts.append(
+            "Images per second and core: the median over turns of some seconds and the quartiles; "
+            "every program in processes of its own, the files in the page cache. Shorter side 256, "
+            "random crops of 224, mirror images, uint8, unless stated otherwise.\n"
+        )
+    rows = [row for group in results["groups"] for row in group["results"]]
+    shares = [row["share_of_cores"] for row in rows if row["name"].startswith("limit")]
+    if shares and min(shares) < _BUSY:
+        parts.append(
+            f"**The machine was busy with something else**: the bare loops got {min(shares):.0%} "
+            "of the cores. Only the ratios by CPU time mean anything.\n"
+        )
+    for group in results["groups"]:
+        cells = [
+            [
+                *(row["name"], row.get("decoder", "")),
+                f"**{number(row['images_per_second_per_core'])}**",
+                " to ".join(map(number, row["quartiles"])),
+                number(row["cpu_us_per_image"]),
+                f"{100 * row['share_of_cores']:.0f} %",
+            ]
+            for row in group["results"]
+        ]
+        head = [group["name"], "decoder", "images/s per core", "quartiles", "CPU us an image"]
+        parts.append(measure.table([*head, "of cores"], cells))
+        pairs = {(r["one"], r["other"]): f"{r['quartiles'][1]:.3g}" for r in group["ratios"]}
+        parts.append(measure.pivot("times as fast as", pairs))
+    return parts
+
+
+def _files(results: dict[str, Any]) -> list[str]:
+    if "first" not in results:
+        return []
+    data, starts = results["data"], results["starts"]
+    first, again = results["first"]["points"], results["again"]["points"]
+    rows = [
+        [
+            name,
+            *(
+                f"{points[name][key]:{form}}"
+                for points in (first, again)
+                for key, form in (("seconds", ".3g"), ("own", ".0f"), ("mapped", ".0f"))
+            ),
+        ]
+        for name in first
+    ]
+    head = ["point", "first s", "own MB", "mapped MB", "again s", "own MB", "mapped MB"]
+    checks = {**results["first"]["checks"], **results["again"]["checks"]}
+    return [
+        f"## A folder of {data['files']:,} images\n",
+        f"{data['different']:,} different files of {data['bytes'] / data['files']:,.0f} bytes on "
+        f"average; {results['index_bytes']:,} bytes of index. `own MB` and `mapped MB`: resident "
+        "memory after that point.\n",
+        measure.table(head, rows),
+        f"Opened again, in {len(starts)} new processes: median "
+        f"{1000 * statistics.median(starts):.0f} ms ({1000 * min(starts):.0f} to "
+        f"{1000 * max(starts):.0f}).\n",
+        *(f"- {what}: {'yes' if good else 'NO'}" for what, good in checks.items()),
+        "",
+    ]
+
+
 def main() -> None:
     """Measure, and show the tables."""
     options = parse()
@@ -263,7 +343,7 @@ def main() -> None:
     options.scratch.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {
         "benchmark": "input_pipeline",
-        **measure.environment(*input_tables.PACKAGES),
+        **measure.environment(*PACKAGES),
         "cores": cores,
         "seed": options.seed,
         "command": " ".join(["python", "benchmarks/input_pipeline.py", *sys.argv[1:]]),
@@ -279,8 +359,8 @@ def main() -> None:
         chosen = contenders(folder, kinds, cores, options)
         results["groups"].append(compare("photos500", chosen, cores, options))
         for row in results["groups"][0]["results"]:
-            results |= {package: row[package] for package in input_tables.OTHERS if package in row}
-    text = input_tables.tables(results)
+            results |= {package: row[package] for package in OTHERS if package in row}
+    text = tables(results)
     print(text)
     measure.write(options.output, results, text)
     measure.finish(faults)
