@@ -31,7 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import collectives_read as reading
 import jax
@@ -47,11 +47,9 @@ from nat_jax.runtime import sharding
 from nat_jax.train_step import Step, apply_matching, build_costs, solve_sharded
 
 
-@dataclasses.dataclass(frozen=True)
-class Gpu:
+class Gpu(NamedTuple):
     """A GPU's description for the compiler; sizes in bytes."""
 
-    name: str
     capability: tuple[int, int]
     cores: int
     lanes: int
@@ -61,32 +59,34 @@ class Gpu:
     l2: int
     shared_per_core: int
 
-    def description(self) -> str:
-        """Return the text that XLA reads."""
-        major, minor = self.capability
-        return f"""
+
+GPUS = {
+    "H200": Gpu((9, 0), 132, 128, 1.98, 150 * 10**9, 4800 * 10**9, 50 * 2**20, 228 * 2**10),
+    "A100": Gpu((8, 0), 108, 64, 1.41, 80 * 10**9, 2039 * 10**9, 40 * 2**20, 164 * 2**10),
+    "L4": Gpu((8, 9), 58, 128, 2.04, 24 * 10**9, 300 * 10**9, 48 * 2**20, 100 * 2**10),
+}
+
+
+def description(name: str) -> str:
+    """Return the text that XLA reads."""
+    gpu = GPUS[name]
+    major, minor = gpu.capability
+    return f"""
 gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32
-  threads_per_core_limit: {1536 if self.capability == (8, 9) else 2048}
+  threads_per_core_limit: {1536 if gpu.capability == (8, 9) else 2048}
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  shared_memory_per_block: 49152 shared_memory_per_block_optin: {self.shared_per_core - 1024}
-  shared_memory_per_core: {self.shared_per_core} l2_cache_size: {self.l2}
-  core_count: {self.cores} fpus_per_core: {self.lanes} clock_rate_ghz: {self.clock_ghz}
-  memory_bandwidth: {self.bandwidth} device_memory_size: {self.memory}
+  shared_memory_per_block: 49152 shared_memory_per_block_optin: {gpu.shared_per_core - 1024}
+  shared_memory_per_core: {gpu.shared_per_core} l2_cache_size: {gpu.l2}
+  core_count: {gpu.cores} fpus_per_core: {gpu.lanes} clock_rate_ghz: {gpu.clock_ghz}
+  memory_bandwidth: {gpu.bandwidth} device_memory_size: {gpu.memory}
   cuda_compute_capability {{ major: {major} minor: {minor} }}
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 1 patch: 0 }}
-device_description_str: "NVIDIA {self.name}"
+device_description_str: "NVIDIA {name}"
 """
-
-
-GPUS = (
-    Gpu("H200", (9, 0), 132, 128, 1.98, 150 * 10**9, 4800 * 10**9, 50 * 2**20, 228 * 2**10),
-    Gpu("A100", (8, 0), 108, 64, 1.41, 80 * 10**9, 2039 * 10**9, 40 * 2**20, 164 * 2**10),
-    Gpu("L4", (8, 9), 58, 128, 2.04, 24 * 10**9, 300 * 10**9, 48 * 2**20, 100 * 2**10),
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,11 +206,10 @@ def devices_of(kind: str, rest: str) -> Sequence[Any]:
     if kind == "tpu":
         return topologies.get_topology_desc(platform="tpu", topology_name=rest).devices
     name, _, shape = rest.partition(":")
-    (gpu,) = [each for each in GPUS if each.name == name]
     return topologies.get_topology_desc(
         platform="cuda",
         topology_name="",
-        target_config=gpu.description(),
+        target_config=description(name),
         topology=f"1x{shape}",
     ).devices
 
@@ -234,15 +233,15 @@ def jobs(kind: str, gpus: Sequence[str]) -> Iterator[tuple[str, Program, Mesh, A
         for program in (*solver_programs(), *step_programs(mesh)):
             yield "TPU v5e", program, mesh, None
         return
-    for gpu in (gpu for gpu in GPUS if not gpus or gpu.name in gpus):
+    for name in gpus:
         one, many = (
-            sharding.make_mesh(devices=devices_of("cuda", f"{gpu.name}:{shape}"))
+            sharding.make_mesh(devices=devices_of("cuda", f"{name}:{shape}"))
             for shape in ("1x1", "2x8")
         )
         for program in (*solver_programs(), *kernel_programs()):
-            yield gpu.name, program, one, gpu.capability
+            yield name, program, one, GPUS[name].capability
         for program in step_programs(many):
-            yield gpu.name, program, many, gpu.capability
+            yield name, program, many, GPUS[name].capability
 
 
 def show(row: dict) -> None:
@@ -263,7 +262,7 @@ def main() -> None:
     """Compile everything and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--platform", choices=("cuda", "tpu", "all"), default="all")
-    parser.add_argument("--gpus", type=measure.words, default=[], help="H200, A100, L4")
+    parser.add_argument("--gpus", type=measure.words, default=list(GPUS), help="H200, A100, L4")
     parser.add_argument("--programs", type=measure.words, default=[""], help="parts of names")
     parser.add_argument("--output", type=Path, help="JSON")
     options = parser.parse_args()

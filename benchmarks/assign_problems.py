@@ -146,7 +146,8 @@ def record(arguments: argparse.Namespace) -> None:
     """
     import jax
 
-    from nat_jax.input import pipeline, transforms
+    from nat_jax import config as configs
+    from nat_jax.input import pipeline
     from nat_jax.input.reader import ImageCache
     from nat_jax.runtime import sharding
     from nat_jax.train_step import forward
@@ -165,18 +166,15 @@ def record(arguments: argparse.Namespace) -> None:
         sources=open_sources(config),
         cache=ImageCache(),
     )
-    data = config.data
     stream = pipeline.train_batches(
         run.sources.train,
-        transforms.train_transform(
-            image_size=data.image_size, resize=data.resize, pad=data.pad, flip=data.flip
-        ),
+        configs.train_transform(config),
         batch_size=config.batch_size,
         seed=run.seed,
         start_step=0,
         num_steps=run.total_steps,
         cache=run.cache,
-        threads=data.threads,
+        threads=config.data.threads,
     )
     features = jax.jit(lambda state, image: forward(run.step.model, state, image).features)
     moment_of = _moments(run, arguments.moment)

@@ -29,6 +29,7 @@ class Solver:
         solve: turns the argument into a result that is complete; timed.
         columns: returns int[..., n], the column of each row, from the result.
         compiled: whether the first call compiles.
+        largest: n above which it takes too long to be timed.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Solver:
     solve: Callable[[Any], Any]
     columns: Columns
     compiled: bool = False
+    largest: int = 10**9
 
 
 def _in_jax(name: str, function: Callable[[jax.Array], Any], columns: Columns) -> Solver:
@@ -109,7 +111,8 @@ def _optax(batched: bool) -> Iterator[Solver]:
         rows, found = map(np.asarray, result)
         return np.take_along_axis(found, np.argsort(rows, axis=-1), axis=-1)
 
-    yield _in_jax("optax", jax.jit(many if batched else one), columns)
+    solver = _in_jax("optax", jax.jit(many if batched else one), columns)
+    yield dataclasses.replace(solver, largest=1024)
 
 
 # The pip package, the module, and the solvers of each name of --solvers.

@@ -3,25 +3,23 @@
     python benchmarks/input_pipeline.py --data DIR --scratch DIR --quick
     python benchmarks/input_pipeline.py --data DIR --scratch DIR --torch PYTHON \
         --tensorflow PYTHON --output docs/results/input_pipeline.json
-    python benchmarks/input_pipeline.py --sections files --data DIR --scratch DIR \
+    python benchmarks/input_pipeline.py --files 200000 --data DIR --scratch DIR \
         --output docs/results/many_files.json
 
-``--data`` is a folder with voc2007_subset.zip and cifar10.zip, ``--torch`` and
+``--data`` is a folder with voc2007_subset.zip (or cifar10.zip for ``--files``), ``--torch`` and
 ``--tensorflow`` the interpreters of environments with torch and torchvision, and with tensorflow.
-Sections:
 
-    whole     complete pipelines. The limit is the bare work, one process for each core, from bytes
-              in memory: decode, scale with the same filter the part that is cut out, throw it away;
-              "naive" scales the complete image, then crops. The rivals are a PyTorch DataLoader
-              over ImageFolder and tf.data, with as many workers as cores (``input_programs.py``)
-    waiting   the share of time that a loop waits for data whose step sleeps for 50 ms, as a host
-              does while its accelerator works
-    files     start-up and use of a folder of ``--files`` small images, ImageNet's layout without
-              ImageNet: in a new process without an index, in another one with the index that the
-              first has kept, then ``--starts`` processes that only open it (not in the default)
+The limit is the bare work, one process for each core, from bytes in memory: decode, scale with the
+same filter the part that is cut out, throw it away; "naive" scales the complete image, then crops.
+The rivals are a PyTorch DataLoader over ImageFolder and tf.data, with as many workers as cores
+(``input_programs.py``). Programs take turns, A B C C B A, each in processes of its own, on the same
+cores, and ratios are taken round by round.
 
-Programs take turns, A B C C B A, each in processes of its own, on the same cores, and ratios are
-taken round by round. Files are in the page cache.
+``--files`` measures start-up and use of a folder of that many small images instead, ImageNet's
+layout without ImageNet: in a new process without an index, in another one with the index that the
+first has kept, then in ``--starts`` processes that only open it.
+
+Files are in the page cache.
 """
 
 import argparse
@@ -34,21 +32,21 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import input_data
-import input_tables
 import measure
-from input_tables import FASTER, KINDS
-from measure import words
+from measure import number
 
-SECTIONS = ("whole", "waiting", "files")
-_STEP = 0.05  # seconds of the loop that may wait
-_LOADS = (0.5, 0.7, 0.9)  # of what the pipeline can do
+PACKAGES = ("nat_jax", "numpy", "pillow", "simplejpeg", "grain", "array_record", "jax")
+OTHERS = ("torch", "torchvision", "tensorflow")
+KINDS = ("folder", "arrayrecord")
+FASTER = "simplejpeg"
+_BUSY = 0.95  # below this share of the cores for the limit, other work disturbed the turns
 _END = 60  # seconds that a program may take to end
-_BATCH = 256  # of the files section
+_BATCH = 256  # of a folder's images
 
 
 def parse() -> argparse.Namespace:
@@ -58,31 +56,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scratch", type=Path, required=True, help="for the images, laid out")
     parser.add_argument("--torch", help="Python interpreter with torch and torchvision")
     parser.add_argument("--tensorflow", help="Python interpreter with tensorflow")
-    parser.add_argument("--sections", type=words, default=list(SECTIONS[:2]), help=str(SECTIONS))
     parser.add_argument("--cores", type=int, help="how many to use; all by default")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=3, help="of each turn")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--copies", type=int, default=4, help="of each large photograph")
-    parser.add_argument("--files", type=int, default=200_000, help="of the files section")
-    parser.add_argument("--reads", type=int, default=5_000, help="random records of the same")
+    parser.add_argument("--files", type=int, help="measure a folder of that many images instead")
     parser.add_argument("--starts", type=int, default=7, help="processes that open them again")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="few programs, in about a minute")
     parser.add_argument("--output", type=Path, help="JSON; the tables go to a .md file next to it")
     arguments = parser.parse_args()
-    if unknown := set(arguments.sections) - set(SECTIONS):
-        parser.error(f"unknown sections {', '.join(unknown)}; known: {', '.join(SECTIONS)}")
-    if "waiting" in arguments.sections and "whole" not in arguments.sections:
-        parser.error("the section waiting needs the rates of the section whole")
     if arguments.quick:
         arguments.rounds, arguments.seconds, arguments.batch = 2, 0.5, 64
-        arguments.copies, arguments.files, arguments.reads, arguments.starts = 1, 12_000, 500, 2
+        arguments.copies, arguments.starts = 1, 2
     return arguments
-
-
-class Failed(RuntimeError):
-    """A program has ended; the message is the last line of its output."""
 
 
 @dataclasses.dataclass
@@ -151,7 +139,7 @@ class Contender:
         process.wait(timeout=_END)
         self._log.seek(0)
         lines = self._log.read().decode(errors="replace").strip().splitlines()
-        raise Failed(f"{self.name}: {lines[-1] if lines else 'ended without output'}")
+        raise SystemExit(f"{self.name}: {lines[-1] if lines else 'ended without output'}")
 
     def stop(self) -> None:
         """End the processes."""
@@ -204,33 +192,16 @@ def contenders(
 
 
 def compare(
-    name: str, chosen: Iterable[Contender], cores: int, options: argparse.Namespace
+    name: str, running: Sequence[Contender], cores: int, options: argparse.Namespace
 ) -> dict[str, Any]:
-    """Let programs take turns; return their results, ratios, and why others did not run."""
-    running: list[Contender] = []
-    skipped: list[str] = []
-
-    def drop(contender: Contender, error: Exception) -> None:
-        measure.log(f"{name}: skipped: {error}")
-        skipped.append(str(error))
-        contender.stop()
-
+    """Let programs take turns; return their results and ratios."""
     try:
-        for contender in chosen:
-            try:
-                contender.start()
-                # A multiple of all threads' batches: none is idle while another makes the last.
-                contender.warm_up(options.seconds, cores * options.batch)
-                running.append(contender)
-            except (Failed, OSError) as error:
-                drop(contender, error)
-        for contender in measure.interleave(list(running), options.rounds):
-            try:
-                if contender in running:
-                    contender.turns.append(contender.turn(contender.images))
-            except Failed as error:
-                drop(contender, error)
-                running.remove(contender)
+        for contender in running:
+            contender.start()
+            # A multiple of all threads' batches: none is idle while another makes the last.
+            contender.warm_up(options.seconds, cores * options.batch)
+        for contender in measure.interleave(running, options.rounds):
+            contender.turns.append(contender.turn(contender.images))
     finally:
         for contender in running:
             contender.stop()
@@ -245,7 +216,7 @@ def compare(
             cpu = measure.ratios(other.costs(), one.costs())[1]
             ratios.append({"one": one.name, "other": other.name, "quartiles": faster, "cpu": cpu})
     results = [summary(contender, cores) for contender in running]
-    return {"name": name, "results": results, "ratios": ratios, "skipped": skipped}
+    return {"name": name, "results": results, "ratios": ratios}
 
 
 def summary(contender: Contender, cores: int) -> dict[str, Any]:
@@ -265,35 +236,18 @@ def summary(contender: Contender, cores: int) -> dict[str, Any]:
 
 
 def loop(program: str, **spec: Any) -> dict[str, Any]:
-    """Run a program of ``input_loops.py`` in a new process and return its result."""
-    (found,) = measure.run_child("input_loops.py", json.dumps({"program": program, **spec}))
+    """Run a program in a new process and return its result."""
+    (found,) = measure.run_child("input_programs.py", json.dumps({"program": program, **spec}))
     return found
 
 
-def wait(
-    rows: list[dict], kinds: dict[str, str], cores: int, options: argparse.Namespace
-) -> Iterator[dict]:
-    """Measure how long a loop waits, with batches that are a share of what the pipeline can do."""
-    rates = {row["name"]: row["images_per_second_per_core"] for row in rows}
-    for kind in KINDS:
-        if not (rate := cores * rates.get(f"ours, {kind}, {FASTER}", 0)):
-            continue
-        for load in _LOADS[:1] if options.quick else _LOADS:
-            batch = max(1, int(load * rate * _STEP) // 2 * 2)
-            row = {"kind": kind, "batch": batch, "step_ms": 1000 * _STEP}
-            row |= {"load": round(batch / (rate * _STEP), 3)}
-            spec = {"source": kinds[kind], "batch": batch, "threads": cores}
-            spec |= {"steps": 40 if options.quick else 400, "step_seconds": _STEP}
-            yield row | loop("waiting", seed=options.seed, **spec)
-
-
 def start_up(cores: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure the files section."""
+    """Measure start-up and use of a folder of many small images."""
     archive = options.data / "cifar10.zip"
     folder, data = input_data.many_files(archive, options.scratch, options.files, options.seed)
     cache = Path(tempfile.mkdtemp(prefix="index_", dir=options.scratch))
     os.environ["NAT_JAX_CACHE"] = str(cache)
-    spec = {"source": f"folder:{folder}", "seed": options.seed, "reads": options.reads}
+    spec = {"source": f"folder:{folder}", "seed": options.seed}
     spec |= {"threads": cores, "batch": _BATCH}
     try:
         found = {"data": data, "first": loop("using", **spec), "again": loop("using", **spec)}
@@ -305,35 +259,108 @@ def start_up(cores: int, options: argparse.Namespace) -> dict[str, Any]:
     return found | {"starts": seconds, "index_bytes": sum(kept)}
 
 
+def tables(results: dict[str, Any]) -> str:
+    """Return everything as one page of Markdown."""
+    parts = [
+        "# Input pipeline\n",
+        f"{measure.described(results, *PACKAGES, *OTHERS)}; seed {results['seed']}. "
+        f"`{results['command']}`\n",
+        *_pipelines(results),
+    ]
+    return "\n".join([*parts, *_files(results)])
+
+
+def _pipelines(results: dict[str, Any]) -> list[str]:
+    parts = []
+    if results["groups"]:
+        parts.append(
+            "Images per second and core: the median over turns of some seconds and the quartiles; "
+            "every program in processes of its own, the files in the page cache. Shorter side 256, "
+            "random crops of 224, mirror images, uint8, unless stated otherwise.\n"
+        )
+    rows = [row for group in results["groups"] for row in group["results"]]
+    shares = [row["share_of_cores"] for row in rows if row["name"].startswith("limit")]
+    if shares and min(shares) < _BUSY:
+        parts.append(
+            f"**The machine was busy with something else**: the bare loops got {min(shares):.0%} "
+            "of the cores. Only the ratios by CPU time mean anything.\n"
+        )
+    for group in results["groups"]:
+        cells = [
+            [
+                *(row["name"], row.get("decoder", "")),
+                f"**{number(row['images_per_second_per_core'])}**",
+                " to ".join(map(number, row["quartiles"])),
+                number(row["cpu_us_per_image"]),
+                f"{100 * row['share_of_cores']:.0f} %",
+            ]
+            for row in group["results"]
+        ]
+        head = [group["name"], "decoder", "images/s per core", "quartiles", "CPU us an image"]
+        parts.append(measure.table([*head, "of cores"], cells))
+        pairs = {(r["one"], r["other"]): f"{r['quartiles'][1]:.3g}" for r in group["ratios"]}
+        parts.append(measure.pivot("times as fast as", pairs))
+    return parts
+
+
+def _files(results: dict[str, Any]) -> list[str]:
+    if "first" not in results:
+        return []
+    data, starts = results["data"], results["starts"]
+    first, again = results["first"]["points"], results["again"]["points"]
+    rows = [
+        [
+            name,
+            *(
+                f"{points[name][key]:{form}}"
+                for points in (first, again)
+                for key, form in (("seconds", ".3g"), ("own", ".0f"), ("mapped", ".0f"))
+            ),
+        ]
+        for name in first
+    ]
+    head = ["point", "first s", "own MB", "mapped MB", "again s", "own MB", "mapped MB"]
+    checks = {**results["first"]["checks"], **results["again"]["checks"]}
+    return [
+        f"## A folder of {data['files']:,} images\n",
+        f"{data['different']:,} different files of {data['bytes'] / data['files']:,.0f} bytes on "
+        f"average; {results['index_bytes']:,} bytes of index. `own MB` and `mapped MB`: resident "
+        "memory after that point.\n",
+        measure.table(head, rows),
+        f"Opened again, in {len(starts)} new processes: median "
+        f"{1000 * statistics.median(starts):.0f} ms ({1000 * min(starts):.0f} to "
+        f"{1000 * max(starts):.0f}).\n",
+        *(f"- {what}: {'yes' if good else 'NO'}" for what, good in checks.items()),
+        "",
+    ]
+
+
 def main() -> None:
     """Measure, and show the tables."""
     options = parse()
     cores = measure.use_cores(options.cores or len(measure.core_numbers()))
     options.scratch = options.scratch.resolve()
     options.scratch.mkdir(parents=True, exist_ok=True)
-    groups: list[dict[str, Any]] = []
     results: dict[str, Any] = {
         "benchmark": "input_pipeline",
-        **measure.environment(*input_tables.PACKAGES),
+        **measure.environment(*PACKAGES),
         "cores": cores,
         "seed": options.seed,
         "command": " ".join(["python", "benchmarks/input_pipeline.py", *sys.argv[1:]]),
-        "groups": groups,
+        "groups": [],
     }
     faults = []
-    if "whole" in options.sections:
-        folder, kinds = input_data.photographs(options.data, options.scratch, copies=options.copies)
-        chosen = contenders(folder, kinds, cores, options)
-        groups.append(compare("photos500", chosen, cores, options))
-    if "waiting" in options.sections:
-        results["waiting"] = list(wait(groups[0]["results"], kinds, cores, options))
-    if "files" in options.sections:
+    if options.files:
         results |= start_up(cores, options)
         checks = {**results["first"]["checks"], **results["again"]["checks"]}
         faults = [f"not so: {what}" for what, good in checks.items() if not good]
-    for row in (row for group in groups for row in group["results"]):
-        results |= {package: row[package] for package in input_tables.OTHERS if package in row}
-    text = input_tables.tables(results)
+    else:
+        folder, kinds = input_data.photographs(options.data, options.scratch, copies=options.copies)
+        chosen = contenders(folder, kinds, cores, options)
+        results["groups"].append(compare("photos500", chosen, cores, options))
+        for row in results["groups"][0]["results"]:
+            results |= {package: row[package] for package in OTHERS if package in row}
+    text = tables(results)
     print(text)
     measure.write(options.output, results, text)
     measure.finish(faults)

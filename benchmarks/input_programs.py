@@ -1,10 +1,11 @@
-"""The pipelines that ``input_pipeline.py`` compares, each run in a process of its own.
+"""The programs of ``input_pipeline.py``, each run in a process of its own.
 
     python benchmarks/input_programs.py JSON
 
-``program`` in the JSON is one of ``PROGRAMS``. A turn is a line on standard input with a number of
-images, the answer a line of JSON; the program is idle between turns, so that programs can take
-turns on the same cores. All scale the shorter side to 256, cut out 224 at random, flip half of the
+``program`` in the JSON is one of ``TURNS`` or ``FOLDERS``. The latter open a folder of many images,
+once, and print JSON. The former are pipelines that take turns on the same cores: a turn is a line
+on standard input with a number of images, the answer a line of JSON, and between turns they are
+idle. All scale the shorter side to 256, cut out 224 at random, flip half of the
 images (but for the limit), and make uint8 arrays. ``torch`` and ``tf.data`` run in environments
 that have neither nat_jax nor JAX, so imports are inside the functions.
 """
@@ -13,6 +14,7 @@ import contextlib
 import io
 import json
 import os
+import pickle
 import random
 import sys
 import time
@@ -130,23 +132,17 @@ def scaled_box(width: int, height: int, left: float, top: float) -> Box:
     return x, y, min(x + side, width), min(y + side, height)
 
 
-def make_transform() -> Any:
-    """Return nat_jax's transform."""
-    from nat_jax.input import transforms
-
-    return transforms.train_transform(image_size=SIZE, resize=SHORT, flip=True)
-
-
 def ours(spec: Spec) -> tuple[Spec, Turn]:
     """Set up nat_jax's batches."""
     if spec["decoder"] == "Pillow":
         sys.modules["simplejpeg"] = None  # type: ignore[assignment]  # as if not installed
     else:
         import simplejpeg  # noqa: F401  # nat_jax would do without
-    from nat_jax.input import pipeline
+    from nat_jax.input import pipeline, transforms
     from nat_jax.input.sources import open_source
 
     source = open_source(spec["source"], "train")
+    transform = transforms.train_transform(image_size=SIZE, resize=SHORT, flip=True)
     done = 0  # batches
 
     def some(count: int) -> int:
@@ -154,7 +150,7 @@ def ours(spec: Spec) -> tuple[Spec, Turn]:
         stop = done + max(1, count // spec["batch"])
         batches = pipeline.train_batches(
             source,
-            make_transform(),
+            transform,
             batch_size=spec["batch"],
             seed=spec["seed"],
             start_step=done,
@@ -248,6 +244,61 @@ def tf_data(spec: Spec) -> tuple[Spec, Turn]:
     return {"tensorflow": tf.__version__, "decoder": "libjpeg-turbo (TensorFlow's)"}, turn
 
 
+def opening(spec: Spec) -> Spec:
+    """Open a folder and do nothing else."""
+    from nat_jax.input.sources import open_source
+
+    source, taken = measure.timed(lambda: open_source(spec["source"], "train"))
+    _, read = measure.timed(lambda: source[0])
+    return {"open_seconds": taken["seconds"], "first_record_seconds": read["seconds"]}
+
+
+def using(spec: Spec) -> Spec:
+    """Open a folder and use it as training does; return time and memory at every point."""
+    begin = time.perf_counter()
+    import grain  # noqa: F401  # batches need it, and should not pay for it
+    import numpy as np
+
+    from nat_jax.input import pipeline, transforms
+    from nat_jax.input.sources import open_source
+
+    points: dict[str, dict[str, float]] = {}
+
+    def point(name: str, **more: float) -> None:
+        nonlocal begin
+        seconds = round(time.perf_counter() - begin, 4)
+        status = Path("/proc/self/status").read_text()
+        own, mapped = (
+            round(int(status.partition(f"{key}:")[2].split()[0]) / 1000, 1)
+            for key in ("RssAnon", "RssFile")
+        )
+        points[name] = {"seconds": seconds, **more, "own": own, "mapped": mapped}
+        begin = time.perf_counter()
+
+    point("libraries imported")
+    source = open_source(spec["source"], "train")
+    count = len(source)
+    point("opened", records=count)
+    seen = np.zeros(count, np.uint8)
+    steps = pipeline.steps_per_epoch(count, spec["batch"])
+    for batch in pipeline.train_batches(
+        source,
+        transforms.train_transform(image_size=32),
+        batch_size=spec["batch"],
+        seed=spec["seed"],
+        start_step=0,
+        num_steps=steps,
+        threads=spec["threads"],
+    ):
+        seen[batch["index"]] += 1
+    once = bool(seen.max() == 1 and seen.sum() == steps * spec["batch"])
+    point("an epoch of batches", images=steps * spec["batch"])
+    again = pickle.loads(pickle.dumps(source))  # as worker processes get it
+    same = again.fingerprint == source.fingerprint and again[count - 1] == source[count - 1]
+    checks = {"batches visit no record twice": once, "pickling keeps the records": same}
+    return {"points": points, "checks": checks}
+
+
 def serve(start: Callable[[Spec], tuple[Spec, Turn]], spec: Spec) -> None:
     """Set a program up, describe it in a line of JSON, and answer turns until the input ends."""
     # What libraries print must not come between the answers.
@@ -260,8 +311,12 @@ def serve(start: Callable[[Spec], tuple[Spec, Turn]], spec: Spec) -> None:
                 print(json.dumps(turn(int(line))), file=answers, flush=True)
 
 
-PROGRAMS = {"limit": limit, "ours": ours, "torch": torch_loader, "tf.data": tf_data}
+TURNS = {"limit": limit, "ours": ours, "torch": torch_loader, "tf.data": tf_data}
+FOLDERS = {"opening": opening, "using": using}
 
 if __name__ == "__main__":
     arguments = json.loads(sys.argv[1])
-    serve(PROGRAMS[arguments["program"]], arguments)
+    if arguments["program"] in TURNS:
+        serve(TURNS[arguments["program"]], arguments)
+    else:
+        print(json.dumps(FOLDERS[arguments["program"]](arguments)))

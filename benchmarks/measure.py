@@ -139,6 +139,15 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return text.replace("|  |", "| |").replace("|  |", "| |")
 
 
+def pivot(corner: str, cells: Mapping[tuple[str, str], str], columns: Iterable[str] = ()) -> str:
+    """Return a table of cells by (row, column), empty where there is none."""
+    chosen = list(columns) or list(dict.fromkeys(column for _, column in cells))
+    rows = dict.fromkeys(row for row, _ in cells)
+    return table(
+        [corner, *chosen], ([row, *(cells.get((row, c), "") for c in chosen)] for row in rows)
+    )
+
+
 def write(output: Path | None, results: Mapping[str, Any], text: str = "") -> None:
     """Write results as JSON, and their tables to a .md file of the same name, if there are any."""
     if output:
@@ -157,7 +166,8 @@ def finish(faults: Sequence[str]) -> None:
 
 def child_environment(**variables: str) -> dict[str, str]:
     """Return this process's environment with the repository importable."""
-    return {**os.environ, "PYTHONPATH": str(ROOT), **variables}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return {**os.environ, "PYTHONPATH": path, **variables}
 
 
 def run_child(program: str, *arguments: str, **variables: str) -> Iterator[dict[str, Any]]:

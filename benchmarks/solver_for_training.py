@@ -83,10 +83,9 @@ def found_of(results: list[dict[str, Any]], folders: list[Path]) -> dict[str, li
     accuracies = training_runs.accuracies(results, "nat")
     found = {probe: accuracies[f"z {probe}"] for probe in ("knn", "linear_probe")}
     for name in METRICS:
-        found[name.partition("/")[2]] = [
-            statistics.median(row[name] for row in read_rows(folder)[1:] if name in row)
-            for folder in folders
-        ]
+        logged = [[row[name] for row in read_rows(folder) if name in row] for folder in folders]
+        # The first row contains the time of compiling.
+        found[name.partition("/")[2]] = [statistics.median(rows[1:] or rows) for rows in logged]
     return found
 
 

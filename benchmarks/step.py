@@ -273,15 +273,13 @@ def tables(results: dict[str, Any]) -> str:
         parts += [measure.table(columns, map(_result, group["results"]))]
         parts += [f"{counted}{group['steps_per_turn']} steps a turn.\n"]
         parts += [measure.table(head, map(_ratio, group["ratios"]))]
-    if start := results["start"]:
-        columns = [f"{row['problem']}, programs {row['programs']}" for row in start]
-        rows = [
-            [lap, *(f"{row['seconds'][lap]:.2f}" for row in start)] for lap in start[0]["seconds"]
-        ]
-        parts += [
-            "## First steps of a new process\n",
-            measure.table(["seconds of", *columns], rows),
-        ]
+    seconds = {
+        (lap, f"{row['problem']}, programs {row['programs']}"): f"{taken:.2f}"
+        for row in results["start"]
+        for lap, taken in row["seconds"].items()
+    }
+    if seconds:
+        parts += ["## First steps of a new process\n", measure.pivot("seconds of", seconds)]
     return "\n".join(parts)
 
 

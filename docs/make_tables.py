@@ -17,17 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nat_jax.cli.help_text import markdown_table_of_keys
+from nat_jax.experiments import pages as suite_pages
+from nat_jax.report import markdown_table
+from nat_jax.report.tables import NETWORK_NAMES, PROBE_NAMES
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
-sys.path.append(str(ROOT / "benchmarks"))
-
-import scaling  # noqa: E402
-
-from nat_jax.cli.help_text import markdown_table_of_keys  # noqa: E402
-from nat_jax.experiments import pages as suite_pages  # noqa: E402
-from nat_jax.report import markdown_table  # noqa: E402
-from nat_jax.report.tables import NETWORK_NAMES, PROBE_NAMES  # noqa: E402
-
 MARKED = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 NONE = "–"
 
@@ -191,25 +187,10 @@ def first_steps() -> str:
     return table(["", *head], rows)
 
 
-def sharing_blocks() -> str:
-    """Return the time and the traffic of two ways to solve blocks on the hosts."""
-    hosts = measured("step")["hosts"]
-    rows = []
-    for blocks in dict.fromkeys(row["blocks"] for row in hosts):
-        cells = []
-        for way in ("share", "all"):
-            (row,) = [row for row in hosts if (row["blocks"], row["way"]) == (blocks, way)]
-            cells += [f"{row['ms']:.1f}", f"{row['solving_ms']:.1f}"]
-            cells.append(f"{row['bytes_exchanged']:,}")
-        rows.append([str(blocks), *cells])
-    of_a_way = ("ms", "of which solving", "bytes exchanged")
-    head = [f"{way}: {column}" for way in ("share", "all") for column in of_a_way]
-    return table(("blocks of 256", *head), rows)
-
-
 def loading() -> str:
     """Return how fast photographs are loaded, compared with two other programs."""
-    goals = {goal["what"]: goal for goal in measured("input_pipeline")["goals"]}
+    (group,) = measured("input_pipeline")["groups"]
+    pairs = {(pair["one"], pair["other"]): pair for pair in group["ratios"]}
     rivals = {
         "limit, simplejpeg": "a bare loop that reads nothing",
         "PyTorch DataLoader, Pillow": "PyTorch's `DataLoader`",
@@ -217,8 +198,9 @@ def loading() -> str:
     rows = []
     for source in ("folder", "arrayrecord"):
         for rival, name in rivals.items():
-            goal = goals[f"photos500: ours, {source}, simplejpeg / {rival}"]
-            rows.append([f"`{source}:`", name, f"{goal['value']:.2f}", f"{goal['cpu']:.2f}"])
+            pair = pairs[f"ours, {source}, simplejpeg", rival]
+            ratios = (f"{pair['quartiles'][1]:.2f}", f"{pair['cpu']:.2f}")
+            rows.append([f"`{source}:`", name, *ratios])
     return table(("source", "compared with", "wall clock", "CPU time"), rows, names=2)
 
 
@@ -267,10 +249,42 @@ def claims() -> str:
     return made.partition("## Claims\n\n")[2].partition("\n\n")[0] + "\n"
 
 
-def projections(number: int) -> str:
-    """Return a table of benchmarks/scaling.py."""
-    lines = "\n".join(scaling.tables(scaling.load(RESULTS)))
-    return lines.split("\n\n")[number].rstrip("\n") + "\n"
+def memory_of_a_device() -> str:
+    """Return the memory that a device needs for each kind of step."""
+    cells: dict[tuple[str, int, int], list[str]] = {}
+    variants: dict[str, None] = {}
+    for row in measured("collectives")["rows"]:
+        most = max(program["bytes"]["all"] for program in row["programs"])
+        case = (row["target"], row["records"], row["batch"] // row["devices"])
+        cells.setdefault(case, []).append(f"{most / 1e9:.2f} GB")
+        variants[row["variant"]] = None
+    rows = [
+        [target, f"{records:,}", str(images), *sizes]
+        for (target, records, images), sizes in cells.items()
+    ]
+    return table(("compiled for", "data set", "images a device", *variants), rows)
+
+
+def very_many_images() -> str:
+    """Return the time, the memory and the checkpoints of a step, by the number of images."""
+    head = ("images", "a plain step", "a matching step", "most memory", "proof", "needs")
+    head += ("checkpoint", "standing still", "saved after", "restored in")
+    rows = []
+    for row in measured("billion")["rows"]:
+        kept = row["checkpoint"]
+        seconds = ("seconds_standing_still", "seconds_to_save", "seconds_to_restore")
+        rows.append(
+            [
+                f"{row['records']:,}",
+                *(f"{row['step_ms'][name]['median']:.1f} ms" for name in ("plain", "match")),
+                f"{max(row['peak_bytes'].values()) / 1e9:.2f} GB",
+                f"{row['check']['seconds']:.3g} s",
+                f"{row['check']['bytes'] / 1e6:.0f} MB",
+                f"{kept['bytes'] / 1e9:.2f} GB",
+                *(f"{kept[name]:.3g} s" for name in seconds),
+            ]
+        )
+    return table(head, rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -289,18 +303,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "steps": steps,
     "ratios of steps": ratios_of_steps,
     "first steps": first_steps,
-    "sharing blocks": sharing_blocks,
     "loading": loading,
     "data set sizes": data_set_sizes,
     "claims": claims,
-    "memory of a device": partial(projections, 0),
-    "very many images": partial(projections, 1),
-    "inputs of the projections": partial(projections, 2),
-    "machines": partial(projections, 3),
-    "projected steps": partial(projections, 4),
-    "projected epochs": partial(projections, 5),
-    "projected billion": partial(projections, 6),
     "keys": markdown_table_of_keys,
+    "memory of a device": memory_of_a_device,
+    "very many images": very_many_images,
 }
 
 

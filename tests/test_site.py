@@ -78,7 +78,7 @@ def test_the_version_is_the_library_s(conf: dict[str, Any]) -> None:
         ("docs/data.md", "../nowhere.py", "../nowhere.py"),
         ("docs/results/step.md", "../../launch/README.md", "../launch.md"),
         ("docs/launch.md", "../launch/README.md", "REPOSITORY/blob/main/launch/README.md"),
-        ("launch/README.md", "../docs/scaling.md#projections", "scaling.md#projections"),
+        ("launch/README.md", "../docs/scaling.md#what-is-held", "scaling.md#what-is-held"),
         ("launch/README.md", "local.sh", "REPOSITORY/blob/main/launch/local.sh"),
         ("CONTRIBUTING.md", "docs/results/README.md", "results/README.md"),
         ("CONTRIBUTING.md", "CHANGELOG.md", "changelog.md"),
