@@ -3,8 +3,7 @@
     python -m nat_jax.main --config=configs/paper/fig2_epochs.py
     python -m nat_jax.main --config=configs/paper/fig2_epochs.py:cifar10
 
-The paper: NAT on ImageNet, judged by the MLP on conv5 as training goes on; the figure has no
-table.
+The paper: NAT on ImageNet, evaluated by the MLP on conv5 during training; the figure has no table.
 The authors' code: a constant rate, where the paper's text has one that decays.
 Chosen here: the constant rate, so that an epoch shows what a run of that length reaches. Small
 scales train three times as long as the other experiments.

@@ -3,7 +3,7 @@
     python -m nat_jax.main --config=configs/paper/fig2_period.py:imagenet,5
     python -m nat_jax.main --config=configs/paper/fig2_period.py:cifar10,5
 
-The paper: NAT on ImageNet, judged by the MLP on conv5; the figure has no table.
+The paper: NAT on ImageNet, evaluated by the MLP on conv5; the figure has no table.
 The authors' code: epochs 0, 3, 6, ... re-match every batch; so do ours, with other periods alike.
 Chosen here: "never" keeps the random targets that images begin with; it is not in the paper's
 figure.

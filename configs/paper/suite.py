@@ -7,8 +7,8 @@
 
 It trains the members of configs/paper on the first 1,000 images of each class and writes
 results/suite.json, results/suite.md and report.html. What the command line changes here changes in
-every run whose experiment does not set it. The same line goes on after a stop. `:digits` shows in
-under a minute that everything runs; its numbers mean nothing.
+every run whose experiment does not set it. The same line resumes after a stop. `:digits` tests
+that everything runs; its numbers mean nothing.
 
 Hardware and time: 40 runs; `:cifar10` took two hours of processor time, so an hour on 2 CPU cores
 at the best. Expected: three claims hold, four are within noise, one does not; see docs/paper.md.

@@ -5,9 +5,9 @@
 
 The paper: ImageNet, AlexNet with batch norm, cross-entropy on 1,000 classes.
 The authors' code: trains NAT only; how the supervised networks were trained is not published.
-Chosen here: colours as they are ("clean"; the paper gives 59.7 % for that in table 2 and 59.2 %
-here, and does not say what differs), the rest as for NAT; rate 0.05,
-with which four epochs of the small network (seed 0) reached 52 % of CIFAR-10, with 0.01 48 %.
+Chosen here: colours unchanged ("clean"; the paper reports 59.7 % for that in table 2 and 59.2 %
+here, without an explanation), the rest as for NAT; rate 0.05, with which four epochs of the small
+network (seed 0) reached 52 % on CIFAR-10, with 0.01 48 %.
 Expected: 59.2 % top-1 on ImageNet.
 Hardware and time: not run at the paper's scale; `:cifar10` takes minutes a seed on 2 CPU cores.
 """

@@ -1,4 +1,4 @@
-"""Table 2 of the paper, first line: AlexNet with labels, images as they are.
+"""Table 2 of the paper, first line: AlexNet with labels, images unchanged.
 
     python -m nat_jax.main --config=configs/paper/table2_clean.py
     python -m nat_jax.main --config=configs/paper/table2_clean.py:cifar10

@@ -3,8 +3,8 @@
     python -m nat_jax.main --config=configs/paper/table2_highpass.py
     python -m nat_jax.main --config=configs/paper/table2_highpass.py:cifar10
 
-The paper: ImageNet, AlexNet with batch norm, supervised; images high-pass filtered; the paper does
-not give the filter, see nat_jax/models/frontend.py for ours.
+The paper: ImageNet, AlexNet with batch norm, supervised; images high-pass filtered; the filter
+is not in the paper, see nat_jax/models/frontend.py for ours.
 The authors' code: has no such filter.
 Chosen here: the softmax loss and its rate of table1_softmax.
 Expected: 58.5 % top-1 on ImageNet.

@@ -13,11 +13,12 @@ HOLDS, NOISE, FAILS, NOTHING = "trend holds", "within noise", "does not hold", "
 # The rule for readers of the result; networks of one seed see the same images in the same order.
 RULE = (
     "Networks of the same seed are compared. The noise of a mean difference is the half-width of "
-    "its 95 % interval by Student's t over the seeds; of one seed, what the choice of test images "
-    "leaves open. A trend holds where the difference exceeds its noise, and does not where it is "
-    "below minus its noise; of a claim with several comparisons all must hold, and one that does "
-    "not decides. 'About as good' holds where difference and noise stay within 2 points. 'Settles' "
-    "holds where the gain of training's first half exceeds its noise and that of the second half."
+    "its 95 % interval by Student's t over the seeds; with one seed it is the sampling error of "
+    "the test images. A trend holds if the difference exceeds its noise, and does not hold if it "
+    "is below minus its noise. A claim with several comparisons holds if all of them do, and does "
+    "not hold if one of them does not. 'About as good' holds if the difference and its noise "
+    "together stay within 2 points. 'Settles' holds if the gain of the first half of training "
+    "exceeds its noise and the gain of the second half."
 )
 
 _CONFIDENCE = 0.95

@@ -1,4 +1,4 @@
-"""The suite: one line a run, failures beside results, the same line goes on."""
+"""The suite: one line per run, failures next to results, resuming by the same command."""
 
 import json
 import re
