@@ -262,7 +262,7 @@ def test_images_without_labels_are_trained_on(tmp_path):
     [
         (dict(data__source="imagnet"), "unknown source 'imagnet'; known: digits, folder:PATH"),
         (dict(data__source="folder:no/such/place"), "no/such/place"),
-        (dict(model__name="vgg"), "unknown model 'vgg'. Known: alexnet, convnet"),
+        (dict(model__name="vgg"), "model.name: unknown 'vgg'. Known: alexnet, convnet"),
         (dict(assign__solver="greedy"), "unknown 'greedy'. Known: auction"),
         (dict(batch_size=2048), "2048.*1437|1437.*2048"),
         (dict(assign__block=512), "assign.block: expected at most batch_size = 256; got 512"),
