@@ -12,7 +12,7 @@ import json
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,15 @@ from typing import Any
 from nat_jax.cli.help_text import markdown_table_of_keys
 from nat_jax.experiments import pages as suite_pages
 from nat_jax.report import markdown_table
-from nat_jax.report.tables import NETWORK_NAMES, PROBE_NAMES
+from nat_jax.report import rows as result_rows
+from nat_jax.report.tables import network_name, probe_name
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "docs" / "results"
+
 MARKED = re.compile(r"(<!-- table: (.+?) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 NONE = "–"
+SAVING = ("standing_still", "to_save", "to_restore")  # seconds of a checkpoint
 
 
 def measured(name: str) -> dict[str, Any]:
@@ -50,17 +53,17 @@ def milliseconds(value: float) -> str:
     return f"{value:,.{2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
-def layer_of(row: Mapping[str, Any]) -> str:
-    """Return the layer of a row of accuracies, whose key was `features` in version 0.1."""
-    return row.get("layer", row.get("features"))
+def scores(name: str) -> list[result_rows.Row]:
+    """Return the rows of accuracies of a result."""
+    return result_rows.current(measured(name)["table"])
 
 
 def accuracies(name: str, **wanted: tuple[str, ...]) -> str:
     """Return the accuracies of a run: those of the wanted layers, labels and probes."""
-    rows = measured(name)["table"]
-    for key, values in wanted.items():
-        rows = [row for row in rows if (row[key] if key in row else layer_of(row)) in values]
-    return markdown_table(rows).rstrip("\n") + "\n"
+    chosen = [
+        row for row in scores(name) if all(row[key] in values for key, values in wanted.items())
+    ]
+    return markdown_table(chosen).rstrip("\n") + "\n"
 
 
 def last_convolutions() -> str:
@@ -79,22 +82,22 @@ def baselines() -> str:
     columns = ("k=1", "k=20", "k=200", "linear_probe")
     found: dict[tuple[str, str], dict[str, float]] = {}
     for name in ("cifar10_10000_knn", "cifar10_10000_linear_probe"):
-        for row in measured(name)["table"]:
+        for row in scores(name):
             if row["probe"] in columns and row["labels"] in ("weighted votes", "all"):
-                found.setdefault((layer_of(row), row["network"]), {})[row["probe"]] = row["mean"]
+                found.setdefault((row["layer"], row["network"]), {})[row["probe"]] = row["mean"]
     best = {column: max(cells[column] for cells in found.values()) for column in columns}
-    rows = []
+    lines = []
     for (layer, network), cells in sorted(found.items(), key=lambda item: _order(item[0][0])):
         shown = [f"{100 * cells[column]:.1f}" for column in columns]
         bold = [cells[column] == best[column] for column in columns]
-        rows.append(
+        lines.append(
             [
                 NONE if layer in ("pixels", "patches") else layer,
-                NETWORK_NAMES.get(network, network),
+                network_name(network),
                 *(f"**{text}**" if top else text for text, top in zip(shown, bold, strict=True)),
             ]
         )
-    return table(("features", "network", "k = 1", "k = 20", "k = 200", "linear"), rows, names=2)
+    return table(("features", "network", "k = 1", "k = 20", "k = 200", "linear"), lines, names=2)
 
 
 def _order(layer: str) -> int:
@@ -106,21 +109,21 @@ def ablations() -> str:
     rows = measured("ablations_cifar10")["rows"]
     columns = [key for key in rows[0] if key != "name"]
     words = [key.split() for key in columns]
-    head = ["", *(f"{layer}, {PROBE_NAMES[probe]}" for layer, probe in words)]
+    head = ["", *(f"{layer}, {probe_name(probe)}" for layer, probe in words)]
     cells = [[percent(row[key]["mean"], row[key]["std"]) for key in columns] for row in rows]
     return table(head, [[row["name"], *c] for row, c in zip(rows, cells, strict=True)])
 
 
 def solvers() -> str:
     """Return the auction's milliseconds and those of other solvers, by size."""
-    rows = []
+    lines = []
     for size, name in (("256", "256 x 256"), ("1024", "1024 x 1024"), ("4096", "4096 x 4096")):
         what = f"{size}, geometric mean of 5 families"
         of_size = [target for target in measured("assign")["targets"] if target["what"] == what]
         others = {target["rival"]: milliseconds(target["rival_ms"]) for target in of_size}
         cells = [others.get(other, NONE) for other in ("scipy", "optax", "lapx lapjvr")]
-        rows.append([name, milliseconds(of_size[0]["ms"]), *cells])
-    return table(("problem", "`auction`", "SciPy", "optax", "lapx"), rows)
+        lines.append([name, milliseconds(of_size[0]["ms"]), *cells])
+    return table(("problem", "`auction`", "SciPy", "optax", "lapx"), lines)
 
 
 def steps() -> str:
@@ -131,11 +134,11 @@ def steps() -> str:
         "NAT, re-matching, device, auction": "NAT, re-matching",
         "NAT, re-matching, host, auction": "NAT, re-matching on the host",
     }
-    rows = []
+    lines = []
     for group in measured("step")["groups"]:
         times = {row["name"]: row["ms"] for row in group["results"]}
-        rows.append([group["problem"]["name"], *(f"{times[kind]:,.0f}" for kind in kinds)])
-    return table(("network", *kinds.values()), rows)
+        lines.append([group["problem"]["name"], *(f"{times[kind]:,.0f}" for kind in kinds)])
+    return table(("network", *kinds.values()), lines)
 
 
 def ratios_of_steps() -> str:
@@ -152,7 +155,7 @@ def ratios_of_steps() -> str:
         ),
     }
     groups = measured("step")["groups"]
-    rows = []
+    lines = []
     for pair, what in pairs.items():
         cells = []
         for group in groups:
@@ -162,8 +165,8 @@ def ratios_of_steps() -> str:
                 if (ratio["what"], ratio["one"], ratio["other"]) == pair
             )
             cells.append(f"{middle:.3f} ({low:.3f} to {high:.3f})")
-        rows.append([what, *cells])
-    return table(("time of one / of the other", *(g["problem"]["name"] for g in groups)), rows)
+        lines.append([what, *cells])
+    return table(("time of one / of the other", *(g["problem"]["name"] for g in groups)), lines)
 
 
 def first_steps() -> str:
@@ -180,33 +183,66 @@ def first_steps() -> str:
         "NAT, re-matching, device": "first step that re-matches on the device",
         "NAT, re-matching, host": "first step that re-matches on the host",
     }
-    rows = [
+    lines = [
         [name, *(f"{start['seconds'][part]:.1f}" for start in starts)]
         for part, name in parts.items()
     ]
-    return table(["", *head], rows)
+    return table(["", *head], lines)
 
 
 def loading() -> str:
     """Return how fast photographs are loaded, compared with two other programs."""
-    (group,) = measured("input_pipeline")["groups"]
-    pairs = {(pair["one"], pair["other"]): pair for pair in group["ratios"]}
-    rivals = {
+    (group,) = [g for g in measured("input_pipeline")["groups"] if g["name"] == "photos500"]
+    pairs = {(ratio["one"], ratio["other"]): ratio for ratio in group["ratios"]}
+    others = {
         "limit, simplejpeg": "a bare loop that reads nothing",
         "PyTorch DataLoader, Pillow": "PyTorch's `DataLoader`",
     }
-    rows = []
+    lines = []
     for source in ("folder", "arrayrecord"):
-        for rival, name in rivals.items():
-            pair = pairs[f"ours, {source}, simplejpeg", rival]
-            ratios = (f"{pair['quartiles'][1]:.2f}", f"{pair['cpu']:.2f}")
-            rows.append([f"`{source}:`", name, *ratios])
-    return table(("source", "compared with", "wall clock", "CPU time"), rows, names=2)
+        for other, name in others.items():
+            ratio = pairs[f"ours, {source}, simplejpeg", other]
+            cells = (f"{ratio['quartiles'][1]:.2f}", f"{ratio['cpu']:.2f}")
+            lines.append((f"`{source}:`", name, *cells))
+    return table(("source", "compared with", "wall clock", "CPU time"), lines, names=2)
+
+
+def memory_of_a_device() -> str:
+    """Return the memory that each kind of step needs on a device."""
+    needed: dict[tuple[str, int, int], list[str]] = {}
+    for row in measured("collectives")["rows"]:
+        target = (row["target"], row["records"], row["batch"] // row["devices"])
+        largest = max(program["bytes"]["all"] for program in row["programs"])
+        needed.setdefault(target, []).append(f"{largest / 1e9:.2f} GB")
+    head = ("compiled for", "data set", "images per device", "plain", "match on devices")
+    lines = [(name, f"{n:,}", str(images), *cells) for (name, n, images), cells in needed.items()]
+    return table((*head, "match on hosts"), lines)
+
+
+def very_many_images() -> str:
+    """Return what a permutation of very many images costs."""
+    lines = []
+    for row in measured("billion")["rows"]:
+        saving = row["checkpoint"]
+        lines.append(
+            (
+                f"{row['records']:,}",
+                f"{row['step_ms']['plain']['median']:.1f} ms",
+                f"{row['step_ms']['match']['median']:.1f} ms",
+                f"{max(row['peak_bytes'].values()) / 1e9:.2f} GB",
+                f"{row['check']['seconds']:.3g} s",
+                f"{row['check']['bytes'] / 1e6:.0f} MB",
+                f"{saving['bytes'] / 1e9:.2f} GB",
+                *(f"{saving[f'seconds_{part}']:.3g} s" for part in SAVING),
+            )
+        )
+    head = ("images", "a step", "a step that matches", "peak memory", "check", "its memory")
+    return table((*head, "checkpoint", "blocked", "saved", "restored"), lines, names=0)
 
 
 def data_set_sizes() -> str:
     """Return the time of a step and the memory, by the number of images."""
-    rows = [
+    lines = [
         [
             f"{row['records']:,}",
             f"{row['step_ms']['plain']['median']:.1f}",
@@ -216,7 +252,7 @@ def data_set_sizes() -> str:
         for row in measured("billion")["rows"]
     ]
     head = ("images", "a step, ms", "a step that matches, ms", "peak memory")
-    return table(head, rows, names=0)
+    return table(head, lines, names=0)
 
 
 def solvers_in_training() -> str:
@@ -228,7 +264,7 @@ def solvers_in_training() -> str:
         "auction, eps 0.2": "`auction`, `eps=0.2`",
     }
     arms = measured("solver_for_training")["arms"]
-    exact, rows = arms["scipy"], []
+    exact, lines = arms["scipy"], []
     for arm, name in names.items():
         cells = [name]
         for probe in ("knn", "linear_probe"):
@@ -238,53 +274,15 @@ def solvers_in_training() -> str:
             difference = percent(statistics.fmean(change), statistics.stdev(change), 2)
             cells.append("" if arm == "scipy" else difference)
         cells.append(f"{statistics.fmean(arms[arm]['cosine_after']):.4f}")
-        rows.append([*cells, f"{arms[arm]['solve_ms']:.2f}"])
+        lines.append([*cells, f"{arms[arm]['solve_ms']:.2f}"])
     head = ("solver", "kNN %", "minus exact", "linear %", "minus exact", "cosine after matching")
-    return table((*head, "ms a matching"), rows)
+    return table((*head, "ms a matching"), lines)
 
 
 def claims() -> str:
     """Return the claims of the paper and their verdicts."""
     made = suite_pages.markdown(measured("suite_cifar10"))
     return made.partition("## Claims\n\n")[2].partition("\n\n")[0] + "\n"
-
-
-def memory_of_a_device() -> str:
-    """Return the memory that a device needs for each kind of step."""
-    cells: dict[tuple[str, int, int], list[str]] = {}
-    variants: dict[str, None] = {}
-    for row in measured("collectives")["rows"]:
-        most = max(program["bytes"]["all"] for program in row["programs"])
-        case = (row["target"], row["records"], row["batch"] // row["devices"])
-        cells.setdefault(case, []).append(f"{most / 1e9:.2f} GB")
-        variants[row["variant"]] = None
-    rows = [
-        [target, f"{records:,}", str(images), *sizes]
-        for (target, records, images), sizes in cells.items()
-    ]
-    return table(("compiled for", "data set", "images a device", *variants), rows)
-
-
-def very_many_images() -> str:
-    """Return the time, the memory and the checkpoints of a step, by the number of images."""
-    head = ("images", "a plain step", "a matching step", "most memory", "proof", "needs")
-    head += ("checkpoint", "standing still", "saved after", "restored in")
-    rows = []
-    for row in measured("billion")["rows"]:
-        kept = row["checkpoint"]
-        seconds = ("seconds_standing_still", "seconds_to_save", "seconds_to_restore")
-        rows.append(
-            [
-                f"{row['records']:,}",
-                *(f"{row['step_ms'][name]['median']:.1f} ms" for name in ("plain", "match")),
-                f"{max(row['peak_bytes'].values()) / 1e9:.2f} GB",
-                f"{row['check']['seconds']:.3g} s",
-                f"{row['check']['bytes'] / 1e6:.0f} MB",
-                f"{kept['bytes'] / 1e9:.2f} GB",
-                *(f"{kept[name]:.3g} s" for name in seconds),
-            ]
-        )
-    return table(head, rows)
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -306,9 +304,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "loading": loading,
     "data set sizes": data_set_sizes,
     "claims": claims,
-    "keys": markdown_table_of_keys,
     "memory of a device": memory_of_a_device,
     "very many images": very_many_images,
+    "keys": markdown_table_of_keys,
 }
 
 
