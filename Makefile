@@ -1,4 +1,4 @@
-# Everything happens inside .venv, which the first target that needs it creates.
+# All targets use .venv, which the first one creates.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -10,7 +10,7 @@ demo: .venv/installed
 test: .venv/installed-test
 	$(BIN)/pytest
 
-# The oldest of everything; not all of it is there for Python 3.13.
+# The oldest supported versions; some have no wheel for Python 3.13.
 test-oldest:
 	$(PYTHON) -m venv build/oldest
 	build/oldest/bin/pip install -e '.[test]' --constraint .ci/oldest.txt
@@ -23,6 +23,7 @@ lint: .venv/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python docs/make_tables.py --check
 
 docs: .venv/installed
 	$(BIN)/pip install -e '.[docs]'
@@ -31,7 +32,7 @@ docs: .venv/installed
 wheel: .venv/installed
 	$(BIN)/pip wheel --no-deps --wheel-dir dist .
 
-# REHEARSE=1 goes on although the changelog has no day yet or git is not clean.
+# REHEARSE=1 continues although the changelog has no date or the working tree is not clean.
 release-check: .venv/installed
 	$(BIN)/python .ci/release_check.py $(if $(REHEARSE),--rehearse)
 

@@ -1,9 +1,9 @@
-"""What a release must pass beyond `.ci/run`: its wheel, in an empty environment, runs the demo.
+"""Check a release beyond `.ci/run`: the wheel runs the demo in an empty environment.
 
     python .ci/release_check.py [--rehearse] [--config=configs/digits.py]
 
-Version, changelog and git are looked at first; then a wheel is built from a clean clone, installed
-with its dependencies, and run in an empty folder. The wheel is left in dist/.
+Checks version, changelog and git, builds a wheel from a clean clone, installs it with its dependencies
+and runs it in an empty folder. The wheel is copied to dist/.
 """
 
 import argparse
@@ -21,13 +21,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Failed(Exception):
-    """A reason not to release, in words."""
+    """A reason not to release."""
 
 
 def main() -> None:
-    """Check a release; exit 1 with the reason if it is not one."""
+    """Check a release; exit with 1 and the reason if it is not ready."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rehearse", action="store_true", help="go on although not ready")
+    parser.add_argument("--rehearse", action="store_true", help="continue although not ready")
     parser.add_argument("--config", default="configs/digits.py", help="the demo, a packaged config")
     asked = parser.parse_args()
     try:
@@ -35,7 +35,7 @@ def main() -> None:
         for line in wrong:
             print(f"release-check: {line}", file=sys.stderr)
         if wrong and not asked.rehearse:
-            raise Failed(f"{len(wrong)} to mend first; REHEARSE=1 goes on all the same")
+            raise Failed(f"{len(wrong)} to fix first; REHEARSE=1 continues anyway")
         with tempfile.TemporaryDirectory() as folder:
             version = read_version(ROOT)
             wheel = build(ROOT, Path(folder), version)
@@ -58,18 +58,18 @@ def read_version(root: Path) -> str:
 
 
 def not_ready(root: Path) -> list[str]:
-    """Return what stands in a release's way before anything is built."""
+    """Return the reasons not to release that are known before anything is built."""
     found = []
     version = read_version(root)
     changelog = (root / "CHANGELOG.md").read_text(encoding="utf-8")
     head = re.search(r"^## (\S+)(?: \((.*)\))?$", changelog, re.MULTILINE)
     if head is None:
-        found.append("CHANGELOG.md: no head such as '## 0.1.0 (2026-11-30)'")
+        found.append("CHANGELOG.md: no heading such as '## 0.1.0 (2026-11-30)'")
     else:
         if head[1] != version:
             found.append(f"CHANGELOG.md begins with {head[1]}, nat_jax.__version__ is {version}")
         if not re.fullmatch(r"\d{4}-\d{2}-\d{2}", head[2] or ""):
-            found.append(f"CHANGELOG.md: {head[1]} has no day but {head[2]!r}")
+            found.append(f"CHANGELOG.md: {head[1]}: expected a date, got {head[2]!r}")
     status = ["git", "status", "--porcelain"]
     dirty = subprocess.run(status, cwd=root, capture_output=True, text=True, check=True).stdout
     if dirty:
@@ -79,7 +79,7 @@ def not_ready(root: Path) -> list[str]:
 
 
 def build(root: Path, folder: Path, version: str) -> Path:
-    """Build the wheel of the last commit, and return it."""
+    """Build the wheel of the last commit; return its path."""
     clone, out = folder / "clone", folder / "wheel"
     say(f"the wheel, from a clean clone of {root}")
     call("git", "clone", "--quiet", str(root), str(clone))
@@ -92,7 +92,7 @@ def build(root: Path, folder: Path, version: str) -> Path:
 
 
 def install(wheel: Path, environment: Path) -> Path:
-    """Install a wheel and what it declares in a new environment; return its Python."""
+    """Install a wheel with its dependencies in a new environment; return its Python."""
     say("an empty environment")
     venv.create(environment, with_pip=True)
     python = environment / ("Scripts" if os.name == "nt" else "bin") / "python"
@@ -102,10 +102,10 @@ def install(wheel: Path, environment: Path) -> Path:
 
 
 def run_demo(python: Path, folder: Path, config: str, version: str) -> None:
-    """Run a packaged config in an empty folder, and look at what it leaves.
+    """Run a packaged config in an empty folder, and check the results.
 
     Raises:
-        Failed: another version or place was imported, a file is missing, or nothing was learned.
+        Failed: another version or path was imported, a file is missing, or nothing was learned.
     """
     folder.mkdir()
     code = "import nat_jax; print(nat_jax.__version__, nat_jax.__file__)"
@@ -118,25 +118,25 @@ def run_demo(python: Path, folder: Path, config: str, version: str) -> None:
 
 
 def check_import(printed: str, environment: Path, version: str) -> None:
-    """Check what was imported, "VERSION FILE", against the wheel's version and its place."""
+    """Check the imported package, "VERSION FILE", against the version and path of the wheel."""
     found, _, file = printed.strip().partition(" ")
     if found != version or environment not in Path(file).parents:
         raise Failed(f"expected nat_jax {version} below {environment}; got {printed.strip()}")
 
 
 def check_run(run: Path) -> None:
-    """Check that a run has left its report, and features better than an untrained network's."""
+    """Check that a run has a report, and better features than the untrained network."""
     missing = [name for name in ("report.html", "metrics.jsonl") if not (run / name).is_file()]
     result = run / "results" / "pretrain.json"
     if missing or not result.is_file():
-        raise Failed(f"the demo left no {', '.join(missing) or result.name}")
+        raise Failed(f"the demo wrote no {', '.join(missing) or result.name}")
     judged = json.loads(result.read_text(encoding="utf-8"))
     if not judged["value"] > judged["untrained"]:
         raise Failed(f"no better than untrained: {judged['value']} and {judged['untrained']}")
 
 
 def call(*command: str, folder: Path = ROOT, quiet: bool = False) -> str:
-    """Run a command that must end well, without the checkout on Python's path."""
+    """Run a command, which must succeed, without the checkout on Python's path."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "NAT_JAX_"))}
     done = subprocess.run(
         command,
@@ -150,7 +150,7 @@ def call(*command: str, folder: Path = ROOT, quiet: bool = False) -> str:
 
 
 def say(step: str) -> None:
-    """Print what comes now."""
+    """Print the next step."""
     print(f"== {step}", flush=True)
 
 

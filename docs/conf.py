@@ -1,8 +1,8 @@
-"""How Sphinx makes the site of these pages and of the library's docstrings: ``make docs``.
+"""Sphinx configuration of the site of these pages and the API reference: ``make docs``.
 
-The pages are Markdown that reads as well where the repository is shown, so they link to files of
-the repository by relative paths. ``links_for_site`` turns those that leave this folder into links
-to the site's own copy of a page, or to the repository's public address.
+The pages are Markdown that is also read in the repository, so they link to its files by relative
+paths. ``links_for_site`` rewrites links that leave this folder: to the site's copy of a page, or to
+the public address of the repository.
 """
 
 import os
@@ -38,7 +38,7 @@ extensions = [
 ]
 html_theme = "furo"
 html_title = f"{project} {version}"
-html_math_renderer = "mathml"  # which browsers draw themselves, also without a network
+html_math_renderer = "mathml"  # rendered by the browser, without a network
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
@@ -55,31 +55,31 @@ add_module_names = False
 python_use_unqualified_type_names = True
 toc_object_entries_show_parents = "hide"
 
-# Every reference must lead somewhere, but for these.
+# Every reference must resolve, except for these.
 nitpick_ignore_regex = [
-    # other projects' types; looking them up would make the build depend on the network
+    # types of other projects; resolving them would need the network
     (r"py:class", r"(jax|jaxlib|numpy|ml_collections|optax|flax|PIL|collections|os|pathlib)\..+"),
-    (r"py:class", r"ArrayTree|nat_jax\.input_pipeline\.T"),  # aliases and variables of types
-    # fields of a run that nobody needs to make
-    (r"py:class", r"nat_jax\.(device_images\.DeviceImages|evaluate\.judge\.Judge)"),
-    # what a function raises is named without its module
+    (r"py:class", r"ArrayTree|nat_jax\.input\.pipeline\.T"),  # aliases and type variables
+    # fields of a run that users do not construct
+    (r"py:class", r"nat_jax\.input\.device_images\.DeviceImages"),
+    # exceptions are named without their module
     (r"py:exc", r"BadImage|BadRecordError|ConversionError|Disagreement"),
 ]
 
 
 def links_for_site(text: str, file: str) -> str:
-    """Return a page's Markdown with its links to other files of the repository as the site's.
+    """Return the Markdown of a page with links to files of the repository rewritten for the site.
 
     Args:
         text: the page.
-        file: its path in the repository, which its links start from.
+        file: its path in the repository, to which its links are relative.
 
     Returns:
-        The same lines. Links within ``docs`` and to other sites are as they were, and so is
-        whatever stands in code; a link to a file that is not there stays, for Sphinx to report.
+        The same lines. Links within ``docs``, links to other sites and code are unchanged, and so
+        is a link to a missing file, which Sphinx reports.
     """
     folder = os.path.dirname(file)
-    shown = INCLUDED.get(file, file)  # where the text is read, which the site's links start from
+    shown = INCLUDED.get(file, file)  # the page of the site, to which its links are relative
 
     def one(link: re.Match[str]) -> str:
         path = os.path.normpath(os.path.join(folder, link["path"]))
@@ -100,7 +100,7 @@ def links_for_site(text: str, file: str) -> str:
 def shorten(
     app: Any, what: str, name: str, thing: Any, options: Any, signature: str | None, returns: str
 ) -> tuple[str | None, str]:
-    """Write ``ArrayLike`` as such (Sphinx's event ``autodoc-process-signature``), not all it is."""
+    """Shorten ``ArrayLike`` in signatures (Sphinx's event ``autodoc-process-signature``)."""
     from jax.typing import ArrayLike
     from sphinx.util.typing import stringify_annotation
 
@@ -111,25 +111,25 @@ def shorten(
 def skip_fields(
     app: Any, what: str, name: str, thing: Any, skip: bool, options: Any
 ) -> bool | None:
-    """Leave out a named tuple's fields (``autodoc-skip-member``); the class tells what they are."""
+    """Skip the fields of named tuples (``autodoc-skip-member``); the class documents them."""
     return True if (getattr(thing, "__doc__", "") or "").startswith("Alias for field") else None
 
 
 def read_page(app: Any, docname: str, source: list[str]) -> None:
-    """Prepare a page that Sphinx has read (its event ``source-read``)."""
+    """Rewrite the links of a page (Sphinx's event ``source-read``)."""
     path = Path(app.env.doc2path(docname))
     if path.suffix == ".md":
         source[0] = links_for_site(source[0], path.relative_to(ROOT).as_posix())
 
 
 def read_included(app: Any, path: Path, docname: str, source: list[str]) -> None:
-    """Prepare a file that a page includes (Sphinx's event ``include-read``)."""
+    """Rewrite the links of an included file (Sphinx's event ``include-read``)."""
     file = (Path(app.srcdir) / path).resolve().relative_to(ROOT).as_posix()
     source[0] = links_for_site(source[0], file)
 
 
 def write_math(translator: Any, node: Any) -> None:
-    """Write a formula, in a line or on one of its own, as MathML."""
+    """Write a formula, inline or displayed, as MathML."""
     from docutils.nodes import SkipNode, math_block
     from docutils.utils.math.latex2mathml import tex2mathml
 
@@ -138,7 +138,7 @@ def write_math(translator: Any, node: Any) -> None:
 
 
 def setup(app: Any) -> None:
-    """Connect the above to Sphinx."""
+    """Register the functions above with Sphinx."""
     app.add_html_math_renderer("mathml", (write_math, None), (write_math, None))
     app.connect("autodoc-process-signature", shorten)
     app.connect("autodoc-skip-member", skip_fields)

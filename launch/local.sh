@@ -3,16 +3,16 @@
 #
 #     PROCESSES=2 launch/local.sh --config=configs/smoke.py
 #
-# PROCESSES    how many, 2 by default. One process drives all GPUs of a host by itself; several are
-#              for trying out what a cluster will do, or for one process a GPU: process i takes GPU i.
-# CPU_DEVICES  run on the CPU instead, with that many simulated devices in each process
-# PORT         where process 0 waits, 8476 by default
+# PROCESSES    their number, 2 by default. One process drives all GPUs of a host; several are a test of a
+#              cluster, or give one process per GPU: process i uses GPU i.
+# CPU_DEVICES  run on the CPU instead, with this many simulated devices in each process
+# PORT         the port of process 0, 8476 by default
 # PYTHON       the interpreter, python by default
-# DRY_RUN=1    print what would run, and run nothing
+# DRY_RUN=1    print the commands without running them
 #
-# Ctrl-C and SIGTERM save and stop all processes; the same line goes on. The exit code is that of the
-# first process in order that failed: 2 for a mistake, 75 or 134 where a process was lost, 130 or 143
-# after Ctrl-C, 143 after SIGTERM.
+# Ctrl-C and SIGTERM save and stop all processes; the same command resumes. The exit code is that of the
+# first process in order that failed: 2 for an error of the user, 75 or 134 if a process was lost, 130 or
+# 143 after Ctrl-C, 143 after SIGTERM.
 set -euo pipefail
 
 processes=${PROCESSES:-2}
@@ -20,7 +20,7 @@ port=${PORT:-8476}
 python=${PYTHON:-python}
 
 if ! [[ $processes =~ ^[1-9][0-9]*$ ]]; then
-  echo "local.sh: PROCESSES: expected a number from 1 on; got '$processes'" >&2
+  echo "local.sh: PROCESSES: expected an integer of at least 1; got '$processes'" >&2
   exit 2
 fi
 pids=()

@@ -4,16 +4,16 @@
 #     export TPU=my-v5e-64 ZONE=us-west4-a
 #     launch/tpu_pod.sh install                                  # this commit, on every worker
 #     launch/tpu_pod.sh run --config=configs/alexnet.py --workdir=/shared/runs/alexnet
-#     launch/tpu_pod.sh log                                      # of worker 0, as it grows
-#     launch/tpu_pod.sh stop                                     # save and end; `run` goes on
+#     launch/tpu_pod.sh log                                      # follow the log of worker 0
+#     launch/tpu_pod.sh stop                                     # save and stop; `run` resumes
 #
-# TPU          name of the TPU VM; a single-host one works as well
+# TPU          name of the TPU VM, with one host or several
 # ZONE         its zone
 # PROJECT      its project; gcloud's default if unset
-# DRY_RUN=1    print what would run, and run nothing
+# DRY_RUN=1    print the commands without running them
 #
-# The workdir lies on a file system that all workers have mounted (Filestore, or a bucket through
-# gcsfuse). JAX finds the workers by itself. The program goes on when this connection ends.
+# The workdir must be on a file system that all workers have mounted (Filestore, or a bucket through
+# gcsfuse). JAX detects the workers. The program continues when this connection ends.
 set -euo pipefail
 
 usage() {
@@ -40,8 +40,7 @@ on() { # WORKER COMMAND
   do_it gcloud compute tpus tpu-vm ssh "$TPU" "${where[@]}" --worker="$1" --command="$2"
 }
 
-# On a worker, where these are expanded: there is no program yet; it has not ended at once, as after
-# a mistake.
+# Expanded on a worker: no program is running yet; the program has not ended at once, as after an error.
 # shellcheck disable=SC2016
 free='{ ! kill -0 "$(cat nat_jax.pid 2> /dev/null)" 2> /dev/null || { echo "it is running; stop it first"; exit 1; }; }'
 # shellcheck disable=SC2016
@@ -51,7 +50,7 @@ case $verb in
   install)
     here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
     archive=${TMPDIR:-/tmp}/nat_jax.tar.gz
-    git -C "$here" diff --quiet HEAD || echo "tpu_pod.sh: what is not committed is left out" >&2
+    git -C "$here" diff --quiet HEAD || echo "tpu_pod.sh: uncommitted changes are not installed" >&2
     do_it git -C "$here" archive --format=tar.gz --prefix=nat_jax/ --output="$archive" HEAD
     do_it gcloud compute tpus tpu-vm scp "$archive" "$TPU:nat_jax.tar.gz" "${where[@]}" --worker=all
     on all 'tar xzf nat_jax.tar.gz && python3 -m venv nat_jax_env && nat_jax_env/bin/pip install -q ./nat_jax[tpu]'
@@ -65,7 +64,7 @@ case $verb in
     on 0 'tail -n 100 -f nat_jax.log'
     ;;
   stop)
-    # One worker is enough: JAX tells the others, and all stop after the same step.
+    # One worker is enough: JAX notifies the others, and all stop after the same step.
     on 0 "kill -TERM \$(cat nat_jax.pid)"
     ;;
   *)

@@ -146,7 +146,7 @@ def test_local_wants_a_process_at_least():
     done = subprocess.run(
         [LAUNCH / "local.sh"], env=environment(PROCESSES="0"), capture_output=True, text=True
     )
-    assert done.returncode == 2 and "PROCESSES: expected a number from 1 on" in done.stderr
+    assert done.returncode == 2 and "PROCESSES: expected an integer of at least 1" in done.stderr
 
 
 def test_tpu_pod_without_a_name_says_what_is_missing():

@@ -44,9 +44,9 @@ def test_a_project_that_is_ready_is_ready(checkout: Path) -> None:
     ("changelog", "wrong"),
     [
         ("## 1.3.0 (2026-11-30)", "begins with 1.3.0, nat_jax.__version__ is 1.2.0"),
-        ("## 1.2.0 (unreleased)", "1.2.0 has no day but 'unreleased'"),
-        ("## 1.2.0", "1.2.0 has no day but None"),
-        ("1.2.0", "no head such as"),
+        ("## 1.2.0 (unreleased)", "1.2.0: expected a date, got 'unreleased'"),
+        ("## 1.2.0", "1.2.0: expected a date, got None"),
+        ("1.2.0", "no heading such as"),
     ],
 )
 def test_a_changelog_that_is_not_is_found(checkout: Path, changelog: str, wrong: str) -> None:
@@ -100,7 +100,7 @@ def test_nothing_is_built_of_what_is_not_ready(checkout: Path) -> None:
     script.write_text((ROOT / ".ci" / "release_check.py").read_text())
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
-    assert "not committed" in done.stderr and "1 to mend first" in done.stderr
+    assert "not committed" in done.stderr and "1 to fix first" in done.stderr
     assert not (checkout / "dist").exists()
 
 

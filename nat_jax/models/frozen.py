@@ -40,8 +40,8 @@ class Network:
                 leaves them as they are.
 
         Returns:
-            A function of uint8[B, H, W, 3] that returns {layer: float[B, ...]}, on all devices of
-            this process.
+            A function of images uint8[B, H, W, 3] that returns the features of each layer,
+            float[B, ...] by name, on all devices of this process.
         """
 
         def extract(images: np.ndarray) -> dict[str, jax.Array]:
