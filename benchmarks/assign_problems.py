@@ -150,7 +150,6 @@ def record(arguments: argparse.Namespace) -> None:
     from nat_jax.input import pipeline
     from nat_jax.input.reader import ImageCache
     from nat_jax.runtime import sharding
-    from nat_jax.train_step import forward
     from nat_jax.training.host_matching import compile_step
     from nat_jax.training.setup import initial_state, open_sources, set_up
 
@@ -176,7 +175,14 @@ def record(arguments: argparse.Namespace) -> None:
         cache=run.cache,
         threads=config.data.threads,
     )
-    features = jax.jit(lambda state, image: forward(run.step.model, state, image).features)
+
+    @jax.jit
+    def features(state: Any, image: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(state.key, state.step)  # as in the train step
+        return run.step.model.apply(state.params, state.batch_stats, image, train=True, key=key)[0][
+            "z"
+        ]
+
     moment_of = _moments(run, arguments.moment)
     kept: dict[str, list[tuple[Any, Any]]] = {moment: [] for moment in MOMENTS}
     state = initial_state(run)
