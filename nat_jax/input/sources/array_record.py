@@ -321,7 +321,7 @@ def _split_by_names(paths: Sequence[Path], name: str) -> dict[str, SplitShards]:
 
 
 def _number(path: Path) -> tuple[int, int]:
-    """Return a shard's number and how many its name says there are; (0, 1) for a single file."""
+    """Return a shard's number and how many there are by its name; (0, 1) for a single file."""
     match = _NUMBER.search(path.name)
     return (int(match[1]), int(match[2])) if match else (0, 1)
 
