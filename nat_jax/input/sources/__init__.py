@@ -37,7 +37,7 @@ def open_source(spec: str, split: str = "train", *, per_class: int = 0) -> Sourc
         A `Source` of that split.
 
     Raises:
-        ValueError: the source is unknown, missing or malformed; the message says what to do.
+        ValueError: the source is unknown, missing or malformed; the message tells how to fix it.
     """
     if split not in SPLITS:
         raise InputError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")

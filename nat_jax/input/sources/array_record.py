@@ -110,7 +110,7 @@ def open_array_record(argument: str, split: str) -> ArrayRecordSource:
     splits = _chosen(found, known, name, complete=path.is_dir())
     if not splits:
         fields, splits = None, _split_by_names(found, name)
-    return _open_split(_DataSet(name, splits, fields, directory), split, may_hold_out=True)
+    return _open_split(name, split, splits, fields, directory, may_hold_out=True)
 
 
 def _find(path: Path) -> list[Path]:
@@ -138,120 +138,128 @@ def open_prepared(directory: Path, split: str, name: str) -> ArrayRecordSource:
     if metadata is None:
         raise InputError(f"{name}: no {INFO} and {FEATURES} in {directory}")
     fields, splits = metadata
-    return _open_split(_DataSet(name, splits, fields, directory), split, may_hold_out=False)
+    return _open_split(name, split, splits, fields, directory, may_hold_out=False)
 
 
-@dataclasses.dataclass(frozen=True)
-class _DataSet:
-    """The splits of a data set by the names they have there.
+def _open_split(
+    name: str,
+    split: str,
+    splits: Mapping[str, SplitShards],
+    fields: Fields | None,
+    directory: Path | None,
+    *,
+    may_hold_out: bool,
+) -> ArrayRecordSource:
+    """Open one split of a data set.
 
-    Attributes:
+    Args:
         name: the specification, for messages.
-        splits: what is known of each.
+        split: "train" or "test".
+        splits: what is known of the data set's splits.
         fields: how records are written; None where the first one has to tell.
         directory: the folder of the shards; None where they are in several.
+        may_hold_out: a tenth may become the test split.
     """
-
-    name: str
-    splits: Mapping[str, SplitShards]
-    fields: Fields | None
-    directory: Path | None
-
-    def open(self, key: str) -> tuple[Shards, Fields]:
-        """Open a split's shards; compare them with what is known, and look at the first record.
-
-        Raises:
-            ValueError: a shard is damaged, or a record is not one that can be used.
-        """
-        split = self.splits[key]
-        _check_missing(split.expected, self.name)
-        shards = Shards(split.paths)
-        lengths = split.lengths or shards.lengths
-        for path, length, stated in zip(shards.paths, shards.lengths, lengths, strict=True):
-            if length != stated:
-                raise InputError(
-                    f"{self.name}: {path} has {length} records; dataset_info.json says "
-                    f"{stated}. Copy or prepare the data once more"
-                )
-        if not len(shards):
-            raise InputError(f"{self.name}: no records in {_some(shards.paths)}")
-        try:
-            first = first_readable(shards)
-            fields = self.fields or guess_fields(first)
-            content(first, fields)
-        except ValueError as error:
-            raise InputError(f"{self.name}: {shards.paths[0].name}: {error}") from error
-        return shards, fields
-
-    def class_names(self, key: str, fields: Fields) -> tuple[str, ...] | None:
-        """Name the classes of a split, from the metadata or from a list next to the shards."""
-        if self.fields is not None:
-            return self.splits[key].class_names
-        if fields.label is None or self.directory is None:
-            return None
-        names = read_class_names(self.directory, fields.label)
-        if names is None:
+    key, held_out = _choose(name, split, splits, fields, may_hold_out)
+    known = splits[key]
+    shards, found, _ = _open_shards(name, known, fields)
+    if fields is not None or found.label is None or directory is None:
+        class_names = known.class_names
+    else:
+        class_names = read_class_names(directory, found.label)
+        if class_names is None:
             _log.info(
                 "%s: labels are left out, because nothing says how many classes there are (neither "
                 "%s nor %s, one name a line, stands beside the shards)",
-                self.name,
+                name,
                 FEATURES,
-                class_names_file(self.directory, fields.label).name,
+                class_names_file(directory, found.label).name,
             )
-        return names
+    if class_names is None:  # a label is worth nothing where the number of classes is not known
+        found = found._replace(label=None)
+    fingerprint, labels, positions = known.fingerprint, known.labels, None
+    if held_out:
+        positions = split_positions(len(shards), split)
+        labels = None if labels is None else labels[positions]
+    if fingerprint is None or held_out:
+        identity = [fingerprint or shards.identity(), key, *([split] if held_out else [])]
+        fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    return ArrayRecordSource(
+        name, split, class_names, labels, fingerprint, shards, found, key, positions
+    )
 
-    def has_unknown_labels(self, key: str) -> bool:
-        """Return whether the labels of a split are withheld: imagenet2012's test images have -1."""
-        shards, fields = self.open(key)
-        return fields.label is not None and content(first_readable(shards), fields).label < 0
+
+def _choose(
+    name: str,
+    split: str,
+    splits: Mapping[str, SplitShards],
+    fields: Fields | None,
+    may_hold_out: bool,
+) -> tuple[str, bool]:
+    """Choose the split's name among those there are; return it, and whether to hold a tenth out."""
+    tests = [key for key in _TEST_KEYS if key in splits]
+    if split == "test" and tests:
+        if tests[0] == "test" and len(tests) > 1:
+            _, found, label = _open_shards(name, splits["test"], fields)
+            if found.label is not None and label < 0:  # withheld, as imagenet2012's are
+                return tests[1], False
+        return tests[0], False
+    if "train" in splits and (split == "train" or may_hold_out):
+        return "train", may_hold_out and not tests
+    if may_hold_out and not tests and len(splits) == 1:
+        return next(iter(splits)), True
+    wanted = "train" if split == "train" else "test or validation"
+    there = ", ".join(key or "shards without a name of a split" for key in splits)
+    raise InputError(f"{name}: no {wanted} split; prepared: {there or 'none'}")
 
 
-def first_readable(shards: Shards) -> bytes:
-    """Return one of the first records; a few damaged ones do not make a data set unusable.
+def _open_shards(
+    name: str, split: SplitShards, fields: Fields | None
+) -> tuple[Shards, Fields, int]:
+    """Open a split's shards, compare them with what is known, and look at the first record.
+
+    Returns:
+        The shards, how their records are written, and the label of the first; -1 where unknown.
 
     Raises:
-        ValueError: none of them can be read.
+        ValueError: a shard is missing or damaged, or a record is not one that can be used.
     """
+    there = {
+        directory: set(os.listdir(directory)) for directory in {p.parent for p in split.expected}
+    }
+    missing = [path for path in split.expected if path.name not in there[path.parent]]
+    if missing:
+        raise InputError(
+            f"{name}: {len(missing)} of {len(split.expected)} shards are missing in "
+            f"{missing[0].parent}: {_some(missing)}. Copy or make them once more"
+        )
+    shards = Shards(split.paths)
+    stated = split.lengths or shards.lengths
+    for path, length, expected in zip(shards.paths, shards.lengths, stated, strict=True):
+        if length != expected:
+            raise InputError(
+                f"{name}: {path} has {length} records; dataset_info.json says {expected}. Copy or "
+                "prepare the data once more"
+            )
+    if not len(shards):
+        raise InputError(f"{name}: no records in {_some(shards.paths)}")
+    try:
+        first = _first_readable(shards)
+        fields = fields or guess_fields(first)
+        return shards, fields, content(first, fields).label
+    except ValueError as error:
+        raise InputError(f"{name}: {shards.paths[0].name}: {error}") from error
+
+
+def _first_readable(shards: Shards) -> bytes:
+    """Return one of the first records; a few damaged ones do not make a data set unusable."""
     problem: Exception | None = None
     for position in range(min(len(shards), _TRIED)):
         try:
             return shards.read(position)
         except RuntimeError as error:
             problem = problem or error
-    raise InputError(f"none of the first records can be read: {problem}") from problem
-
-
-def _open_split(data: _DataSet, split: str, *, may_hold_out: bool) -> ArrayRecordSource:
-    key, held_out = _choose(data, split, may_hold_out)
-    shards, fields = data.open(key)
-    known = data.splits[key]
-    class_names = data.class_names(key, fields)
-    positions = split_positions(len(shards), split) if held_out else None
-    fingerprint = known.fingerprint
-    if fingerprint is None or held_out:
-        identity = [fingerprint or shards.identity(), key, *([split] if held_out else [])]
-        fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    labels = known.labels if positions is None or known.labels is None else known.labels[positions]
-    if class_names is None:  # a label is worth nothing where the number of classes is not known
-        fields = fields._replace(label=None)
-    return ArrayRecordSource(
-        data.name, split, class_names, labels, fingerprint, shards, fields, key, positions
-    )
-
-
-def _choose(data: _DataSet, split: str, may_hold_out: bool) -> tuple[str, bool]:
-    """Choose the split's name among those there are; return it, and whether to hold a tenth out."""
-    tests = [key for key in _TEST_KEYS if key in data.splits]
-    if split == "test" and tests:
-        withheld = tests[0] == "test" and len(tests) > 1 and data.has_unknown_labels("test")
-        return tests[int(withheld)], False
-    if "train" in data.splits and (split == "train" or may_hold_out):
-        return "train", may_hold_out and not tests
-    if may_hold_out and not tests and len(data.splits) == 1:
-        return next(iter(data.splits)), True
-    wanted = "train" if split == "train" else "test or validation"
-    found = ", ".join(key or "shards without a name of a split" for key in data.splits)
-    raise InputError(f"{data.name}: no {wanted} split; prepared: {found or 'none'}")
+    raise ValueError(f"none of the first records can be read: {problem}") from problem
 
 
 def _chosen(
@@ -313,7 +321,7 @@ def _split_by_names(paths: Sequence[Path], name: str) -> dict[str, SplitShards]:
 
 
 def _number(path: Path) -> tuple[int, int]:
-    """Return a shard's number and how many its name says there are; (0, 1) for a single file."""
+    """Return a shard's number and how many there are by its name; (0, 1) for a single file."""
     match = _NUMBER.search(path.name)
     return (int(match[1]), int(match[2])) if match else (0, 1)
 
@@ -326,16 +334,6 @@ def _complete_set(path: Path) -> Sequence[Path]:
     before, after = path.name[: match.start(1)], path.name[match.end(1) :]
     width = len(match[1])
     return [path.with_name(f"{before}{i:0{width}}{after}") for i in range(int(match[2]))]
-
-
-def _check_missing(paths: Sequence[Path], name: str) -> None:
-    there = {directory: set(os.listdir(directory)) for directory in {p.parent for p in paths}}
-    missing = [path for path in paths if path.name not in there[path.parent]]
-    if missing:
-        raise InputError(
-            f"{name}: {len(missing)} of {len(paths)} shards are missing in {missing[0].parent}: "
-            f"{_some(missing)}. Copy or make them once more"
-        )
 
 
 def _some(paths: Sequence[Path]) -> str:

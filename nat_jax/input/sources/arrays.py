@@ -37,7 +37,7 @@ class ArraySource:
         name, split, class_names: see `Source`.
         images: uint8 [N, H, W] or [N, H, W, 1|3|4].
         labels: integers [N], or None when unlabelled.
-        reopen: `(opener, argument)` that gives the same source again; pickling keeps only this.
+        reopen: `(opener, argument)` that opens the same source again; pickling keeps only this.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ def _read_npz(path: Path) -> tuple[Parts, Parts | None]:
                         test = _checked(path, x_test, file[x_test], y_test, _get(file, y_test))
                     return _checked(path, x, file[x], y, _get(file, y)), test
     except (zipfile.BadZipFile, zlib.error, OSError, EOFError, TypeError) as error:
-        # numpy gives a bare array, no context manager, for an .npy file.
+        # numpy returns a bare array, no context manager, for an .npy file.
         raise InputError(f"arrays: {path} is not a readable .npz file: {error}") from error
     except ValueError as error:
         if "pickle" not in str(error):
@@ -144,7 +144,7 @@ def _get(file: Any, key: str | None) -> np.ndarray | None:
 def _checked(
     path: Path, x_name: str, x: np.ndarray, y_name: str | None, y: np.ndarray | None
 ) -> Parts:
-    """Check one split's arrays, and give labels the shape [N]."""
+    """Check one split's arrays, and reshape labels to [N]."""
     if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in (1, 3, 4)):
         raise InputError(
             f"arrays: {x_name} in {path} is {x.dtype}{list(x.shape)}; expected uint8 images "

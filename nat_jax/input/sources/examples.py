@@ -52,7 +52,7 @@ def content(record: bytes, fields: Fields) -> Content:
 def example(image: bytes, label: int | None, name: str) -> bytes:
     """Serialize a record of the features image, label (unless None) and file_name.
 
-    The same arguments give the same bytes.
+    The bytes are a function of the arguments.
     """
     message = _proto()[0]()
     features = message.features.feature

@@ -35,8 +35,8 @@ class FirstOfClass:
         self.name, self.split = source.name, source.split
         self.class_names, self.num_classes = source.class_names, source.num_classes
         self.labels: np.ndarray | None = labels[self._positions]
-        said = f"{source.fingerprint} first {per_class} of each class"
-        self.fingerprint = hashlib.sha256(said.encode()).hexdigest()
+        identity = f"{source.fingerprint} first {per_class} of each class"
+        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
 
     def __len__(self) -> int:
         return len(self._positions)

@@ -1,4 +1,4 @@
-"""What every source of images offers, and what the sources share."""
+"""The protocol of a source of images, and the rule for a held-out test split."""
 
 from collections.abc import Callable
 from typing import Protocol, TypedDict
@@ -17,7 +17,7 @@ class Record(TypedDict):
 
     Attributes:
         index: the record's stable number in its source and split, in [0, len(source)).
-        name: what a message calls it, such as a file name.
+        name: for messages, such as a file name.
         label: class number, or -1 where it has none.
         image: encoded bytes of an image file, or uint8 [H, W] or [H, W, 1|3|4].
     """
@@ -64,7 +64,7 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Record: ...
 
     def record_name(self, index: int) -> str:
-        """Give a record's name without reading the record."""
+        """Return a record's name without reading the record."""
         ...
 
 
@@ -72,7 +72,7 @@ Opener = Callable[[str, str], Source]
 
 
 class UnreadableRecord(UserError):
-    """A record whose bytes could not be read, with all that is known about it."""
+    """A record whose bytes could not be read, with its name and label (-1 if unknown)."""
 
     def __init__(self, name: str, label: int, reason: str):
         super().__init__(f"{name}: {reason}")
@@ -82,7 +82,7 @@ class UnreadableRecord(UserError):
 
 
 def split_positions(count: int, split: str) -> np.ndarray:
-    """Give the positions of one split of `count` records that come without a test split.
+    """Return the positions of one split of `count` records that come without a test split.
 
     A tenth (rounded down, at least one) is held out for testing: the records whose positions have
     the smallest hashes, so that sorted or grouped data is held out evenly.

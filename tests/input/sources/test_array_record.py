@@ -1,7 +1,6 @@
 import io
 import os
 import pickle
-import re
 import shutil
 import subprocess
 import sys
@@ -108,8 +107,10 @@ def test_a_held_out_tenth_is_by_position_over_all_shards(tmp_path: Path):
         write_shard(tmp_path / f"x-{i:05}-of-00003.array_record", raw(count, 100 * i))
     everything = raw(12) + raw(1, 100) + raw(17, 200)
     for split in ("train", "test"):
-        expected = [everything[i] for i in split_positions(30, split)]
-        assert images(opened(tmp_path, split)) == expected
+        source, positions = opened(tmp_path, split), split_positions(30, split).tolist()
+        assert images(source) == [everything[i] for i in positions]
+        known = [source.record_name(i) for i in range(len(source))]  # without reading
+        assert known == names(source) == [f"{source.name} [{i}]" for i in positions]
 
 
 def test_the_index_is_the_position_over_shards_by_number(tmp_path: Path):
@@ -283,14 +284,11 @@ def test_a_damaged_shard_is_named_when_it_is_opened(tmp_path: Path, damage: str)
         opened(tmp_path)
 
 
-def test_a_shard_of_another_length_is_named(tmp_path: Path):
+def test_a_shard_of_another_length_or_without_records_is_named(tmp_path: Path):
     folder = write_data_set(tmp_path / "d", {"train": [examples(3)], "test": [examples(3)]})
     write_shard(folder / "made-train.array_record-00000-of-00001", examples(4))
     with pytest.raises(ValueError, match=r"has 4 records; dataset_info.json says 3"):
         opened(folder)
-
-
-def test_a_shard_without_records_is_named(tmp_path: Path):
     write_shard(tmp_path / "train.array_record", [])
     with pytest.raises(ValueError, match="no records in train.array_record"):
         opened(tmp_path)
@@ -402,11 +400,3 @@ def test_the_fingerprint_is_the_same_elsewhere_and_differs_with_the_data(tmp_pat
         write("g", [jpeg(0)[:-1] + b"\0", *raw(20)[1:]]),  # only another byte, in the first record
     ]
     assert len({first, *others}) == 6
-
-
-def test_names_of_records_are_known_without_reading_them(tmp_path: Path):
-    write_shard(tmp_path / "train.array_record", raw(20))
-    test = opened(tmp_path, "test")
-    positions = split_positions(20, "test").tolist()
-    assert [test.record_name(i) for i in range(len(test))] == names(test)
-    assert [int(re.findall(r"\d+", name)[-1]) for name in names(test)] == positions

@@ -270,7 +270,7 @@ def test_what_changed_a_moment_ago_is_not_trusted(
     assert len(listings) == 3 and len(kept(cache)) == 1
 
 
-def test_a_file_overwritten_in_place_is_noticed_by_its_length(tree: Path, cache: Path):
+def test_a_file_overwritten_in_place_is_noticed_by_its_length(tree: Path, monkeypatch, cache: Path):
     open_fresh(tree)
     source = open_fresh(tree)
     path = tree / "train/cat/0.jpg"
@@ -286,13 +286,10 @@ def test_a_file_overwritten_in_place_is_noticed_by_its_length(tree: Path, cache:
     assert f"delete {index} and start again" in caught.value.reason
     assert len(source[5]["image"]) > 5
     index.unlink()
-    assert open_fresh(tree)[4]["image"] == b"short"
-
-
-def test_a_small_folder_gives_files_as_they_are_now(tree: Path):
-    source = open_source(f"folder:{tree}")
-    (tree / "train/cat/0.jpg").write_bytes(b"short")
-    assert source[4]["image"] == b"short"
+    monkeypatch.setattr(index_cache, "KEPT_FROM", 10_000)
+    source = open_fresh(tree)  # not kept, so that files count as they are
+    path.write_bytes(b"shorter")
+    assert source[4]["image"] == b"shorter"
 
 
 def flipped(position: int) -> Callable[[bytes], bytes]:
@@ -326,33 +323,30 @@ def test_a_damaged_index_is_made_again(damage: str, data: Path, cache: Path, cap
     assert len(caplog.records) == 1 and path.read_bytes() == whole
 
 
-def test_without_a_place_to_write_each_start_lists(
-    data: Path, tmp_path: Path, monkeypatch, cache: Path, listings: list[str], caplog
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("a file/cache", "Not a directory"),
+        ("tree/cache", "lies inside the data"),
+        ("", "there is no home folder"),
+    ],
+)
+def test_where_no_index_can_be_kept_each_start_lists(
+    place: str, reason: str, tree: Path, monkeypatch, cache: Path, listings: list[str], caplog
 ):
-    blocked = tmp_path / "a file"
-    blocked.touch()
-    monkeypatch.setenv("NAT_JAX_CACHE", str(blocked / "cache"))
+    (tree.parent / "a file").touch()
+    monkeypatch.setenv("NAT_JAX_CACHE", str(tree.parent / place) if place else "~")
+    if not place:
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # of one without a home
     with caplog.at_level(logging.INFO):
-        _, test = (open_source(f"folder:{data}", s) for s in ("train", "test"))
+        _, test = (open_source(f"folder:{tree}", s) for s in ("train", "test"))
     assert len(listings) == 1 and len(caplog.records) == 1
-    assert "cannot be kept" in caplog.text and "set NAT_JAX_CACHE" in caplog.text
-    assert len(open_fresh(data)) == 12 and len(listings) == 2
+    assert "cannot be kept" in caplog.text and reason in caplog.text
+    assert "set NAT_JAX_CACHE" in caplog.text and not (tree / "cache").exists()
+    assert len(open_fresh(tree)) == 12 and len(listings) == 2
     again = pickle.loads(pickle.dumps(test))
     assert [again[i] for i in range(6)] == [test[i] for i in range(6)]
     assert len(listings) == 2
-
-
-@pytest.mark.parametrize("reason", ["lies inside the data", "there is no home folder"])
-def test_a_cache_that_cannot_be_used_is_one_line(
-    reason: str, tree: Path, monkeypatch, cache: Path, caplog
-):
-    monkeypatch.setenv("NAT_JAX_CACHE", str(tree / "cache"))
-    if "home" in reason:
-        monkeypatch.setenv("NAT_JAX_CACHE", "~")
-        monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # of one without a home
-    with caplog.at_level(logging.INFO):
-        assert len(open_fresh(tree)) == 12
-    assert reason in caplog.text and not (tree / "cache").exists()
 
 
 def test_an_index_that_others_wrote_and_we_may_not_read_is_left_alone(
