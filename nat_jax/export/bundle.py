@@ -21,7 +21,7 @@ from PIL import Image
 from nat_jax import models
 from nat_jax.errors import UserError
 from nat_jax.input.decode import open_picture
-from nat_jax.input.transforms import Transform, cut, eval_transform
+from nat_jax.input.transforms import Transform, decode_and_crop, eval_transform
 from nat_jax.models.frozen import Network, resolve_layers
 from nat_jax.runtime import atomic_files
 
@@ -112,7 +112,7 @@ class Bundle(Network):
             image = Path(image).read_bytes()
         transform = self.transform
         out = np.empty((1, transform.size, transform.size, 3), np.uint8)
-        cut(open_picture(image), transform, [()], [False], out)
+        decode_and_crop(open_picture(image), transform, [()], out)
         return out[0]
 
     @property

@@ -1,4 +1,4 @@
-"""Records that cannot be used: named, counted, and at last too many."""
+"""Tracks unreadable records; stops the run above 1 %."""
 
 import dataclasses
 import logging
@@ -18,7 +18,7 @@ class BadRecordError(UserError, RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Bad:
-    """A record whose place is kept, without its pixels."""
+    """A bad record, which keeps its place in the batch."""
 
     index: int
     name: str
@@ -26,15 +26,14 @@ class Bad:
 
 
 class TooManyBadRecords(BadRecordError):
-    """More records are bad than a run may go on with."""
+    """More than 1 % of the records are bad."""
 
 
 class BadRecords:
-    """Count of the distinct bad records of one source.
+    """The distinct bad records of one source.
 
     Args:
-        num_records: length of the source; more than max(1, num_records // 100) bad ones are too
-            many.
+        num_records: length of the source, of which max(1, num_records // 100) may be bad.
     """
 
     def __init__(self, num_records: int):
@@ -48,10 +47,10 @@ class BadRecords:
         return len(self._reasons)
 
     def add(self, bad: Bad) -> None:
-        """Note a bad record; the same index counts once.
+        """Count a bad record, the same index once.
 
         Raises:
-            TooManyBadRecords: there are more than `limit` of them.
+            TooManyBadRecords: more than `limit` are bad.
         """
         with self._lock:
             new = bad.index not in self._reasons
@@ -59,13 +58,13 @@ class BadRecords:
         if self.count > self.limit:
             raise TooManyBadRecords(
                 f"{self.summary()}. At most {self.limit} may be (1 %). Repair or delete these "
-                "files, and start in another --workdir: other names or sizes are other data"
+                "files; this changes the data's fingerprint, so start in another --workdir"
             )
         if new and self.count <= _NAMES_SHOWN:
             _log.warning("bad record, used as grey with weight 0: %s: %s", bad.name, bad.reason)
 
     def summary(self) -> str:
-        """Say how many records are bad, and name the first few."""
+        """Return how many records are bad, and the first few with their reasons."""
         with self._lock:
             shown = [self._reasons[i] for i in sorted(self._reasons)[:_NAMES_SHOWN]]
             count = self.count

@@ -1,8 +1,8 @@
-"""Chance on the host as pure functions of numbers: hashes, shuffles, uniform draws.
+"""Counter-based random numbers on the host: hashes, shuffles, uniform draws.
 
 They decide which record comes when and how it is augmented, in runs that are stopped and resumed on
-other machines, with other versions of NumPy: so they are written out here, need no state and no
-memory, and must give the same numbers for ever.
+other machines, with other versions of NumPy. So they are written out here, have no state, and must
+return the same numbers in every version.
 """
 
 import math
@@ -13,15 +13,15 @@ _ROUNDS = 8
 
 
 def hash64(values: np.ndarray) -> np.ndarray:
-    """Scramble numbers: a bijection of uint64 whose every output bit depends on all input bits.
-
-    One step of SplitMix64 from each number as its state (Steele, Lea and Flood, 2014).
-    """
+    """Hash numbers: one step of SplitMix64 from each as its state (Steele, Lea and Flood, 2014)."""
     return mix64(values.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))
 
 
 def mix64(z: np.ndarray) -> np.ndarray:
-    """Return SplitMix64's finaliser of uint64: a bijection that keeps zero."""
+    """Return SplitMix64's finaliser of uint64: a bijection that keeps zero.
+
+    Every output bit depends on all input bits.
+    """
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
@@ -36,10 +36,10 @@ def stream(*numbers: int) -> np.ndarray:
 
 
 def shuffled(positions: np.ndarray, count: int, key: np.ndarray) -> np.ndarray:
-    """Look up positions in a random permutation of range(count), without making the whole of it.
+    """Evaluate a random permutation of range(count) at some positions, in constant memory.
 
-    A Feistel network over Z_a x Z_b with a * b just above `count`, walked on while it leads outside
-    (Black and Rogaway, Ciphers with arbitrary finite domains, 2002).
+    A Feistel network over Z_a x Z_b with a * b just above `count`, applied again while the result
+    is outside (Black and Rogaway, Ciphers with arbitrary finite domains, 2002).
 
     Args:
         positions: integers [b] in [0, count).
@@ -67,7 +67,7 @@ def shuffled(positions: np.ndarray, count: int, key: np.ndarray) -> np.ndarray:
 
 
 def uniform(key: np.ndarray, indices: np.ndarray, draws: int) -> np.ndarray:
-    """Draw numbers in [0, 1) for each of some records.
+    """Draw uniform numbers for each of some records, independent of the other records.
 
     Args:
         key: uint64[1] from `stream`.
@@ -75,7 +75,7 @@ def uniform(key: np.ndarray, indices: np.ndarray, draws: int) -> np.ndarray:
         draws: how many for each.
 
     Returns:
-        float64 [b, draws], multiples of 2**-53; a record's own whatever the others are.
+        float64 [b, draws] in [0, 1), multiples of 2**-53.
     """
     per_record = hash64(key + indices.astype(np.uint64))
     bits = hash64(per_record[:, None] + np.arange(draws, dtype=np.uint64))

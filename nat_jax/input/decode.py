@@ -179,6 +179,8 @@ def _exif(data: bytes) -> bytes:
 
 def _orientation(exif: bytes) -> int:
     """Return the EXIF orientation, 1 (upright) if there is none or it cannot be read."""
+    if not exif:
+        return 1
     tags = Image.Exif()
     try:
         tags.load(exif)

@@ -1,7 +1,7 @@
-"""Small data sets on the devices: images stay there, and are gathered, shifted and mirrored there.
+"""Small data sets in device memory: images are gathered, shifted and flipped on the devices.
 
 A batch then costs the transfer of a few numbers for each image. The result equals that of
-`preprocess.move` on the host bit for bit.
+`transforms.ShiftFlip.apply` on the host bit for bit.
 """
 
 import functools
@@ -22,7 +22,7 @@ class DeviceImages:
 
     Args:
         images: uint8 [N, size, size, 3].
-        pad: width of the black border in which corners lie; see `preprocess.Transform`.
+        pad: width of the black border in which corners lie; see `transforms.Transform`.
         mesh: the devices.
     """
 
@@ -40,15 +40,15 @@ class DeviceImages:
         )
 
     def __call__(self, batch: Mapping[str, jax.Array]) -> jax.Array:
-        """Give the images of a batch.
+        """Return the images of a batch.
 
         Args:
             batch: index int32 [B], corner int32 [B, V, 2] and mirrored bool [B, V] as in
-                `preprocess.Moves`, weight float32 [B], all split along "data".
+                `transforms.ShiftFlip`, weight float32 [B], all split along "data".
 
         Returns:
             uint8 [B, size, size, 3], or [B, V, size, size, 3] with several views, split over all
-            devices; grey where the weight is 0.
+            devices; 128 where the weight is 0.
         """
         return self._take(
             self._images, batch["index"], batch["corner"], batch["mirrored"], batch["weight"]
@@ -67,8 +67,8 @@ def _take(
     chosen = jnp.pad(images[index], ((0, 0), (pad, pad), (pad, pad), (0, 0)))
 
     def view(image: jax.Array, corner: jax.Array, mirrored: jax.Array) -> jax.Array:
-        cut = jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), (size, size, 3))
-        return jnp.where(mirrored, cut[:, ::-1], cut)
+        shifted = jax.lax.dynamic_slice(image, (corner[0], corner[1], 0), (size, size, 3))
+        return jnp.where(mirrored, shifted[:, ::-1], shifted)
 
     views = jax.vmap(jax.vmap(view, in_axes=(None, 0, 0)))(chosen, corner, mirrored)
     views = jnp.where(weight[:, None, None, None, None] > 0, views, jnp.uint8(GREY))

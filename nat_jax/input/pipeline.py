@@ -1,10 +1,8 @@
 """Batches of uint8 images: shuffled every epoch for training, in order for evaluation.
 
-What a step holds is a function of (seed, step) alone: an epoch's order is a permutation that can be
-looked up anywhere, and every image draws its augmentation from a hash of (seed, epoch, index). So
-the state of the stream is the step, for any number of threads and processes. grain makes steps
-ahead of time, in threads or in worker processes; `nat_jax.input.prefetch` moves
-them to the devices and watches over the workers.
+A training batch is a function of (seed, step) alone: an epoch's order is a permutation that can be
+evaluated at any position, and every image draws its augmentation from a hash of (seed, epoch,
+index). So the state of the stream is the step, for any number of threads and processes.
 """
 
 import logging
@@ -17,20 +15,19 @@ import numpy as np
 from nat_jax.errors import InputError
 from nat_jax.input import counter_random
 from nat_jax.input.bad_records import BadRecordError, BadRecords
-from nat_jax.input.prefetch import check_shared_memory, made_ahead, prefetched
+from nat_jax.input.prefetch import check_shared_memory, prefetch_batches
 from nat_jax.input.reader import GREY, Batch, ImageCache, ImageReader
 from nat_jax.input.sources import Source
 from nat_jax.input.transforms import Transform
-from nat_jax.input.work_log import WorkLog
 
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 ON_BAD_RECORD = ("grey", "error")
-_ORDER, _AUGMENTATION = 0, 1  # independent streams of chance
+_ORDER, _AUGMENTATION = 0, 1  # independent streams of random numbers
 _MOST_RECORDS = 2**31 - 1
-_CONVERTED = 2  # batches on their way to the devices, or there: one is used while one is moved
+_PADDING = {"image": GREY, "index": -1, "label": -1, "weight": 0}
 
 
 def _unchanged(batch: Batch) -> Any:
@@ -38,7 +35,7 @@ def _unchanged(batch: Batch) -> Any:
 
 
 class _TrainSteps:
-    """Random access to the batches of training, by step: what grain reads from."""
+    """Random access to the batches of training by step, for grain."""
 
     def __init__(
         self,
@@ -49,38 +46,32 @@ class _TrainSteps:
         num_steps: int,
         pixels: bool,
     ):
-        self._read = reader.batch if pixels else reader.moves
-        self._reader = reader
-        self._count = len(reader.source)
-        self._steps_per_epoch = steps_per_epoch(self._count, batch_size)
+        self.reader = reader
+        self.rows = rows
         self._batch_size = batch_size
-        self._rows = np.asarray(rows)
         self._seed = seed
         self._num_steps = num_steps
-
-    @property
-    def source(self) -> Source:
-        return self._reader.source
+        self._pixels = pixels
 
     def __len__(self) -> int:
         return self._num_steps
 
     def __getitem__(self, step: Any) -> Batch:
-        epoch, step_in_epoch = divmod(int(step), self._steps_per_epoch)
-        positions = step_in_epoch * self._batch_size + self._rows
+        reader, count = self.reader, len(self.reader.source)
+        epoch, step_in_epoch = divmod(int(step), steps_per_epoch(count, self._batch_size))
+        positions = step_in_epoch * self._batch_size + np.asarray(self.rows)
         order = counter_random.stream(self._seed, epoch, _ORDER)
-        indices = counter_random.shuffled(positions, self._count, order)
-        draws = self._reader.transform.draws
+        indices = counter_random.shuffled(positions, count, order)
         uniform = [
-            counter_random.uniform(self._augmentation(epoch, view), indices, draws)
-            for view in range(self._reader.views)
+            counter_random.uniform(self._augmentation(epoch, view), indices, reader.transform.draws)
+            for view in range(reader.views)
         ]
-        batch = self._read(indices, np.stack(uniform))
+        batch = reader.batch(indices, np.stack(uniform), pixels=self._pixels)
         del batch["name"]
         return batch
 
     def _augmentation(self, epoch: int, view: int) -> np.ndarray:
-        further = (view,) if view else ()  # the first is what there was before there were views
+        further = (view,) if view else ()  # the first view is the same whatever their number
         return counter_random.stream(self._seed, epoch, _AUGMENTATION, *further)
 
 
@@ -88,47 +79,30 @@ class _EvalSteps:
     """Random access to the batches of one pass in order, the last one padded."""
 
     def __init__(self, reader: ImageReader, batch_size: int, rows: range):
-        self._reader = reader
+        self.reader = reader
+        self.rows = rows
         self._batch_size = batch_size
-        self._rows = rows
-
-    @property
-    def source(self) -> Source:
-        return self._reader.source
 
     def __len__(self) -> int:
-        return -(-len(self._reader.source) // self._batch_size)
+        return -(-len(self.reader.source) // self._batch_size)
 
     def __getitem__(self, step: Any) -> Batch:
-        start = int(step) * self._batch_size
-        wanted = np.arange(start + self._rows.start, start + self._rows.stop)
-        indices = wanted[wanted < len(self._reader.source)]
-        missing = len(wanted) - len(indices)
-        batch: Batch = {
-            "image": np.empty((0, *self._reader.image_shape), np.uint8),
-            "index": np.empty(0, np.int32),
-            "label": np.empty(0, np.int32),
-            "weight": np.empty(0, np.float32),
-            "name": [],
-            "bad": [],
-        }
-        if len(indices):
-            batch = self._reader.batch(indices, np.empty((1, len(indices), 0)))
-        if missing:
-            padding = {"image": GREY, "index": -1, "label": -1, "weight": 0}
-            for key, value in padding.items():
-                shape = (missing, *batch[key].shape[1:])
-                filler = np.full(shape, value, batch[key].dtype)
+        wanted = int(step) * self._batch_size + np.asarray(self.rows)
+        indices = wanted[wanted < len(self.reader.source)]
+        batch = self.reader.batch(indices, np.empty((1, len(indices), 0)))
+        if missing := len(wanted) - len(indices):
+            for key, value in _PADDING.items():
+                filler = np.full((missing, *batch[key].shape[1:]), value, batch[key].dtype)
                 batch[key] = np.concatenate([batch[key], filler])
             batch["name"] += [""] * missing
         return batch
 
 
 def steps_per_epoch(num_records: int, batch_size: int) -> int:
-    """Count the whole batches in one epoch; what is left over is dropped, other records each time.
+    """Count the complete batches of an epoch; the remainder is dropped, other records each time.
 
     Raises:
-        ValueError: there is not one whole batch.
+        ValueError: there is not one complete batch.
     """
     if batch_size < 1:
         raise InputError(f"batch_size must be at least 1, got {batch_size}")
@@ -167,33 +141,32 @@ def train_batches(
     timeout: float = 300.0,
     convert: Callable[[Batch], T] = _unchanged,
 ) -> Generator[T, None, None]:
-    """Give the batches of training steps start_step, ..., num_steps - 1.
+    """Return the batches of training steps start_step, ..., num_steps - 1.
 
     Each epoch visits every record at most once, in an order that depends on (seed, epoch) alone.
-    The processes' rows, put one after the other, are the batch that a single process would get.
+    The rows of all processes, concatenated, are the batch of a single process.
 
     Args:
         source: the records.
-        transform: what becomes of each image.
+        transform: applied to each image.
         batch_size: records in the global batch, over all processes.
-        seed: in [0, 2**32); order and augmentation.
-        start_step: first step to give, 0 for a new run: the whole state of the stream.
-        num_steps: steps of the whole run, counted from 0.
-        views: images made of each record, by independent chance; the first is the same whatever
-            their number.
-        pixels: False leaves the images to `device_images.DeviceImages`, and gives corner int32
-            [b, views, 2] and mirrored bool [b, views] instead (see `preprocess.Moves`). Needs
-            `cache` to hold all images.
+        seed: of order and augmentation, in [0, 2**32).
+        start_step: first step, 0 for a new run; the only state of the stream.
+        num_steps: steps of the complete run, counted from 0.
+        views: independently augmented images of each record; the first is the same whatever their
+            number.
+        pixels: False leaves the images to `device_images.DeviceImages`: batches have
+            corner int32 [b, views, 2] and mirrored bool [b, views] (see `transforms.ShiftFlip`)
+            instead of image. Needs a `cache` that holds all images.
         on_bad_record: "grey" keeps the place of a bad record with pixels 128 and weight 0; "error"
             stops at the first.
-        bad_records: counts them; a new count when left out.
-        cache: keeps decoded images; None decodes anew in each epoch.
-        process_index: which part of each batch this process gets, in [0, process_count).
-        process_count: into how many parts batches are divided.
-        threads: batches made at the same time, in all workers; 0 makes them where they are asked
-            for.
-        workers: processes that make them, for hosts with many cores; 0 uses threads of this one.
-            Images that are cached are always made by threads. A script that asks for workers needs
+        bad_records: counts them; None starts a new count.
+        cache: keeps decoded images; None decodes in each epoch.
+        process_index: part of each batch that this process reads, in [0, process_count).
+        process_count: number of parts of a batch.
+        threads: batches made at the same time, in all workers; 0 makes them one by one.
+        workers: processes that make them, for hosts with many cores; 0 uses threads of this one, as
+            do images that are cached. A script that uses workers needs
             `if __name__ == "__main__":`, as they import it.
         prefetch: batches kept ready, at least one for each thread.
         timeout: seconds that reading one record may take.
@@ -219,26 +192,21 @@ def train_batches(
         known = ", ".join(ON_BAD_RECORD)
         raise InputError(f"unknown on_bad_record {on_bad_record!r}; known: {known}")
     rows = _rows(batch_size, process_index, process_count)
-    log = WorkLog()
-    reader = ImageReader(source, transform, views=views, cache=cache, log=log)
+    reader = ImageReader(source, transform, views=views, cache=cache)
     if not pixels and not reader.cached:
         raise InputError(f"{source.name}: its images are not kept in memory, so pixels are needed")
     if workers and reader.cached:
         _log.info("%s is kept in memory: data.workers is not used", source.name)
-        workers = 0
-    if workers:
-        check_shared_memory(workers, prefetch, len(rows) * math.prod(reader.image_shape))
-    return _iterate(
+    return _stream(
         _TrainSteps(reader, batch_size, rows, seed, num_steps, pixels),
         start_step,
+        convert,
+        bad_records=bad_records,
+        stop_at_bad=on_bad_record == "error",
         threads=threads,
         workers=workers,
-        depth=prefetch,
+        prefetch=prefetch,
         timeout=timeout,
-        log=log,
-        bad_records=BadRecords(len(source)) if bad_records is None else bad_records,
-        stop_at_bad=on_bad_record == "error",
-        convert=convert,
     )
 
 
@@ -256,28 +224,27 @@ def eval_batches(
     prefetch: int = 8,
     timeout: float = 300.0,
 ) -> Generator[Batch, None, None]:
-    """Give every record exactly once, in order.
+    """Return every record exactly once, in order.
 
     The last batch is padded with rows of index -1, label -1 and weight 0. Every process gets the
     same number of batches.
 
     Args:
         source: the records.
-        transform: what becomes of each image, without randomness.
+        transform: applied to each image; without randomness.
         batch_size: rows in the global batch, over all processes; may exceed the data.
-        bad_records: counts bad records, which come grey and with weight 0; a new count when left
-            out.
-        cache: keeps decoded images for other passes; None decodes anew.
-        process_index: which part of each batch this process gets, in [0, process_count).
-        process_count: into how many parts batches are divided.
-        threads: batches made at the same time, in all workers; 0 makes them where they are asked
-            for.
-        workers: processes that make them; 0 uses threads of this one.
-        prefetch: batches kept ready, at least one for each thread.
+        bad_records: counts bad records, which have pixels 128 and weight 0; None starts a new
+            count.
+        cache: keeps decoded images for other passes; None decodes in each pass.
+        process_index: as in `train_batches`, like all that follow.
+        process_count: number of parts of a batch.
+        threads: batches made at the same time.
+        workers: processes that make them.
+        prefetch: batches kept ready.
         timeout: seconds that reading one record may take.
 
     Returns:
-        Batches as in `train_batches`, image [b, count, H, W, 3] where the transform gives several
+        Batches as in `train_batches`, image [b, count, H, W, 3] if the transform makes several
         images, with "name", the list of the records' names ("" for padding). Close the generator to
         end its threads early.
 
@@ -290,24 +257,18 @@ def eval_batches(
     if not len(source):
         raise InputError(f"{source.name} has no records in its {source.split} split")
     if transform.draws:
-        raise InputError(f"evaluation must not depend on chance, got the transform {transform}")
+        raise InputError(f"evaluation must not be random, got the transform {transform}")
     rows = _rows(batch_size, process_index, process_count)
-    log = WorkLog()
-    reader = ImageReader(source, transform, cache=cache, log=log)
-    workers = 0 if reader.cached else workers
-    if workers:
-        check_shared_memory(workers, prefetch, len(rows) * math.prod(reader.image_shape))
-    return _iterate(
-        _EvalSteps(reader, batch_size, rows),
+    return _stream(
+        _EvalSteps(ImageReader(source, transform, cache=cache), batch_size, rows),
         0,
+        _unchanged,
+        bad_records=bad_records,
+        stop_at_bad=False,
         threads=threads,
         workers=workers,
-        depth=prefetch,
+        prefetch=prefetch,
         timeout=timeout,
-        log=log,
-        bad_records=BadRecords(len(source)) if bad_records is None else bad_records,
-        stop_at_bad=False,
-        convert=_unchanged,
     )
 
 
@@ -318,13 +279,13 @@ def read_all(
 
     Args:
         source: the records.
-        transform: whose crop is kept; what moves images is not applied.
+        transform: its crop is applied, its shift, flip and jitter are not.
         cache: where they are kept.
         threads: batches read at the same time.
         timeout: seconds that reading one record may take.
 
     Returns:
-        uint8 [N, size, size, 3], the cache's own memory; None where the cache cannot keep them.
+        uint8 [N, size, size, 3], the cache's own memory; None if the cache cannot keep them.
     """
     store = cache.store(source, transform.crop)
     if store is None:
@@ -348,34 +309,39 @@ def _rows(batch_size: int, process_index: int, process_count: int) -> range:
     return range(process_index * local, (process_index + 1) * local)
 
 
-def _iterate(
+def _stream(
     steps: _TrainSteps | _EvalSteps,
     start: int,
+    convert: Callable[[Batch], T],
     *,
+    bad_records: BadRecords | None,
+    stop_at_bad: bool,
     threads: int,
     workers: int,
-    depth: int,
+    prefetch: int,
     timeout: float,
-    log: WorkLog,
-    bad_records: BadRecords,
-    stop_at_bad: bool,
-    convert: Callable[[Batch], T],
 ) -> Generator[T, None, None]:
-    if start >= len(steps):
-        return
+    reader = steps.reader
+    workers = 0 if reader.cached else workers  # the cache is this process's
+    if workers:
+        check_shared_memory(workers, prefetch, len(steps.rows) * math.prod(reader.image_shape))
+    counted = BadRecords(len(reader.source)) if bad_records is None else bad_records
 
     def checked(batch: Batch) -> T:
         for bad in batch.pop("bad"):
             if stop_at_bad:
                 raise BadRecordError(f"bad record {bad.index} ({bad.name}): {bad.reason}")
-            bad_records.add(bad)
+            counted.add(bad)
         return convert(batch)
 
-    yield from prefetched(
-        made_ahead(steps, start, threads=threads, workers=workers, depth=depth),
+    return prefetch_batches(
+        steps,
+        start,
         checked,
-        depth=_CONVERTED,
+        threads=threads,
+        workers=workers,
+        depth=prefetch,
         timeout=timeout,
-        log=log,
-        name_of=steps.source.record_name,
+        log=reader.log,
+        name_of=reader.source.record_name,
     )

@@ -1,36 +1,35 @@
-"""Batches before they are asked for: made by grain, then fetched and moved to the devices.
+"""Prefetching: grain makes batches in threads or worker processes, one thread converts them.
 
-Threads or worker processes make them; one more thread fetches and converts them while others are
-being used. A worker that hangs or dies ends the run with the name of the record it was at, within a
-bound.
+A worker that hangs or dies ends the run with the name of the record that it was reading.
 """
 
-import math
+import multiprocessing
 import multiprocessing.connection
 import os
-import queue
 import shutil
 import signal
 import threading
-import time
-from collections.abc import Callable, Generator, Iterator
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from multiprocessing import resource_tracker
 from typing import Any, Protocol, TypeVar
 
 from nat_jax.errors import InputError
 from nat_jax.input.bad_records import BadRecordError
-from nat_jax.input.work_log import Reading, WorkLog, is_alive
+from nat_jax.input.work_log import Reading, WorkLog
 
 A = TypeVar("A")
 B = TypeVar("B")
 T_co = TypeVar("T_co", covariant=True)
 
+_CONVERTED = 2  # batches on the devices or on their way there, besides the one in use
 _POLL = 0.2  # seconds between looks at the workers
-_START_UP = 120.0  # seconds that worker processes have to start in
-_GOODBYE = 30.0  # seconds that workers have to end when nobody wants their batches any more
-_MIN_SHARED = 2**16  # bytes of an array from which on shared memory pays: pixels
-_PAUSE = 5.0  # seconds between two looks that say that this process was suspended
-_DIED = "terminated unexpectedly"  # in grain's words
+_START_UP = 120.0  # seconds in which worker processes must start
+_CLOSING = 30.0  # seconds in which workers must end once no more batches are wanted
+_MIN_SHARED = 2**16  # bytes from which on an array is passed in shared memory: the pixels
+_DIED = "terminated unexpectedly"  # part of grain's message
+_END: Any = object()
 
 
 class Steps(Protocol[T_co]):
@@ -42,30 +41,85 @@ class Steps(Protocol[T_co]):
 
 
 class Stalled(BadRecordError):
-    """A worker has been at one record for too long; if it is a thread, this process cannot end."""
+    """Reading a record takes too long; if a thread reads it, this process cannot end by itself."""
 
     leaves_a_thread = True
 
 
 class WorkerDied(BadRecordError):
-    """A worker process ended without a word."""
+    """A worker process was killed or crashed."""
 
 
-def made_ahead(
-    steps: Steps[A], start: int, *, threads: int, workers: int, depth: int
-) -> Generator[A, None, None]:
-    """Have grain make batches ahead of time, in threads of this process or of workers.
+def prefetch_batches(
+    steps: Steps[A],
+    start: int,
+    convert: Callable[[A], B],
+    *,
+    threads: int,
+    workers: int,
+    depth: int,
+    timeout: float,
+    log: WorkLog,
+    name_of: Callable[[int], str],
+) -> Generator[B, None, None]:
+    """Make batches and convert them ahead of time.
 
     Args:
-        steps: gives any batch by its number; picklable if there are workers.
-        start: the first to give.
-        threads: batches made at the same time, in all workers; 0 makes each where it is asked for.
-        workers: processes; 0 for threads of this one.
-        depth: batches kept ready, at least one for each thread.
+        steps: makes any batch by its number; picklable if there are workers.
+        start: the first batch.
+        convert: applied to each batch in one thread, for instance the transfer to the devices.
+        threads: batches made at the same time, in all workers; 0 makes them in the thread that
+            converts them.
+        workers: processes; 0 uses threads of this one.
+        depth: batches kept ready to be converted, at least one for each thread.
+        timeout: seconds that reading one record may take.
+        log: where the workers note what they read.
+        name_of: returns a record's name by its index, without reading it.
 
     Yields:
-        steps[start], steps[start + 1], ..., in order.
+        convert(steps[start]), convert(steps[start + 1]), ..., in order.
+
+    Raises:
+        Stalled: no batch arrived, and one record took longer than `timeout`; or nothing was being
+            read for as long, two minutes at least.
+        WorkerDied: a worker process was killed or crashed.
     """
+    if start >= len(steps):
+        return
+    batches = _made_by_grain(steps, start, threads=threads, workers=workers, depth=depth)
+    pool = ThreadPoolExecutor(1, thread_name_prefix="nat_jax-prefetch")
+
+    def fetch() -> Any:
+        batch = next(batches, _END)
+        return _END if batch is _END else convert(batch)
+
+    patience = _CLOSING
+    pending = deque(pool.submit(fetch) for _ in range(_CONVERTED))
+    try:
+        while (batch := _result(pending.popleft(), timeout, log, name_of)) is not _END:
+            pending.append(pool.submit(fetch))
+            yield batch
+    except Stalled:
+        log.kill_workers()
+        patience = 0.0  # a thread cannot be ended
+        raise
+    except RuntimeError as error:
+        if _DIED not in str(error):
+            raise
+        message = _cause_of_death(error, log.under_way(), name_of)
+        log.kill_workers()
+        raise WorkerDied(message) from error
+    finally:
+        for future in pending:
+            future.cancel()
+        closed = pool.submit(batches.close)
+        pool.shutdown(wait=False)
+        wait([closed], patience)
+
+
+def _made_by_grain(
+    steps: Steps[A], start: int, *, threads: int, workers: int, depth: int
+) -> Generator[A, None, None]:
     import grain
     from absl import flags
 
@@ -78,10 +132,10 @@ def made_ahead(
         small = grain.experimental.DatasetOptions(min_shm_size=_MIN_SHARED)
         dataset = grain.experimental.WithOptionsIterDataset(dataset, small)
         if not flags.FLAGS.is_parsed():
-            flags.FLAGS.mark_as_parsed()  # grain reads flags there, in notebooks too
+            flags.FLAGS.mark_as_parsed()  # grain reads flags, in notebooks too
         dataset = dataset.mp_prefetch(
             grain.MultiprocessingOptions(
-                num_workers=workers, per_worker_buffer_size=per_worker(depth, workers)
+                num_workers=workers, per_worker_buffer_size=_per_worker(depth, workers)
             ),
             worker_init_fn=_end_with_parent,
         )
@@ -92,25 +146,24 @@ def made_ahead(
         batches.close()
 
 
-def per_worker(depth: int, workers: int) -> int:
-    """Return how many batches each worker keeps ready."""
+def _per_worker(depth: int, workers: int) -> int:
     return max(1, depth // workers)
 
 
 def check_shared_memory(
     workers: int, depth: int, batch_bytes: int, place: str = "/dev/shm"
 ) -> None:
-    """Check that the batches of workers fit into shared memory, through which they come.
+    """Check that the batches of workers fit into the shared memory that passes them on.
 
-    Where they do not, a worker dies in the middle of a write.
+    Otherwise a worker would die in the middle of a write.
 
     Raises:
-        ValueError: there is less free than they need.
+        ValueError: less is free than they need.
     """
     if not os.path.isdir(place):
         return
-    # Each worker's ready ones, one that it writes, and those that are being used.
-    needed = (workers * (per_worker(depth, workers) + 1) + 4) * batch_bytes
+    # Those that wait in each worker, one that it writes, and those that are in use.
+    needed = (workers * (_per_worker(depth, workers) + 1) + 4) * batch_bytes
     free = shutil.disk_usage(place).free
     if needed > free:
         raise InputError(
@@ -121,165 +174,68 @@ def check_shared_memory(
         )
 
 
-def prefetched(
-    batches: Generator[A, None, None],
-    convert: Callable[[A], B],
-    *,
-    depth: int,
-    timeout: float,
-    log: WorkLog,
-    name_of: Callable[[int], str],
-) -> Generator[B, None, None]:
-    """Give converted batches, fetched and converted ahead of time in a thread of their own.
-
-    Args:
-        batches: what to fetch from; closed at the end, in that thread.
-        convert: applied to each, for instance the transfer to the devices.
-        depth: converted batches kept ready.
-        timeout: seconds that a single record may take.
-        log: where the workers note what they read.
-        name_of: gives a record's name by its index, without reading it.
-
-    Yields:
-        What `convert` returned, in order.
-
-    Raises:
-        Stalled: no batch came, and one record took longer than `timeout`; or nothing was being read
-            for as long, two minutes at least.
-        WorkerDied: a worker process was killed or crashed.
-    """
-    fetcher = _Fetcher(batches, convert, depth)
-    waiting_since = looked = time.monotonic()
-    resumed, patience = -math.inf, _GOODBYE
-    try:
-        for item in fetcher:
-            now = time.monotonic()
-            if item is None:
-                if now - looked > _PAUSE:
-                    waiting_since = resumed = now  # suspended, and the workers with it
-                if now - resumed > timeout:
-                    _check(log.under_way(), now - waiting_since, timeout, name_of)
-                looked = now
-                continue
-            yield item
-            waiting_since = looked = time.monotonic()
-    except Stalled:
-        log.end_workers()
-        patience = 0.0  # a thread cannot be ended
-        raise
-    except RuntimeError as error:
-        if _DIED not in str(error):
-            raise
-        obituary = _obituary(error, log.under_way(), name_of)
-        log.end_workers()
-        raise WorkerDied(obituary) from error
-    finally:
-        fetcher.close(patience)
+def _result(future: Future[B], timeout: float, log: WorkLog, name_of: Callable[[int], str]) -> B:
+    """Wait for a batch; raise Stalled if its workers make no progress."""
+    # Seconds are counted by waits, so that time in which the process is suspended does not count.
+    waited, stuck = 0.0, dict[Reading, float]()
+    while not wait([future], _POLL).done:
+        waited += _POLL
+        stuck = {reading: stuck.get(reading, 0.0) + _POLL for reading in log.under_way()}
+        late = [reading for reading, seconds in stuck.items() if seconds > timeout]
+        if late:
+            raise Stalled(
+                f"{_named(late, name_of)}: reading it has taken more than {timeout:g} s. Look at "
+                "the disk, or raise data.timeout; then the same line goes on. (A file that is "
+                "replaced by one of another size is other data, and needs another --workdir)"
+            )
+        if not stuck and waited > max(timeout, _START_UP):
+            raise Stalled(
+                f"no batch has come for {waited:.0f} s, and no record is being read: the data "
+                "workers are gone, or a device does not take its data. Start again; with "
+                "data.workers=0 the workers are threads"
+            )
+    return future.result()
 
 
-class _Fetcher:
-    """The thread, and what it hands over."""
-
-    def __init__(self, batches: Generator[A, None, None], convert: Callable[[A], B], depth: int):
-        self._batches, self._convert = batches, convert
-        self._ready: queue.Queue[tuple[Any, BaseException | None]] = queue.Queue(depth)
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="nat_jax-prefetch", daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            for batch in self._batches:
-                if not self._hand_over(self._convert(batch), None):
-                    return
-            self._hand_over(None, StopIteration())
-        except BaseException as error:
-            self._hand_over(None, error)
-        finally:
-            self._batches.close()
-
-    def _hand_over(self, item: Any, error: BaseException | None) -> bool:
-        while not self._stop.is_set():
-            try:
-                self._ready.put((item, error), timeout=_POLL)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def __iter__(self) -> Iterator[Any]:
-        """Give what is ready; None after each interval in which nothing was."""
-        while True:
-            try:
-                item, error = self._ready.get(timeout=_POLL)
-            except queue.Empty:
-                yield None
-                continue
-            if isinstance(error, StopIteration):
-                return
-            if error is not None:
-                raise error
-            yield item
-
-    def close(self, patience: float) -> None:
-        self._stop.set()
-        self._thread.join(patience)
-
-
-def _check(
-    under_way: list[Reading], waited: float, timeout: float, name_of: Callable[[int], str]
-) -> None:
-    """Raise Stalled if a wait has gone on for too long."""
-    late = [reading for reading in under_way if reading.seconds > timeout]
-    if late:
-        raise Stalled(
-            f"{_named(late, name_of)}: reading it has taken more than {timeout:g} s. Look at the "
-            "disk, or raise data.timeout; then the same line goes on. (A file that is replaced by "
-            "one of another size is other data, and needs another --workdir)"
-        )
-    if not under_way and waited > max(timeout, _START_UP):
-        raise Stalled(
-            f"no batch has come for {waited:.0f} s, and no record is being read: the data workers "
-            "are gone, or a device does not take its data. Start again; with data.workers=0 the "
-            "workers are threads"
-        )
-
-
-def _obituary(error: Exception, under_way: list[Reading], name_of: Callable[[int], str]) -> str:
+def _cause_of_death(
+    error: Exception, under_way: list[Reading], name_of: Callable[[int], str]
+) -> str:
     code = str(error).partition("exit code ")[2].partition(".")[0]
-    readings = [reading for reading in under_way if not is_alive(reading.process)]
-    said = f"a data worker died with exit code {code}"
+    alive = {os.getpid(), *(child.pid for child in multiprocessing.active_children())}
+    readings = [reading for reading in under_way if reading.process not in alive]
+    message = f"a data worker died with exit code {code}"
     if readings:
-        said += f" while it read {_named(readings, name_of)}"
+        message += f" while it read {_named(readings, name_of)}"
     if code == f"-{signal.SIGKILL.value}":
-        said += "; the system may have been short of memory: lower data.workers or data.prefetch"
+        message += "; the system may have been short of memory: lower data.workers or data.prefetch"
     elif code == f"-{signal.SIGBUS.value}":
-        said += (
+        message += (
             "; /dev/shm may be full: enlarge it (docker run --shm-size=4g), or lower data.prefetch"
         )
     elif not code.startswith("-") and not readings:
-        said += (
+        message += (
             " before it read anything; it says why above. A script of yours that asks for workers "
             'needs `if __name__ == "__main__":`'
         )
-    return said
+    return message
 
 
 def _named(readings: list[Reading], name_of: Callable[[int], str]) -> str:
-    return ", ".join(f"record {r.index} ({name_of(r.index)})" for r in readings[:3])
+    return ", ".join(f"record {r.record} ({name_of(r.record)})" for r in readings[:3])
 
 
 def _keep_signals_from_workers() -> None:
-    """Let the processes that this thread starts ignore Ctrl-C, which reaches a terminal's all.
+    """Block Ctrl-C in this thread, so that the processes it starts ignore it.
 
-    They inherit its mask, and shall go on until the run has made its last step.
+    A terminal sends it to all processes, and workers must go on until the run has made its last
+    step.
     """
-    resource_tracker.ensure_running()  # starting it would lift the mask
+    resource_tracker.ensure_running()  # starting it later would lift the mask
     signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
 
 
 def _end_with_parent(worker: int, count: int) -> None:
-    """Let a worker process end when the one that started it was killed, for whom it would wait."""
+    """End a worker process when its parent was killed; it would wait for it for ever."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_wait_and_end, args=(parent.sentinel,), daemon=True).start()

@@ -1,18 +1,15 @@
-"""From record numbers to stacked pixels: read, decode, cut out, move; remember images."""
+"""Read, decode, transform and stack records; keep images of small data sets in memory."""
 
 import logging
-import math
 import threading
-import weakref
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from nat_jax.input import transforms
 from nat_jax.input.bad_records import Bad, BadRecordError
 from nat_jax.input.decode import BadImage, open_picture
 from nat_jax.input.sources import Source, UnreadableRecord
-from nat_jax.input.transforms import Transform
+from nat_jax.input.transforms import Crop, Transform, decode_and_crop
 from nat_jax.input.work_log import WorkLog
 
 _log = logging.getLogger(__name__)
@@ -23,7 +20,7 @@ GREY = 128  # the pixels of bad records and of padding
 
 
 class _Read(NamedTuple):
-    """What is known of a record beside its pixels."""
+    """A record without its pixels."""
 
     label: int
     name: str
@@ -31,44 +28,32 @@ class _Read(NamedTuple):
 
 
 class _Store:
-    """The decoded records of one source. Holds the source, so that its id stays its own."""
+    """The decoded records of one source. Holds the source, so that its id remains its own."""
 
     def __init__(self, source: Source, size: int):
         self.source = source
         self.images = np.empty((len(source), size, size, 3), np.uint8)
-        self.labels = np.full(len(source), -1, np.int32)
-        self.names = [""] * len(source)
-        self.problems: dict[int, str] = {}
-        self.ready = np.zeros(len(source), bool)
-
-    def put(self, index: int, record: _Read) -> None:
-        self.labels[index] = record.label
-        self.names[index] = record.name
-        if record.problem is not None:
-            self.problems[index] = record.problem
-        # Last, so that another thread never sees a record that is partly written.
-        self.ready[index] = True
+        self.records: list[_Read | None] = [None] * len(source)  # None: not decoded yet
 
 
 class ImageCache:
-    """Images as they are once cut out, kept from epoch to epoch.
+    """Cropped images, kept from epoch to epoch.
 
-    One cache serves every pass of a run: passes over the same source object that cut out the same
-    share their images. Only crops without chance are kept (uint8, all of a source or none), and
-    only while all sources together stay under the bound.
+    One cache serves every pass of a run: passes over the same source object with the same crop
+    share their images. Only crops without randomness are kept (uint8, all of a source or none), and
+    only while all sources together fit.
 
     Args:
-        max_bytes: the bound.
+        max_bytes: bound on the memory of all images.
     """
 
     def __init__(self, max_bytes: int = 2**30):
         self._free = max_bytes
-        # None: it does not fit, which has been said.
-        self._stores: dict[tuple[int, transforms.Crop], _Store | None] = {}
+        self._stores: dict[tuple[int, Crop], _Store | None] = {}  # None: it does not fit
         self._lock = threading.Lock()
 
-    def store(self, source: Source, crop: transforms.Crop) -> "_Store | None":
-        """Give the place of a source's images, or None where they do not fit."""
+    def store(self, source: Source, crop: Crop) -> "_Store | None":
+        """Return the memory of a source's images, or None if they do not fit."""
         if crop.draws or crop.count > 1:
             return None
         with self._lock:
@@ -83,43 +68,14 @@ class ImageCache:
             return self._stores[key]
 
 
-class _BatchMemory:
-    """Memory of batches, used again once nobody looks at it any more.
-
-    The system gives fresh memory page by page, which for batches of photographs costs as much as a
-    tenth of their decoding.
-    """
-
-    def __init__(self) -> None:
-        self._free: dict[int, list[memoryview]] = {}
-
-    def empty(self, shape: tuple[int, ...]) -> np.ndarray:
-        """Give uint8 of a shape, with any content."""
-        size = math.prod(shape)
-        free = self._free.setdefault(size, [])
-        try:
-            memory = free.pop()
-        except IndexError:
-            memory = np.empty(size, np.uint8).data
-        # Every view of it, JAX's included, keeps this array alive: it owns no memory, and its base
-        # is no array, so NumPy makes it the base of all.
-        whole = np.frombuffer(memory, np.uint8)
-        weakref.finalize(whole, free.append, memory).atexit = False
-        return whole.reshape(shape)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _BatchMemory, ()
-
-
 class ImageReader:
-    """Turns record numbers into batches; pickles to what another process needs to do the same.
+    """Turns record numbers into batches; pickles to what a worker process needs to do the same.
 
     Args:
         source: the records.
-        transform: what becomes of each image.
-        views: how many times each image is transformed, by other numbers.
-        cache: keeps what is cut out; None keeps nothing.
-        log: where each thread writes which record it reads.
+        transform: applied to each image.
+        views: how many times each image is transformed, by other random numbers.
+        cache: keeps cropped images; None keeps none.
     """
 
     def __init__(
@@ -129,14 +85,12 @@ class ImageReader:
         *,
         views: int = 1,
         cache: ImageCache | None = None,
-        log: WorkLog,
     ):
         self.source = source
         self.transform = transform
         self.views = views
+        self.log = WorkLog()  # the record that each thread is reading
         self._store = None if cache is None else cache.store(source, transform.crop)
-        self._log = log
-        self._memory = _BatchMemory()
 
     @property
     def cached(self) -> bool:
@@ -145,115 +99,80 @@ class ImageReader:
 
     @property
     def image_shape(self) -> tuple[int, ...]:
-        """Shape of what one record becomes: [size, size, 3], or [count, size, size, 3]."""
+        """Shape of a record's images: [size, size, 3], or [count, size, size, 3] of several."""
         size, count = self.transform.size, self.views * self.transform.count
         return (size, size, 3) if count == 1 else (count, size, size, 3)
 
-    def batch(self, indices: np.ndarray, uniform: np.ndarray) -> Batch:
+    def batch(self, indices: np.ndarray, uniform: np.ndarray, *, pixels: bool = True) -> Batch:
         """Read records.
 
         Args:
-            indices: int64[b], b > 0.
-            uniform: float64 [views, b, transform.draws] in [0, 1), the chance of each record.
+            indices: int64[b].
+            uniform: float64 [views, b, transform.draws], random numbers in [0, 1).
+            pixels: False returns shifts and flips for `device_images.DeviceImages` instead of
+                pixels; needs images that are cached.
 
         Returns:
-            image uint8 [b, *image_shape], index, label, weight, name (a list), and bad, a list of
-            `Bad`: those records are grey, and their weight is 0.
+            image uint8 [b, *image_shape], or corner int32 [b, views, 2] and mirrored
+            bool [b, views] (see `ShiftFlip`); index int32[b], label int32[b], weight float32[b],
+            name, a list of str, and bad, a list of `Bad`: those records have pixels 128 and
+            weight 0.
 
         Raises:
-            BadRecordError: a fault other than a bad image, with the record.
+            BadRecordError: a fault other than a bad image, with the record's name.
         """
-        numbers = indices.tolist()
-        moves = [self.transform.moves(view) for view in uniform]
-        if self._store is None:
-            images, labels, names, problems = self._read_all(numbers, uniform, moves)
+        moves = [self.transform.shift_flip(view) for view in uniform]
+        images = None
+        if pixels:
+            images, records = self._images(indices, uniform)
         else:
-            self.fill(indices)
-            store = self._store
-            views = [self._move(store.images[indices], m) for m in moves]
-            images = views[0][:, None] if len(views) == 1 else np.stack(views, axis=1)
-            labels, problems = store.labels[indices], store.problems
-            names = [store.names[i] for i in numbers]
-        colors = self.transform.colors
-        if colors is not None:
-            for view, chance in enumerate(uniform[:, :, -colors.draws :]):
-                colors.apply(images[:, view], chance)
-        weight = np.ones(len(numbers), np.float32)
-        bad = []
-        for row, index in enumerate(numbers if problems else ()):
-            if index in problems:
-                bad.append(Bad(index, names[row], problems[index]))
-                images[row] = GREY
-                weight[row] = 0
-        return {
-            "image": images.reshape(len(numbers), *self.image_shape),
+            records = self._cached(indices)
+        bad = [row for row, record in enumerate(records) if record.problem is not None]
+        weight = np.ones(len(records), np.float32)
+        weight[bad] = 0
+        batch = {
             "index": indices.astype(np.int32),
-            "label": labels,
+            "label": np.array([record.label for record in records], np.int32),
             "weight": weight,
-            "name": names,
-            "bad": bad,
+            "name": [record.name for record in records],
+            "bad": [Bad(int(indices[i]), records[i].name, str(records[i].problem)) for i in bad],
         }
+        if images is None:
+            batch["corner"] = np.stack([move.corner for move in moves], axis=1)
+            batch["mirrored"] = np.stack([move.mirrored for move in moves], axis=1)
+            return batch
+        colors = self.transform.colors
+        for view, (move, numbers) in enumerate(zip(moves, uniform, strict=True)):
+            move.apply(images[:, view], self.transform.pad)
+            if colors is not None:
+                colors.apply(images[:, view], numbers[:, -colors.draws :])
+        images[bad] = GREY
+        return batch | {"image": images.reshape(len(indices), *self.image_shape)}
 
-    def moves(self, indices: np.ndarray, uniform: np.ndarray) -> Batch:
-        """Choose what happens to records whose pixels are elsewhere; see `device_images`.
+    def _images(self, indices: np.ndarray, uniform: np.ndarray) -> tuple[np.ndarray, list[_Read]]:
+        """Return cropped images, uint8 [b, views * count, size, size, 3], for the caller alone."""
+        if self._store is not None:
+            records = self._cached(indices)
+            return self._store.images[np.repeat(indices[:, None], self.views, axis=1)], records
+        size, count = self.transform.size, self.views * self.transform.count
+        images = np.empty((len(indices), count, size, size, 3), np.uint8)
+        chosen = uniform[:, :, : self.transform.crop.draws].swapaxes(0, 1).tolist()
+        rows = zip(indices.tolist(), chosen, images, strict=True)
+        return images, [self._read(index, numbers, out) for index, numbers, out in rows]
 
-        Args:
-            indices: as in `batch`.
-            uniform: as in `batch`.
-
-        Returns:
-            As `batch`, with corner int32 [b, views, 2] and mirrored bool [b, views] (see
-            `preprocess.Moves`) in place of the image.
-        """
+    def _cached(self, indices: np.ndarray) -> list[_Read]:
+        """Return records after reading those that the cache lacks."""
         store = self._store
-        assert store is not None, "only images that are kept in memory can be elsewhere"
-        self.fill(indices)
-        moves = [self.transform.moves(view) for view in uniform]
+        assert store is not None, "only images that are kept in memory can be on the device"
         numbers = indices.tolist()
-        bad = [Bad(i, store.names[i], store.problems[i]) for i in numbers if i in store.problems]
-        return {
-            "corner": np.stack([m.corner for m in moves], axis=1),
-            "mirrored": np.stack([m.mirrored for m in moves], axis=1),
-            "index": indices.astype(np.int32),
-            "label": store.labels[indices],
-            "weight": np.asarray([i not in store.problems for i in numbers], np.float32),
-            "name": [store.names[i] for i in numbers],
-            "bad": bad,
-        }
+        for index in numbers:
+            if store.records[index] is None:  # other threads see it once its pixels are complete
+                store.records[index] = self._read(index, [()], store.images[index : index + 1])
+        return [store.records[index] for index in numbers]
 
-    def fill(self, indices: np.ndarray) -> None:
-        """Read what the cache lacks of some records."""
-        store = self._store
-        if store is None:
-            return
-        for index in indices[~store.ready[indices]].tolist():
-            # No chance is left in crops that are cached, and moves come later.
-            store.put(index, self._read(index, [()], [False], store.images[index : index + 1]))
-
-    def _read_all(
-        self, numbers: list[int], uniform: np.ndarray, moves: list[transforms.Moves]
-    ) -> tuple[np.ndarray, np.ndarray, list[str], dict[int, str]]:
-        transform, size = self.transform, self.transform.size
-        images = self._memory.empty((len(numbers), self.views * transform.count, size, size, 3))
-        chosen = uniform[:, :, : transform.crop.draws].swapaxes(0, 1).tolist()
-        # Mirroring one by one is cheaper, but comes after a shift.
-        mirrored = np.stack([m.mirrored & (not transform.pad) for m in moves], axis=1).tolist()
-        records = [
-            self._read(index, chosen[row], mirrored[row], images[row])
-            for row, index in enumerate(numbers)
-        ]
-        if transform.pad:
-            images = np.stack([self._move(images[:, v], m) for v, m in enumerate(moves)], axis=1)
-        labels = np.fromiter((r.label for r in records), np.int32, len(records))
-        problems = {i: r.problem for i, r in zip(numbers, records, strict=True) if r.problem}
-        return images, labels, [r.name for r in records], problems
-
-    def _move(self, images: np.ndarray, moves: transforms.Moves) -> np.ndarray:
-        return transforms.move(images, moves, self.transform.pad)
-
-    def _read(self, index: int, uniforms: list, mirrored: list[bool], out: np.ndarray) -> _Read:
-        """Read one record and write its images to `out`, which stays as it is for a bad one."""
-        with self._log.reading(index):
+    def _read(self, index: int, uniforms: list, out: np.ndarray) -> _Read:
+        """Read one record and write its images to `out`, which a bad record leaves unchanged."""
+        with self.log.reading(index):
             try:
                 record = self.source[index]
             except UnreadableRecord as error:
@@ -267,8 +186,7 @@ class ImageReader:
                     "a source must give each record its own position"
                 )
             try:
-                picture = open_picture(record["image"])
-                transforms.cut(picture, self.transform, uniforms, mirrored, out)
+                decode_and_crop(open_picture(record["image"]), self.transform, uniforms, out)
             except BadImage as error:
                 return _Read(label, name, str(error) or "not an image")
             except Exception as error:

@@ -1,11 +1,10 @@
-"""From pictures to uint8 pixels of one size: what is cut out, how it is scaled, moved and flipped.
+"""Image transforms: crop, scale, shift and flip to uint8 squares of one size.
 
-A transform has two halves. Its crop chooses a region of each picture by the picture's size, which
-is decoded and scaled in one go to a square; the moves, a shift and a mirror image, then turn one
-stack of squares into another, on the host or on a device (`nat_jax.input.device_images`). Random
-colour jitter (`nat_jax.input.color_jitter`), where there is any, comes last, on the host.
-Randomness is passed in as uniform numbers, `draws` of them for each image, so output depends on the
-image and those numbers alone.
+A transform has two halves. Its crop chooses regions of a picture by the picture's size, which are
+decoded and scaled to squares; a shift and a flip then change a stack of squares, on the host or on
+a device (`nat_jax.input.device_images`). Random colour jitter (`nat_jax.input.color_jitter`) comes
+last, on the host. Randomness is passed in as uniform numbers, `draws` of them for each image, so
+output depends on the image and those numbers alone.
 """
 
 import dataclasses
@@ -22,12 +21,12 @@ from nat_jax.input.color_jitter import ColorJitter
 from nat_jax.input.decode import SHRINKS, Picture, Pixels
 
 CROPS = ("random_crop", "random_resized_crop")
-_PIXEL = np.dtype("V3")  # faster to turn round than three bytes
+_PIXEL = np.dtype("V3")
 _TRIES = 10  # of a random resized crop to find a region inside the picture
 
 
 class Region(NamedTuple):
-    """A rectangle of a picture, in pixels of the whole picture; may lie between pixels."""
+    """A rectangle of a picture at full size, in pixels; may lie between pixels."""
 
     top: float
     left: float
@@ -36,12 +35,12 @@ class Region(NamedTuple):
 
 
 class Crop(Protocol):
-    """Choose the regions of a picture that are scaled to squares of `size` pixels.
+    """Chooses the regions of a picture that are scaled to squares.
 
     Attributes:
-        size: pixels per side of what comes out.
-        draws: numbers in [0, 1) that it needs; without any, it always chooses the same.
-        count: how many regions it chooses.
+        size: pixels per side of a square.
+        draws: random numbers in [0, 1) that it needs; without any it is deterministic.
+        count: number of regions.
     """
 
     @property
@@ -147,16 +146,27 @@ class RandomResizedCrop:
         return [Region((height - h) // 2, (width - w) // 2, h, w)]
 
 
-class Moves(NamedTuple):
-    """What happens to squares of pixels once they are cut out.
+class ShiftFlip(NamedTuple):
+    """The random shift and flip of a stack of squares.
 
     Attributes:
-        corner: int32 [b, 2], top and left of what is kept, inside a border of `Transform.pad`.
-        mirrored: bool [b], swap left and right.
+        corner: int32 [b, 2], top and left of the part that is kept of an image with a black border
+            of `Transform.pad` pixels.
+        mirrored: bool [b], whether left and right are swapped.
     """
 
     corner: np.ndarray
     mirrored: np.ndarray
+
+    def apply(self, images: np.ndarray, pad: int) -> None:
+        """Shift and then flip images, uint8 [b, size, size, 3], in place."""
+        if pad:
+            size, border = images.shape[1], (pad, pad)
+            padded = np.pad(images, ((0, 0), border, border, (0, 0)))
+            for out, image, (top, left) in zip(images, padded, self.corner.tolist(), strict=True):
+                out[:] = image[top : top + size, left : left + size]
+        if self.mirrored.any():
+            images.view(_PIXEL)[self.mirrored] = mirrored(images[self.mirrored])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,11 +174,11 @@ class Transform:
     """All that happens to a picture.
 
     Attributes:
-        crop: what is cut out, and the size of the result.
-        pad: shift by up to this many pixels in each direction; black pixels come in.
+        crop: the regions that are cut out, and the size of the output.
+        pad: shift by up to this many pixels in each direction; black pixels fill the gap.
         flip: mirror half of the images.
-        both_ways: add the mirror images of all crops behind them.
-        colors: how colours change, if they do.
+        both_ways: append the mirror images of all crops.
+        colors: random colour jitter, if any.
     """
 
     crop: Crop
@@ -179,33 +189,31 @@ class Transform:
 
     @property
     def size(self) -> int:
-        """Pixels per side of what comes out."""
+        """Pixels per side of the output."""
         return self.crop.size
 
     @property
     def count(self) -> int:
-        """Images that come out for each that goes in."""
+        """Images made of each picture."""
         return self.crop.count * (2 if self.both_ways else 1)
 
     @property
     def draws(self) -> int:
-        """Numbers that each image needs; the crop's, a shift's two, a flip's one, the colours'."""
-        return self._moved + (self.colors.draws if self.colors else 0)
+        """Random numbers for each image: crop's, two of a shift, one of a flip, jitter's."""
+        return self._flip_draw + self.flip + (self.colors.draws if self.colors else 0)
 
     @property
-    def _moved(self) -> int:
-        return self.crop.draws + (2 if self.pad else 0) + (1 if self.flip else 0)
+    def _flip_draw(self) -> int:
+        return self.crop.draws + (2 if self.pad else 0)
 
-    def moves(self, uniform: np.ndarray) -> Moves:
-        """Choose shifts and mirror images from float64 [b, draws] in [0, 1)."""
+    def shift_flip(self, uniform: np.ndarray) -> ShiftFlip:
+        """Choose shifts and flips by float64 [b, draws] in [0, 1)."""
         corner = np.zeros((len(uniform), 2), np.int32)
         if self.pad:
             drawn = uniform[:, self.crop.draws : self.crop.draws + 2]
             corner = (drawn * (2 * self.pad + 1)).astype(np.int32)
-        mirrored = np.zeros(len(uniform), bool)
-        if self.flip:
-            mirrored = uniform[:, self._moved - 1] < 0.5
-        return Moves(corner, mirrored)
+        flips = uniform[:, self._flip_draw] < 0.5 if self.flip else np.zeros(len(uniform), bool)
+        return ShiftFlip(corner, flips)
 
 
 def train_transform(
@@ -221,15 +229,15 @@ def train_transform(
     """Build the transform of training images.
 
     Args:
-        image_size: pixels per side of what comes out.
+        image_size: pixels per side of the output.
         resize: for "random_crop", scale the shorter side to this many pixels, then crop; 0 scales
             the whole image to `image_size` and leaves images of that size untouched.
         pad: shift images scaled as a whole by up to this many pixels; needs resize = 0.
         flip: mirror half of the images.
-        crop: "random_crop", or "random_resized_crop" for Inception's, which uses neither `resize`
+        crop: "random_crop", or "random_resized_crop" (Inception's), which uses neither `resize`
             nor `pad`.
-        min_area: smallest share of the area for "random_resized_crop".
-        colors: how colours change; None leaves them.
+        min_area: smallest fraction of the area for "random_resized_crop".
+        colors: random colour jitter; None for none.
 
     Raises:
         ValueError: the settings do not fit together.
@@ -256,10 +264,10 @@ def eval_transform(*, image_size: int, resize: int = 0, ten_crops: bool = False)
     """Build the transform of evaluation images, which has no randomness.
 
     Args:
-        image_size: pixels per side of what comes out.
+        image_size: pixels per side of the output.
         resize: scale the shorter side to this many pixels, then crop the middle; 0 scales the
             whole image to `image_size`.
-        ten_crops: middle and corners, then their mirror images: ten images for each.
+        ten_crops: corners and middle, then their mirror images: ten images of each picture.
 
     Raises:
         ValueError: the settings do not fit together.
@@ -272,25 +280,21 @@ def eval_transform(*, image_size: int, resize: int = 0, ten_crops: bool = False)
     return Transform(CenterCrop(image_size, resize) if resize else WholeImage(image_size))
 
 
-def cut(
-    picture: Picture,
-    transform: Transform,
-    uniforms: Sequence[Sequence[float]],
-    mirrored: Sequence[bool],
-    out: np.ndarray,
+def decode_and_crop(
+    picture: Picture, transform: Transform, uniforms: Sequence[Sequence[float]], out: np.ndarray
 ) -> None:
-    """Decode a picture once and cut out what a transform's crop chooses, once for each view.
+    """Decode a picture once, and crop and scale it once for each view.
 
-    Scaling is that of the whole picture by Pillow's triangle filter, to within 2 grey levels, which
-    are rounding. A JPEG of which every region has at least 2, 4 or 8 times `size` pixels a side is
-    decoded at that fraction. Over 700 photographs and crops of 32 to 128 pixels this changed pixels
-    by 1.4 grey levels on average, images by at most 6, and single pixels by at most 52.
+    The result is that of scaling the complete picture by Pillow's triangle filter, to within 2
+    levels of 255, which are rounding. A JPEG of which every region has at least 2, 4 or 8 times
+    `size` pixels a side is decoded at that fraction. Over 700 photographs and crops of 32 to 128
+    pixels this changed pixels by 1.4 levels on average, images by at most 6, and single pixels by
+    at most 52.
 
     Args:
-        picture: its header read.
+        picture: a picture whose header has been read.
         transform: the crop, and whether mirror images follow.
-        uniforms: for each view the crop's numbers in [0, 1).
-        mirrored: for each view whether to swap left and right.
+        uniforms: for each view the crop's random numbers in [0, 1).
         out: uint8 [views * transform.count, size, size, 3], written to.
 
     Raises:
@@ -298,50 +302,34 @@ def cut(
     """
     crop, size = transform.crop, transform.size
     shape = picture.height, picture.width
-    regions = [
-        (region, mirror)
-        for uniform, mirror in zip(uniforms, mirrored, strict=True)
-        for region in crop.regions(*shape, uniform)
+    views = out.reshape(len(uniforms), transform.count, size, size, 3)
+    squares = [
+        (square, region)
+        for view, uniform in zip(views[:, : crop.count], uniforms, strict=True)
+        for square, region in zip(view, crop.regions(*shape, uniform), strict=True)
     ]
-    if transform.both_ways:
-        regions += [(region, not mirror) for region, mirror in regions]
-    if all(_keeps_pixels(region, size) for region, _ in regions):
+    if all(_keeps_pixels(region, size) for _, region in squares):
         pixels = np.asarray(picture.pixels())
-        for square, (region, mirror) in zip(out, regions, strict=True):
-            top, left = int(region.top), int(region.left)
-            _copy(pixels[top : top + size, left : left + size], square, mirror)
-        return
-    shortest = min(min(region.height, region.width) for region, _ in regions)
-    shrink = next((s for s in SHRINKS if shortest >= s * size), 1)
-    image = _as_image(picture.pixels(shrink))
-    if (image.height, image.width) == shape:
-        shrink = 1  # only JPEG files shrink
-    for square, (region, mirror) in zip(out, regions, strict=True):
-        square[:] = _scale(image, Region(*(side / shrink for side in region)), size, mirror)
+        for square, (top, left, _, _) in squares:
+            square[:] = pixels[int(top) : int(top) + size, int(left) : int(left) + size]
+    else:
+        shortest = min(min(region.height, region.width) for _, region in squares)
+        shrink = next((s for s in SHRINKS if shortest >= s * size), 1)
+        image = _as_image(picture.pixels(shrink))
+        if (image.height, image.width) == shape:
+            shrink = 1  # only JPEG files shrink
+        for square, region in squares:
+            square[:] = _scale(image, Region(*(side / shrink for side in region)), size)
+    if transform.both_ways:
+        views.view(_PIXEL)[:, crop.count :] = mirrored(views[:, : crop.count])
 
 
-def move(images: np.ndarray, moves: Moves, pad: int) -> np.ndarray:
-    """Shift and mirror a stack of images.
+def mirrored(images: np.ndarray) -> np.ndarray:
+    """Return a view of uint8 [..., H, W, 3] with left and right swapped, [..., H, W, 1] of 3 bytes.
 
-    Args:
-        images: uint8 [b, size, size, 3].
-        moves: one of each kind for each image.
-        pad: width of the black border in which `moves.corner` lies.
-
-    Returns:
-        uint8 [b, size, size, 3]; `images` itself where there is nothing to do.
+    It is copied faster than single bytes in reversed order.
     """
-    if pad:
-        size, border = images.shape[1], (pad, pad)
-        padded = np.pad(images, ((0, 0), border, border, (0, 0)))
-        images = np.empty_like(images)
-        for out, image, (top, left) in zip(images, padded, moves.corner.tolist(), strict=True):
-            out[:] = image[top : top + size, left : left + size]
-    if moves.mirrored.any():
-        flipped = images if pad else images.copy()
-        flipped.view(_PIXEL)[moves.mirrored] = images.view(_PIXEL)[moves.mirrored, :, ::-1]
-        images = flipped
-    return images
+    return images.view(_PIXEL)[..., ::-1, :]
 
 
 @functools.lru_cache(maxsize=4096)  # most data sets have few sizes
@@ -354,11 +342,11 @@ class _Scaled:
         self._down, self._right = height / self._height, width / self._width
 
     def room(self, size: int) -> tuple[int, int]:
-        """Give by how much it exceeds a square, in height and width."""
+        """Return by how much it exceeds a square, in height and width."""
         return self._height - size, self._width - size
 
     def region(self, top: int, left: int, size: int) -> Region:
-        """Give the part of the unscaled picture that becomes a square."""
+        """Return the part of the unscaled picture that becomes a square."""
         down, right = self._down, self._right
         return Region(top * down, left * right, size * down, size * right)
 
@@ -368,27 +356,18 @@ def _keeps_pixels(region: Region, size: int) -> bool:
     return height == width == size and top == int(top) and left == int(left)
 
 
-def _copy(pixels: np.ndarray, out: np.ndarray, mirror: bool) -> None:
-    if mirror:
-        pixels, out = pixels.view(_PIXEL)[:, ::-1], out.view(_PIXEL)
-    out[:] = pixels
-
-
 def _as_image(pixels: Pixels) -> Image.Image:
-    # A function, so that an array is gone before the scaling: memory is then handed out again
-    # rather than asked of the system for each picture, a quarter of the time on a main thread.
+    # A function, so that an array is freed before the scaling: its memory is then used again
+    # rather than requested from the system for each picture, a quarter of a main thread's time.
     return pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
 
 
-def _scale(image: Image.Image, region: Region, size: int, mirror: bool) -> np.ndarray:
-    """Cut out a region and scale it with the triangle filter, widened when shrinking."""
+def _scale(image: Image.Image, region: Region, size: int) -> np.ndarray:
+    """Crop a region and scale it with the triangle filter, widened when shrinking."""
     top, left, height, width = region
     # A region's end may be past the image's by a rounding error.
     box = (left, top, min(left + width, image.width), min(top + height, image.height))
-    image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-    if mirror:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)  # faster than in NumPy
-    return np.asarray(image)
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR, box=box))
 
 
 def _check_sizes(image_size: int, resize: int, pad: int) -> None:

@@ -1,7 +1,6 @@
-"""Which record every thread of every data worker is at, told even of workers that died or hang."""
+"""Which record each worker is reading; readable after the worker crashes."""
 
 import contextlib
-import dataclasses
 import mmap
 import os
 import shutil
@@ -13,82 +12,59 @@ import time
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-# The record's index plus 1, 0 while there is none, as in a new file; then when it was begun. An
-# entry may be read while it is written: so the time is written first, and read last.
-_NUMBER, _BEGUN = struct.Struct("<q"), struct.Struct("<d")
-_SIZE = _NUMBER.size + _BEGUN.size
-_PREFIX = "nat_jax-work-"  # then the process and something random
+_ENTRY = struct.Struct("<dq")  # when reading began, and the record's index plus 1; 0: none
 
 
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """A record that is being read.
+class Reading(NamedTuple):
+    """A record that a thread is reading, or was reading when its process died."""
 
-    Attributes:
-        index: its number.
-        seconds: for how long.
-        process: id of the process that reads it.
-    """
-
-    index: int
-    seconds: float
+    begun: float  # by the reader's clock: tells two readings of one record apart
+    record: int
     process: int
 
 
 class WorkLog:
-    """A folder with a tiny memory-mapped file for each thread, shared by pickling its path.
+    """A folder with a small memory-mapped file for each thread, shared by pickling its path.
 
-    A worker that is killed leaves its entries behind, and one that hangs need not be asked. Writing
-    costs about a microsecond, and nothing reaches a disk unless the system is short of memory.
+    Entries outlive a worker that is killed, and a worker that hangs need not respond. Writing takes
+    about a microsecond.
     """
 
     def __init__(self) -> None:
-        _sweep()
-        self._folder = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-"))
+        self._folder = Path(tempfile.mkdtemp(prefix="nat_jax-work-"))
         self._local = threading.local()
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     @contextlib.contextmanager
     def reading(self, index: int) -> Iterator[None]:
         """Note that this thread reads a record, until the block ends."""
-        try:
-            entry = self._local.entry
-        except AttributeError:
-            entry = self._local.entry = self._new_entry()
-        _BEGUN.pack_into(entry, _NUMBER.size, time.monotonic())
-        _NUMBER.pack_into(entry, 0, index + 1)
+        if not hasattr(self._local, "entry"):
+            with (self._folder / f"{os.getpid()}-{threading.get_ident()}").open("w+b") as file:
+                file.truncate(_ENTRY.size)
+                self._local.entry = mmap.mmap(file.fileno(), _ENTRY.size)
+        _ENTRY.pack_into(self._local.entry, 0, time.monotonic(), index + 1)
         try:
             yield
         finally:
-            _NUMBER.pack_into(entry, 0, 0)
-
-    def _new_entry(self) -> mmap.mmap:
-        path = self._folder / f"{os.getpid()}-{threading.get_ident()}"
-        with path.open("w+b") as file:
-            file.truncate(_SIZE)
-            entry = mmap.mmap(file.fileno(), _SIZE)
-        return entry
+            _ENTRY.pack_into(self._local.entry, 0, 0.0, 0)
 
     def under_way(self) -> list[Reading]:
-        """Give the records that are being read, or were when their worker died; longest first."""
-        now = time.monotonic()  # the same clock in all processes of a machine
+        """Return what is being read, or was being read when its worker died; longest first."""
         found = []
         for path in self._folder.iterdir():
             data = path.read_bytes()
-            if len(data) == _SIZE and (number := _NUMBER.unpack_from(data)[0]):
-                (begun,) = _BEGUN.unpack_from(data, _NUMBER.size)
-                process = int(path.name.partition("-")[0])
-                found.append(Reading(number - 1, now - begun, process))
-        return sorted(found, key=lambda reading: -reading.seconds)
+            if len(data) == _ENTRY.size:
+                begun, number = _ENTRY.unpack(data)
+                found.append(Reading(begun, number - 1, _process(path)))
+        return sorted(reading for reading in found if reading.record >= 0)
 
-    def end_workers(self) -> None:
+    def kill_workers(self) -> None:
         """Kill the other processes that have read records."""
-        for process in {int(path.name.partition("-")[0]) for path in self._folder.iterdir()}:
-            if process != os.getpid():
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(process, signal.SIGKILL)
+        for process in {_process(path) for path in self._folder.iterdir()} - {os.getpid()}:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_folder": self._folder}
@@ -98,20 +74,5 @@ class WorkLog:
         self._local = threading.local()
 
 
-def is_alive(process: int) -> bool:
-    """Say whether there is a process of that number."""
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # somebody else's
-        pass
-    return True
-
-
-def _sweep() -> None:
-    """Remove what killed processes left behind."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*-*"):
-        process = folder.name.removeprefix(_PREFIX).partition("-")[0]
-        if process.isdigit() and not is_alive(int(process)):
-            shutil.rmtree(folder, ignore_errors=True)
+def _process(path: Path) -> int:
+    return int(path.name.partition("-")[0])

@@ -1,4 +1,4 @@
-"""Changes of colour: each alone is Pillow's, together they are one affine map, chance comes in."""
+"""Random colour jitter: each change alone equals Pillow's; together they are one affine map."""
 
 import dataclasses
 
@@ -11,7 +11,6 @@ from PIL import Image, ImageEnhance
 from nat_jax.input import transforms
 from nat_jax.input.color_jitter import ColorJitter
 from nat_jax.input.reader import GREY, ImageCache, ImageReader
-from nat_jax.input.work_log import WorkLog
 
 LAST = 1 - 2**-53
 ALONE = {"brightness": 1, "contrast": 2, "saturation": 3}
@@ -26,11 +25,11 @@ def images(count: int = 20, side: int = 12) -> np.ndarray:
     return np.stack([noise(side, side, seed) for seed in range(count)])
 
 
-def chance(count: int, **numbers: float) -> np.ndarray:
-    """Return the numbers that change nothing, but for those that are named."""
-    columns = ("changed", "brightness", "contrast", "saturation", "hue", "grey")
+def numbers(count: int, **chosen: float) -> np.ndarray:
+    """Return random numbers that change nothing, except those that are given."""
+    columns = ("changed", "brightness", "contrast", "saturation", "hue", "grayscale")
     uniform = np.tile([0.0, 0.5, 0.5, 0.5, 0.5, LAST], (count, 1))
-    for name, number in numbers.items():
+    for name, number in chosen.items():
         uniform[:, columns.index(name)] = number
     return uniform
 
@@ -49,7 +48,7 @@ def differences(one: np.ndarray, other: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("name", PILLOWS)
 def test_each_change_alone_is_pillows(name: str, number: float):
     before = images()
-    found = jittered(ColorJitter(0.5), before, chance(20, **{name: number}))
+    found = jittered(ColorJitter(0.5), before, numbers(20, **{name: number}))
     factor = 1 + 0.4 * (2 * number - 1)
     pillows = [PILLOWS[name](Image.fromarray(x)).enhance(factor) for x in before]
     assert differences(found, np.stack([np.asarray(x) for x in pillows])).max() <= 1
@@ -58,25 +57,25 @@ def test_each_change_alone_is_pillows(name: str, number: float):
 
 def test_grey_images_are_pillows():
     before = images()
-    found = jittered(ColorJitter(grey=0.2), before, chance(20, grey=0.19, changed=LAST))
+    found = jittered(ColorJitter(grayscale=0.2), before, numbers(20, grayscale=0.19, changed=LAST))
     pillows = np.stack([np.asarray(Image.fromarray(x).convert("L")) for x in before])
     assert differences(found, pillows[..., None]).max() <= 1
-    kept = jittered(ColorJitter(grey=0.2), before, chance(20, grey=0.2))
+    kept = jittered(ColorJitter(grayscale=0.2), before, numbers(20, grayscale=0.2))
     assert np.array_equal(kept, before)
 
 
 def test_a_hue_turns_colours_and_keeps_their_luma():
     before = (images() // 3 + 80).astype(np.uint8)  # nothing is cut off
     luma = np.array([0.299, 0.587, 0.114])
-    there = jittered(ColorJitter(1.0), before, chance(20, hue=LAST))
+    there = jittered(ColorJitter(1.0), before, numbers(20, hue=LAST))
     assert differences(there, before).mean() > 10
     assert np.abs(there @ luma - before @ luma).max() < 1
-    back = jittered(ColorJitter(1.0), there, chance(20, hue=0.0))
+    back = jittered(ColorJitter(1.0), there, numbers(20, hue=0.0))
     assert differences(back, before).max() <= 2
     # A fifth of a circle five times is a whole one.
     fifths = before
     for _ in range(5):
-        fifths = jittered(ColorJitter(1.0), fifths, chance(20, hue=LAST))
+        fifths = jittered(ColorJitter(1.0), fifths, numbers(20, hue=LAST))
     assert differences(fifths, before).max() <= 6 < differences(there, before).max()
 
 
@@ -101,20 +100,20 @@ def test_the_strength_bounds_the_changes():
     found = jittered(ColorJitter(0.5), grey, uniform)[:, 0, 0, 0]
     assert found.min() == 60 and found.max() == 140  # brightness alone: contrast has none here
     assert np.array_equal(
-        jittered(ColorJitter(0.5), grey, chance(2000, hue=0.1, saturation=0.0)), grey
+        jittered(ColorJitter(0.5), grey, numbers(2000, hue=0.1, saturation=0.0)), grey
     )
 
 
 def test_values_are_cut_off_not_wrapped():
     white = np.full((1, 2, 2, 3), 250, np.uint8)
-    assert (jittered(ColorJitter(1.0), white, chance(1, brightness=LAST)) == 255).all()
-    assert (jittered(ColorJitter(1.0), white, chance(1, brightness=0.0)) == 50).all()
+    assert (jittered(ColorJitter(1.0), white, numbers(1, brightness=LAST)) == 255).all()
+    assert (jittered(ColorJitter(1.0), white, numbers(1, brightness=0.0)) == 50).all()
 
 
-@pytest.mark.parametrize("settings", [{"strength": -0.1}, {"strength": 1.5}, {"grey": 2.0}])
+@pytest.mark.parametrize("settings", [{"strength": -0.1}, {"strength": 1.5}, {"grayscale": 2.0}])
 def test_settings_out_of_range_are_refused(settings: dict[str, float]):
     with pytest.raises(
-        ValueError, match=r"ColorJitter: expected a (strength|grey) in \[0, 1\], got"
+        ValueError, match=r"ColorJitter: expected a (strength|grayscale) in \[0, 1\], got"
     ):
         ColorJitter(**settings)
 
@@ -131,13 +130,12 @@ def test_each_view_of_a_batch_has_colours_of_its_own(views: int, crop: str):
     colored = dataclasses.replace(plain, colors=jitter)
     assert colored.draws == plain.draws + jitter.draws
     uniform = np.random.default_rng(0).random((views, 8, colored.draws))
-    numbers = np.arange(8)
-    options = {"views": views, "log": WorkLog()}
+    indices = np.arange(8)
     cache = ImageCache()
 
     def batch(transform: transforms.Transform, uniform: np.ndarray) -> np.ndarray:
-        reader = ImageReader(Faulty(8, "broken", 3), transform, cache=cache, **options)
-        found = reader.batch(numbers, uniform)
+        reader = ImageReader(Faulty(8, "broken", 3), transform, views=views, cache=cache)
+        found = reader.batch(indices, uniform)
         assert found["weight"].tolist() == [1, 1, 1, 0, 1, 1, 1, 1]
         return found["image"].reshape(8, views, SIZE, SIZE, 3)
 

@@ -370,8 +370,8 @@ def test_evaluation_sees_every_record_exactly_once_in_order(batch_size: int, pro
             assert (i, label, weight, name) == (-1, -1, 0, "") and (image == 128).all()
 
 
-def test_evaluation_refuses_chance_and_nothing():
-    with pytest.raises(ValueError, match="must not depend on chance"):
+def test_evaluation_refuses_randomness_and_nothing():
+    with pytest.raises(ValueError, match="must not be random"):
         eval_batches(Fake(4), RANDOM, batch_size=2)
     with pytest.raises(ValueError, match="fake has no records in its train split"):
         eval_batches(Fake(0), PLAIN, batch_size=2)

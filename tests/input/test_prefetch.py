@@ -1,104 +1,108 @@
+import multiprocessing
+import os
+import pickle
 import threading
 import time
 from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from nat_jax.input import prefetch
 from nat_jax.input.bad_records import BadRecordError
-from nat_jax.input.prefetch import Stalled, WorkerDied, check_shared_memory, prefetched
+from nat_jax.input.prefetch import Stalled, WorkerDied, check_shared_memory, prefetch_batches
 from nat_jax.input.work_log import WorkLog
 
 
-def run(batches: Generator, convert: Callable = lambda item: item, **options) -> Generator:
-    defaults = {"depth": 2, "timeout": 60.0, "log": WorkLog(), "name_of": "{}.png".format}
-    return prefetched(batches, convert, **{**defaults, **options})
+class Steps:
+    def __init__(self, count: int, make: Callable[[int], Any]):
+        self._count, self._make = count, make
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, step: int) -> Any:
+        return self._make(int(step))
+
+
+def run(
+    make: Callable[[int], Any], count: int = 1, convert: Callable = lambda item: item, **options
+) -> Generator:
+    defaults = {"threads": 0, "workers": 0, "depth": 2, "timeout": 60.0, "name_of": "{}.png".format}
+    options = {**defaults, "log": WorkLog(), **options}
+    return prefetch_batches(Steps(count, make), 0, convert, **options)
 
 
 def fetchers() -> list[threading.Thread]:
-    return [t for t in threading.enumerate() if t.name == "nat_jax-prefetch"]
+    return [t for t in threading.enumerate() if t.name.startswith("nat_jax-prefetch")]
 
 
-def test_batches_are_converted_in_order_in_another_thread():
-    seen = []
+def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
+    end = time.monotonic() + seconds
+    while not condition() and time.monotonic() < end:
+        time.sleep(0.01)
+    return condition()
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_batches_are_converted_in_order_in_one_other_thread(threads: int):
+    seen = set()
 
     def convert(item: int) -> int:
-        seen.append(threading.current_thread().name)
+        seen.add(threading.current_thread().name)
         return item * item
 
-    assert list(run((i for i in range(50)), convert)) == [i * i for i in range(50)]
-    assert set(seen) == {"nat_jax-prefetch"} and not fetchers()
+    assert list(run(int, 50, convert, threads=threads)) == [i * i for i in range(50)]
+    assert len(seen) == 1 and threading.current_thread().name not in seen
+    assert wait_for(lambda: not fetchers())
 
 
-def test_no_more_is_fetched_than_can_be_used():
-    fetched = []
-    stream = run((fetched.append(i) or i for i in range(1000)), depth=3)
+def test_no_more_is_made_than_can_be_used():
+    made: list[int] = []
+    stream = run(lambda i: made.append(i) or i, 1000)
     assert [next(stream) for _ in range(10)] == list(range(10))
-    time.sleep(0.5)
-    assert 13 <= len(fetched) <= 15  # those used, three ready, one in hand
+    time.sleep(0.2)
+    assert len(made) == 12  # those used, and two ready
     stream.close()
-    assert not fetchers()
+    assert wait_for(lambda: not fetchers())
 
 
 def test_a_slow_consumer_and_a_slow_source_overlap():
-    def slow() -> Generator[int, None, None]:
-        for i in range(10):
-            time.sleep(0.05)
-            yield i
-
     begun = time.monotonic()
-    for _ in run(slow()):
+    for _ in run(lambda i: time.sleep(0.05), 10):
         time.sleep(0.05)
     assert time.monotonic() - begun < 0.9  # 1.0 one after the other
 
 
-@pytest.mark.parametrize("where", ["source", "conversion"])
+@pytest.mark.parametrize("where", ["making", "conversion"])
 def test_a_fault_comes_after_what_was_good(where: str):
-    def source() -> Generator[int, None, None]:
-        yield 0
-        yield 1
-        if where == "source":
-            raise BadRecordError("record 7")
-        yield 2
-
-    def convert(item: int) -> int:
+    def fail(item: int) -> int:
         if item == 2:
             raise BadRecordError("record 7")
         return item
 
-    stream = run(source(), convert)
+    make, convert = (fail, int) if where == "making" else (int, fail)
+    stream = run(make, 5, convert)
     assert [next(stream), next(stream)] == [0, 1]
     with pytest.raises(BadRecordError, match="record 7"):
         next(stream)
-    assert not fetchers()
+    assert wait_for(lambda: not fetchers())
 
 
-def test_the_source_is_closed_with_the_stream():
-    closed = threading.Event()
-
-    def source() -> Generator[int, None, None]:
-        try:
-            while True:
-                yield 0
-        finally:
-            closed.set()
-
-    stream = run(source())
-    next(stream)
-    assert not closed.is_set()
-    stream.close()
-    assert closed.wait(5)
-
-
-def hanging(log: WorkLog, release: threading.Event) -> Generator[int, None, None]:
-    yield 0
-    with log.reading(17):
-        release.wait(60)
+# Workers that hang.
 
 
 def test_a_record_that_takes_too_long_ends_the_run_by_name():
     log, release = WorkLog(), threading.Event()
-    stream = run(hanging(log, release), log=log, timeout=0.5)
+
+    def make(step: int) -> int:
+        if step:
+            with log.reading(17):
+                release.wait(60)
+        return step
+
+    stream = run(make, 2, log=log, timeout=0.5)
     assert next(stream) == 0
     begun = time.monotonic()
     with pytest.raises(Stalled, match=r"record 17 \(17\.png\): reading it has taken more than 0.5"):
@@ -107,51 +111,48 @@ def test_a_record_that_takes_too_long_ends_the_run_by_name():
     release.set()
 
 
-def test_a_slow_batch_of_records_that_go_on_is_no_stall():
+def test_a_slow_batch_of_records_that_make_progress_is_not_stalled():
     log = WorkLog()
 
-    def slow() -> Generator[int, None, None]:
-        for index in range(8):
-            with log.reading(index):
-                time.sleep(0.2)
-        yield 0
+    def make(step: int) -> int:
+        for _ in range(5):
+            with log.reading(3):
+                time.sleep(0.15)
+        return step
 
-    assert list(run(slow(), log=log, timeout=0.5)) == [0]
+    assert list(run(make, log=log, timeout=0.5)) == [0]
 
 
 def test_silence_is_a_stall_too(monkeypatch):
-    from nat_jax.input import prefetch
-
     monkeypatch.setattr(prefetch, "_START_UP", 0.0)
     release = threading.Event()
-
-    def silent() -> Generator[int, None, None]:
-        release.wait(60)
-        yield 0
-
     with pytest.raises(Stalled, match="no batch has come for . s, and no record is being read"):
-        next(run(silent(), timeout=0.5))
+        next(run(lambda i: release.wait(60), timeout=0.3))
     release.set()
 
 
-def test_a_suspended_process_is_no_stall(monkeypatch):
-    from nat_jax.input import prefetch
+def test_a_suspended_process_is_not_stalled(monkeypatch):
+    log, waits = WorkLog(), []
 
-    log, clock = WorkLog(), [0.0]
-    monkeypatch.setattr(prefetch.time, "monotonic", lambda: time.perf_counter() + clock[0])
-    go_on = threading.Event()
+    def suspended(futures: list, seconds: float) -> Any:
+        waits.append(seconds)
+        time.sleep(0.6 if len(waits) == 1 else 0)  # as if stopped by Ctrl-Z
+        return original(futures, seconds)
 
-    def source() -> Generator[int, None, None]:
+    def make(step: int) -> int:
         with log.reading(3):
-            time.sleep(0.5)
-            clock[0] += 100  # all that a process sees of having been stopped
-            go_on.wait(1)
-        yield 0
+            time.sleep(0.9)
+        return step
 
-    assert list(run(source(), log=log, timeout=10.0)) == [0]
+    original = prefetch.wait
+    monkeypatch.setattr(prefetch, "wait", suspended)
+    assert list(run(make, log=log, timeout=0.5)) == [0]
 
 
-def test_shared_memory_that_is_too_small_is_told_before_it_overflows(tmp_path: Path):
+# Workers that die.
+
+
+def test_shared_memory_that_is_too_small_is_reported_before_it_overflows(tmp_path: Path):
     check_shared_memory(2, 8, 1000, str(tmp_path))
     check_shared_memory(2, 8, 1 << 60, str(tmp_path / "missing"))
     with pytest.raises(
@@ -162,24 +163,81 @@ def test_shared_memory_that_is_too_small_is_told_before_it_overflows(tmp_path: P
 
 @pytest.mark.parametrize(
     ("code", "message"),
-    [("-7", "/dev/shm may be full"), ("1", r"before it read anything.*__main__"), ("-11", "-11$")],
+    [
+        ("-9", "a data worker died with exit code -9; the system may have been short of memory"),
+        ("-7", "/dev/shm may be full"),
+        ("1", r"before it read anything.*__main__"),
+        ("-11", "-11$"),
+    ],
 )
-def test_what_a_death_may_mean(code: str, message: str):
-    def dead() -> Generator[int, None, None]:
+def test_the_message_has_the_likely_cause_of_death(code: str, message: str):
+    def make(step: int) -> None:
         raise RuntimeError(f"Worker process was terminated unexpectedly with exit code {code}. S")
-        yield 0
 
     with pytest.raises(WorkerDied, match=message):
-        list(run(dead()))
+        list(run(make))
 
 
-def test_the_death_of_a_worker_is_told_from_other_faults():
-    def dead(message: str) -> Generator[int, None, None]:
-        yield 0
-        raise RuntimeError(message)
+def test_other_faults_are_not_taken_for_a_death():
+    def make(step: int) -> None:
+        raise RuntimeError("another")
 
-    with pytest.raises(WorkerDied, match="a data worker died with exit code -9; the system may"):
-        list(run(dead("Worker process was terminated unexpectedly with exit code -9. Search")))
     with pytest.raises(RuntimeError, match="another") as info:
-        list(run(dead("another")))
+        list(run(make))
     assert not isinstance(info.value, WorkerDied)
+
+
+# The log of what is being read.
+
+
+def test_a_record_is_under_way_until_its_block_ends():
+    log = WorkLog()
+    assert log.under_way() == []
+    with log.reading(0):
+        (reading,) = log.under_way()
+        assert (reading.record, reading.process) == (0, os.getpid())
+    assert log.under_way() == []
+    with pytest.raises(KeyError), log.reading(3):
+        raise KeyError
+    assert log.under_way() == []
+
+
+def test_the_longest_comes_first():
+    log, go_on, begun = WorkLog(), threading.Event(), threading.Barrier(2)
+
+    def read(index: int) -> None:
+        with log.reading(index):
+            begun.wait()
+            go_on.wait()
+
+    for index in (7, 5, 6):
+        threading.Thread(target=read, args=(index,)).start()
+        begun.wait()
+    assert [reading.record for reading in log.under_way()] == [7, 5, 6]
+    go_on.set()
+
+
+def _die_while_reading(log: WorkLog) -> None:
+    with log.reading(41):
+        os._exit(3)
+
+
+def test_a_dead_process_leaves_its_entry():
+    log = WorkLog()
+    worker = multiprocessing.get_context("spawn").Process(target=_die_while_reading, args=(log,))
+    worker.start()
+    worker.join()
+    (reading,) = log.under_way()
+    assert (worker.exitcode, reading.record, reading.process) == (3, 41, worker.pid)
+
+
+def test_the_folder_ends_with_the_log_and_not_with_a_copy():
+    log = WorkLog()
+    folder = Path(log.__getstate__()["_folder"])
+    copy = pickle.loads(pickle.dumps(log))
+    with copy.reading(1):
+        assert [reading.record for reading in log.under_way()] == [1]
+    del copy
+    assert folder.is_dir()
+    del log
+    assert not folder.exists()

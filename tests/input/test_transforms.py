@@ -16,15 +16,15 @@ from nat_jax.input.transforms import (
     CenterCrop,
     Crop,
     FiveCrop,
-    Moves,
     RandomCrop,
     RandomResizedCrop,
     Region,
+    ShiftFlip,
     Transform,
     WholeImage,
-    cut,
+    decode_and_crop,
     eval_transform,
-    move,
+    mirrored,
     train_transform,
 )
 
@@ -55,14 +55,13 @@ def cut_out(
     image: bytes | np.ndarray | Picture,
     crop: Crop | Transform,
     *uniforms: list[float],
-    mirrored: list[bool] | None = None,
 ) -> np.ndarray:
-    """Return what is cut out of an image, [views * count, size, size, 3]."""
+    """Return the crops of an image, uint8 [views * count, size, size, 3]."""
     transform = crop if isinstance(crop, Transform) else Transform(crop)
     picture = open_picture(image) if isinstance(image, bytes | np.ndarray) else image
     views = uniforms or ([],)
     out = np.zeros((len(views) * transform.count, transform.size, transform.size, 3), np.uint8)
-    cut(picture, transform, views, mirrored or [False] * len(views), out)
+    decode_and_crop(picture, transform, views, out)
     return out
 
 
@@ -70,7 +69,7 @@ def difference(a: np.ndarray, b: np.ndarray) -> int:
     return int(np.abs(a.astype(int) - b).max())
 
 
-# Cutting and scaling.
+# Cropping and scaling.
 
 
 def scaled_as_a_whole(image: np.ndarray, shortest: int) -> np.ndarray:
@@ -108,7 +107,7 @@ def test_a_region_is_the_same_as_cutting_the_whole_scaled_picture(
     found = [*cut_out(image, CenterCrop(size, size + more)), *random]
     found += [*cut_out(image, FiveCrop(size, size + more))]
     expected = [middle, chosen, *corners, middle]
-    # What the documentation of `cut` says.
+    # What the documentation of `decode_and_crop` states.
     assert difference(np.stack(found), np.stack(expected)) <= ROUNDING
 
 
@@ -117,10 +116,8 @@ def test_a_region_half_a_pixel_off_would_be_seen():
     whole = scaled_as_a_whole(image, 40)[4:36, 10:42]
     right = Region(4 * 90 / 40, 10 * 120 / 53, 32 * 90 / 40, 32 * 120 / 53)
     wrong = right._replace(left=right.left + 0.5)
-    assert (
-        difference(transforms._scale(Image.fromarray(image), right, 32, False), whole) <= ROUNDING
-    )
-    assert difference(transforms._scale(Image.fromarray(image), wrong, 32, False), whole) > 10
+    assert difference(transforms._scale(Image.fromarray(image), right, 32), whole) <= ROUNDING
+    assert difference(transforms._scale(Image.fromarray(image), wrong, 32), whole) > 10
 
 
 @pytest.mark.parametrize("shape", [(30, 60), (61, 30), (7, 5), (1, 1), (9, 100)])
@@ -138,13 +135,8 @@ def test_pixels_that_need_no_scaling_are_untouched():
     corners = cut_out(image, FiveCrop(8, 9))
     assert np.array_equal(corners[1:4], [image[:8, 4:], image[1:, :8], image[1:, 4:]])
     with_alpha = np.dstack([image, image[:, :, 0]])
-    assert np.array_equal(
-        cut_out(with_alpha, CenterCrop(5, 9), mirrored=[True])[0][:, ::-1], image[2:7, 3:8]
-    )
-    png = encode(image, "PNG")
-    assert np.array_equal(
-        cut_out(png, CenterCrop(5, 9), mirrored=[True])[0][:, ::-1], image[2:7, 3:8]
-    )
+    for file in (with_alpha, encode(image, "PNG")):
+        assert np.array_equal(cut_out(file, CenterCrop(5, 9))[0], image[2:7, 3:8])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,16 +195,11 @@ def test_images_of_one_pixel_can_be_cut(shape, crop: Crop, jpeg_reader: str):
             assert np.abs(out.astype(int) - [50, 120, 200]).max() <= 4
 
 
-@pytest.mark.parametrize("crop", CROPS)
-def test_mirror_images_are_what_move_makes_of_them(crop: Crop):
-    uniform = np.random.default_rng(0).random(crop.draws).tolist()
-    for image in (noise(40, 30), noise(11, 11), noise(8, 8), noise(8, 10)):
-        plain = cut_out(image, crop, uniform)
-        mirrored = cut_out(image, crop, uniform, mirrored=[True])
-        assert np.array_equal(mirrored, plain[:, :, ::-1])
-        corner = np.zeros((crop.count, 2), np.int32)
-        assert np.array_equal(mirrored, move(plain, Moves(corner, np.ones(crop.count, bool)), 0))
-        assert not np.array_equal(mirrored, plain)
+def test_mirror_images_have_left_and_right_swapped():
+    images = np.stack([noise(8, 8, seed) for seed in range(6)]).reshape(2, 3, 8, 8, 3)
+    for part in (images, images[:, 1, 2:, :5]):
+        swapped = np.ascontiguousarray(mirrored(part)).view(np.uint8)
+        assert np.array_equal(swapped, part[..., ::-1, :])
 
 
 def test_ten_crops_are_corners_and_middle_then_their_mirror_images():
@@ -227,20 +214,19 @@ def test_views_are_cut_out_of_one_decoding_each_by_its_own_numbers():
     picture = Watched(open_picture(noise(40, 50)))
     crop = RandomResizedCrop(8)
     uniforms = np.random.default_rng(0).random((3, crop.draws)).tolist()
-    views = cut_out(picture, crop, *uniforms, mirrored=[False, True, False])
+    views = cut_out(picture, crop, *uniforms)
     assert len(picture.shrinks) == 1
-    for view, uniform, mirror in zip(views, uniforms, (False, True, False), strict=True):
-        alone = cut_out(noise(40, 50), crop, uniform, mirrored=[mirror])[0]
-        assert np.array_equal(view, alone)
+    for view, uniform in zip(views, uniforms, strict=True):
+        assert np.array_equal(view, cut_out(noise(40, 50), crop, uniform)[0])
     assert not np.array_equal(views[0], views[2])
 
 
 def test_views_and_their_mirror_images_come_in_that_order():
     both_ways = Transform(FiveCrop(8, 12), both_ways=True)
-    views = cut_out(noise(12, 15), both_ways, [], [], mirrored=[False, True])
+    views = cut_out(noise(12, 15), both_ways, [], [])
     five = cut_out(noise(12, 15), FiveCrop(8, 12))
     back = five[:, :, ::-1]
-    assert np.array_equal(views, np.concatenate([five, back, back, five]))
+    assert np.array_equal(views, np.concatenate([five, back, five, back]))
 
 
 @pytest.mark.parametrize("crop", [WholeImage(40), WholeImage(8)])
@@ -248,9 +234,9 @@ def test_what_cannot_be_decoded_leaves_no_traces(crop: Crop, jpeg_reader: str):
     whole = encode(smooth(40, 40), "JPEG")
     out = np.full((1, crop.size, crop.size, 3), 9, np.uint8)
     with pytest.raises(BadImage, match="truncated"):
-        cut(open_picture(whole[:-20]), Transform(crop), [[]], [False], out)
+        decode_and_crop(open_picture(whole[:-20]), Transform(crop), [[]], out)
     assert (out == 9).all()
-    cut(open_picture(whole), Transform(crop), [[]], [False], out)
+    decode_and_crop(open_picture(whole), Transform(crop), [[]], out)
     assert not (out == 9).all()
 
 
@@ -306,7 +292,7 @@ def test_photographs_decoded_at_a_fraction_differ_little(shared_data: Path, jpeg
                 means.append(gap.mean())
                 worst = max(worst, gap.max())
     assert shrinks == {2, 4, 8} and len(means) > 200
-    # What the documentation of `cut` says, and that decoding was smaller at all.
+    # What the documentation of `decode_and_crop` states, and that decoding was smaller at all.
     assert 0.5 < np.mean(means) < 2 and max(means) < 6 and 10 < worst < 64
 
 
@@ -414,50 +400,54 @@ def test_where_no_random_region_fits_it_is_the_largest_in_the_middle(height, wid
     assert RandomResizedCrop(8).regions(height, width, uniform) == [region]
 
 
-# Moves.
+# Shifts and flips.
 
 
 def test_shifts_reach_every_place_and_no_other():
     transform = train_transform(image_size=8, pad=2, flip=False)
     assert transform.draws == 2
     grid = np.stack(np.meshgrid(*[np.append((np.arange(40) + 0.5) / 40, LAST)] * 2), -1)
-    corners, mirrored = transform.moves(grid.reshape(-1, 2))
-    assert corners.dtype == np.int32 and not mirrored.any()
+    corners, flips = transform.shift_flip(grid.reshape(-1, 2))
+    assert corners.dtype == np.int32 and not flips.any()
     assert {tuple(c) for c in corners.tolist()} == {(y, x) for y in range(5) for x in range(5)}
 
 
 def test_shifts_and_mirror_images_are_as_likely_as_each_other():
     transform = train_transform(image_size=8, pad=2)
-    corners, mirrored = transform.moves(np.random.default_rng(0).random((20_000, 3)))
+    corners, flips = transform.shift_flip(np.random.default_rng(0).random((20_000, 3)))
     assert np.abs(np.bincount(corners[:, 0] * 5 + corners[:, 1]) / 20_000 - 1 / 25).max() < 0.006
-    assert abs(mirrored.mean() - 0.5) < 0.012
-    assert np.abs(np.corrcoef([*corners.T, mirrored]) - np.eye(3)).max() < 0.03
+    assert abs(flips.mean() - 0.5) < 0.012
+    assert np.abs(np.corrcoef([*corners.T, flips]) - np.eye(3)).max() < 0.03
 
 
 def test_without_a_shift_all_stays_in_the_middle():
-    corners, mirrored = eval_transform(image_size=8).moves(np.empty((3, 0)))
-    assert not corners.any() and not mirrored.any()
-    flips = train_transform(image_size=8).moves(np.array([[0.49], [0.5], [0.0], [LAST]]))
-    assert flips.mirrored.tolist() == [True, False, True, False] and not flips.corner.any()
+    corners, flips = eval_transform(image_size=8).shift_flip(np.empty((3, 0)))
+    assert not corners.any() and not flips.any()
+    drawn = train_transform(image_size=8).shift_flip(np.array([[0.49], [0.5], [0.0], [LAST]]))
+    assert drawn.mirrored.tolist() == [True, False, True, False] and not drawn.corner.any()
 
 
 def test_the_crop_takes_its_numbers_first_then_the_shift_then_the_flip():
     crop = RandomCrop(4, 6)
     transform = Transform(crop, pad=1, flip=True)
     assert transform.draws == 5
-    corners, mirrored = transform.moves(np.array([[0.9, 0.9, 0.0, 0.5, 0.1]]))
-    assert corners.tolist() == [[0, 1]] and mirrored.tolist() == [True]
-    assert Transform(crop, flip=True).moves(np.array([[0.1, 0.1, 0.9]])).mirrored.tolist() == [
+    corners, flips = transform.shift_flip(np.array([[0.9, 0.9, 0.0, 0.5, 0.1]]))
+    assert corners.tolist() == [[0, 1]] and flips.tolist() == [True]
+    assert Transform(crop, flip=True).shift_flip(np.array([[0.1, 0.1, 0.9]])).mirrored.tolist() == [
         False
     ]
 
 
+def moved(images: np.ndarray, corner: Sequence, flips: Sequence, pad: int) -> np.ndarray:
+    images = images.copy()
+    ShiftFlip(np.asarray(corner, np.int32), np.asarray(flips, bool)).apply(images, pad)
+    return images
+
+
 def test_a_shift_brings_in_black_borders():
     image = np.maximum(noise(4, 4), 1)
-    corner = np.array([[1, 1], [0, 0], [2, 1], [1, 2]], np.int32)
-    middle, corners, below, right = move(
-        np.stack([image] * 4), Moves(corner, np.zeros(4, bool)), pad=1
-    )
+    corner = [[1, 1], [0, 0], [2, 1], [1, 2]]
+    middle, corners, below, right = moved(np.stack([image] * 4), corner, [False] * 4, pad=1)
     assert np.array_equal(middle, image)
     assert (corners[0] == 0).all() and (corners[:, 0] == 0).all()
     assert np.array_equal(corners[1:, 1:], image[:3, :3])
@@ -467,32 +457,20 @@ def test_a_shift_brings_in_black_borders():
 
 def test_a_shift_comes_before_the_mirror_image():
     image = noise(5, 5)[None]
-    corner = np.array([[2, 4]], np.int32)
-    plain = move(image, Moves(corner, np.zeros(1, bool)), pad=2)
-    mirrored = move(image, Moves(corner, np.ones(1, bool)), pad=2)
-    assert np.array_equal(mirrored, plain[:, :, ::-1])
-    other = move(image[:, :, ::-1], Moves(corner, np.zeros(1, bool)), pad=2)
-    assert not np.array_equal(mirrored, other)
+    plain = moved(image, [[2, 4]], [False], pad=2)
+    both = moved(image, [[2, 4]], [True], pad=2)
+    assert np.array_equal(both, plain[:, :, ::-1])
+    assert not np.array_equal(both, moved(image[:, :, ::-1], [[2, 4]], [False], pad=2))
 
 
 @pytest.mark.parametrize("pad", [0, 1, 3])
-def test_a_stack_is_moved_as_its_images_one_by_one_and_stays_as_it_is(pad: int):
-    transform = train_transform(image_size=6, pad=pad)
+def test_a_stack_is_moved_as_its_images_one_by_one(pad: int):
     images = np.stack([noise(6, 6, seed) for seed in range(9)])
-    before = images.copy()
-    uniform = np.random.default_rng(0).random((9, transform.draws))
-    moved = move(images, transform.moves(uniform), pad)
-    assert np.array_equal(images, before) and not np.array_equal(moved, images)
-    alone = [move(images[[i]], transform.moves(uniform[[i]]), pad)[0] for i in range(9)]
-    assert np.array_equal(moved, alone)
-    assert not np.array_equal(
-        moved, [move(i[None], transform.moves(uniform[:1]), pad)[0] for i in images]
-    )
-
-
-def test_where_there_is_nothing_to_move_no_time_is_lost():
-    images = noise(6, 6)[None]
-    assert move(images, Moves(np.zeros((1, 2), np.int32), np.zeros(1, bool)), 0) is images
+    transform = train_transform(image_size=6, pad=pad)
+    corner, flips = transform.shift_flip(np.random.default_rng(0).random((9, transform.draws)))
+    together = moved(images, corner, flips, pad)
+    alone = [moved(images[[i]], corner[[i]], flips[[i]], pad)[0] for i in range(9)]
+    assert np.array_equal(together, alone) and not np.array_equal(together, images)
 
 
 # What the presets put together.
