@@ -13,7 +13,7 @@ _NAMES_SHOWN = 5
 
 
 class BadRecordError(UserError, RuntimeError):
-    """A record cannot be used; the message names it and says why."""
+    """A record cannot be used; the message has its name and the reason."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -152,7 +152,7 @@ class _Jpeg:
         if self._fast:
             height, width = -(-self.height // shrink), -(-self.width // shrink)
             # From 7 pixels on, no smaller scale of libjpeg reaches these sides.
-            with contextlib.suppress(Exception):  # Pillow decodes it, or gives the reason
+            with contextlib.suppress(Exception):  # Pillow decodes it, or raises with the reason
                 return simplejpeg.decode_jpeg(self._data, "RGB", min_height=height, min_width=width)
         with _refusing(self._data):
             image, self._opened = self._opened or Image.open(io.BytesIO(self._data)), None

@@ -57,7 +57,7 @@ class Crop(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class WholeImage:
-    """The whole image, whatever its aspect ratio; one of `size` pixels is left untouched."""
+    """The complete image, ignoring its aspect ratio; one of `size` pixels is unchanged."""
 
     size: int
     draws = 0
@@ -231,8 +231,8 @@ def train_transform(
     Args:
         image_size: pixels per side of the output.
         resize: for "random_crop", scale the shorter side to this many pixels, then crop; 0 scales
-            the whole image to `image_size` and leaves images of that size untouched.
-        pad: shift images scaled as a whole by up to this many pixels; needs resize = 0.
+            the complete image to `image_size`, and images of that size are unchanged.
+        pad: shift images by up to this many pixels; needs the complete image, so resize = 0.
         flip: mirror half of the images.
         crop: "random_crop", or "random_resized_crop" (Inception's), which uses neither `resize`
             nor `pad`.
@@ -266,7 +266,7 @@ def eval_transform(*, image_size: int, resize: int = 0, ten_crops: bool = False)
     Args:
         image_size: pixels per side of the output.
         resize: scale the shorter side to this many pixels, then crop the middle; 0 scales the
-            whole image to `image_size`.
+            complete image to `image_size`.
         ten_crops: corners and middle, then their mirror images: ten images of each picture.
 
     Raises:

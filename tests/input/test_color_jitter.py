@@ -79,13 +79,6 @@ def test_a_hue_turns_colours_and_keeps_their_luma():
     assert differences(fifths, before).max() <= 6 < differences(there, before).max()
 
 
-def test_without_strength_nothing_changes():
-    before = images()
-    uniform = np.random.default_rng(0).random((20, 6))
-    assert np.array_equal(jittered(ColorJitter(), before, uniform), before)
-    assert not np.array_equal(jittered(ColorJitter(0.5, 0.2), before, uniform), before)
-
-
 def test_a_fifth_stays_and_a_fifth_is_grey():
     before = images(2000, 4)
     after = jittered(ColorJitter(0.5, 0.2), before, np.random.default_rng(0).random((2000, 6)))

@@ -13,7 +13,7 @@ from faulty_records import SIZE, Faulty
 from project import ROOT
 
 from nat_jax.input import transforms
-from nat_jax.input.bad_records import BadRecordError, BadRecords
+from nat_jax.input.bad_records import BadRecordError
 from nat_jax.input.color_jitter import ColorJitter
 from nat_jax.input.pipeline import eval_batches, train_batches
 from nat_jax.input.prefetch import Stalled, WorkerDied
@@ -25,18 +25,6 @@ TRANSFORM = transforms.train_transform(image_size=SIZE, colors=ColorJitter(0.5, 
 def batches(source: Faulty, **options) -> list[dict[str, np.ndarray]]:
     defaults = {"batch_size": 4, "seed": 0, "start_step": 0, "num_steps": 33, "threads": 2}
     return list(train_batches(source, TRANSFORM, **{**defaults, **options}))
-
-
-def test_workers_give_the_batches_of_threads_and_count_bad_records():
-    bad, expected_bad = BadRecords(400), BadRecords(400)
-    source = Faulty(400, "broken", 17)
-    found = batches(source, num_steps=203, start_step=90, workers=2, bad_records=bad)
-    expected = batches(source, num_steps=203, start_step=90, bad_records=expected_bad)
-    assert len(found) == len(expected) == 113
-    for left, right in zip(found, expected, strict=True):
-        assert left.keys() == right.keys()
-        assert all(np.array_equal(left[key], right[key]) for key in left)
-    assert bad.count == 1 and bad.summary() == expected_bad.summary()
 
 
 def test_a_killed_worker_is_reported_with_its_record():

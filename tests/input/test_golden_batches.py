@@ -17,6 +17,7 @@ import pytest
 from pictures import Album
 
 from nat_jax.input import pipeline
+from nat_jax.input.bad_records import BadRecords
 from nat_jax.input.color_jitter import ColorJitter
 from nat_jax.input.device_images import DeviceImages
 from nat_jax.input.reader import ImageCache
@@ -142,9 +143,10 @@ def test_images_in_memory_give_the_same(name: str, threads: int) -> None:
     assert_stored(name, train(name, cache=ImageCache(), threads=threads, prefetch=1))
 
 
-@pytest.mark.parametrize("name", ["jitter_views", "random_crop_png"])
-def test_worker_processes_give_the_same(name: str) -> None:
-    assert_stored(name, train(name, workers=2))
+def test_worker_processes_give_the_same_and_count_bad_records() -> None:
+    bad = BadRecords(50)
+    assert_stored("jitter_views", train("jitter_views", workers=2, bad_records=bad))
+    assert bad.summary().startswith("1 of 50 records are bad: 11.png: not an image")
 
 
 @pytest.mark.parametrize("name", ["shift_views", "digits"])
