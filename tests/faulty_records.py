@@ -1,4 +1,4 @@
-"""Records that go wrong in a data worker; in a module of their own, as workers import it."""
+"""Records with faults, in a module that data workers can import."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ def picture(index: int) -> np.ndarray:
 
 
 class Faulty:
-    """Records of which the one called `at` does something that no record should."""
+    """Records of which number `at` has a fault."""
 
     name = "faulty"
     split = "train"

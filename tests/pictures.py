@@ -1,4 +1,4 @@
-"""Images and files for tests of decoding and cutting."""
+"""Images and files for tests of decoding and cropping."""
 
 import io
 import zipfile
@@ -27,7 +27,7 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 
 
 def smooth(height: int, width: int) -> np.ndarray:
-    """Give an image that JPEG changes little, different from all its turned and mirrored forms."""
+    """Return an image that JPEG changes little, unlike its rotations and mirror images."""
     y, x = np.mgrid[0:height, 0:width]
     return np.stack([y * 255 // height, x * 255 // width, (x + y) % 128 + 60], -1).astype(np.uint8)
 
@@ -40,7 +40,7 @@ def encode(image: np.ndarray | Image.Image, kind: str, **options) -> bytes:
 
 
 def photographs(shared_data: Path, wanted: int) -> list[bytes]:
-    """Give JPEG files of some 500 x 375 pixels."""
+    """Return JPEG files of some 500 x 375 pixels."""
     with zipfile.ZipFile(shared_data / "voc2007_subset.zip") as archive:
         names = sorted(name for name in archive.namelist() if name.endswith(".jpg"))
         return [archive.read(names[i * len(names) // wanted]) for i in range(wanted)]
