@@ -1,6 +1,7 @@
 """Read, decode, transform and stack records; keep images of small data sets in memory."""
 
 import logging
+import math
 import threading
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ _log = logging.getLogger(__name__)
 Batch = dict[str, Any]
 
 GREY = 128  # the pixels of bad records and of padding
+_BLOCK = 2**19  # bytes of images that are transformed while they are in the processor's cache
 
 
 class _Read(NamedTuple):
@@ -121,44 +123,53 @@ class ImageReader:
         Raises:
             BadRecordError: a fault other than a bad image, with the record's name.
         """
-        moves = [self.transform.shift_flip(view) for view in uniform]
-        images = None
+        batch: Batch = {}
         if pixels:
-            images, records = self._images(indices, uniform)
+            batch["image"], records = self._images(indices, uniform)
         else:
             records = self._cached(indices)
+            moves = [self.transform.shift_flip(view) for view in uniform]
+            batch["corner"] = np.stack([move.corner for move in moves], axis=1)
+            batch["mirrored"] = np.stack([move.mirrored for move in moves], axis=1)
         bad = [row for row, record in enumerate(records) if record.problem is not None]
         weight = np.ones(len(records), np.float32)
         weight[bad] = 0
-        batch = {
+        if pixels:
+            batch["image"][bad] = GREY
+        return batch | {
             "index": indices.astype(np.int32),
             "label": np.array([record.label for record in records], np.int32),
             "weight": weight,
             "name": [record.name for record in records],
             "bad": [Bad(int(indices[i]), records[i].name, str(records[i].problem)) for i in bad],
         }
-        if images is None:
-            batch["corner"] = np.stack([move.corner for move in moves], axis=1)
-            batch["mirrored"] = np.stack([move.mirrored for move in moves], axis=1)
-            return batch
-        colors = self.transform.colors
-        for view, (move, numbers) in enumerate(zip(moves, uniform, strict=True)):
-            move.apply(images[:, view], self.transform.pad)
-            if colors is not None:
-                colors.apply(images[:, view], numbers[:, -colors.draws :])
-        images[bad] = GREY
-        return batch | {"image": images.reshape(len(indices), *self.image_shape)}
 
     def _images(self, indices: np.ndarray, uniform: np.ndarray) -> tuple[np.ndarray, list[_Read]]:
-        """Return cropped images, uint8 [b, views * count, size, size, 3], for the caller alone."""
+        """Return transformed images, uint8 [b, *image_shape], and their records."""
+        transform = self.transform
+        out = np.empty((len(indices), *self.image_shape), np.uint8)
+        images = out.reshape(len(indices), -1, transform.size, transform.size, 3)
+        records: list[_Read] = []
+        step = max(1, _BLOCK // math.prod(self.image_shape))
+        for start in range(0, len(indices), step):
+            part, numbers = images[start : start + step], uniform[:, start : start + step]
+            records += self._crop(indices[start : start + step], numbers, part)
+            for view, drawn in enumerate(numbers):
+                transform.shift_flip(drawn).apply(part[:, view], transform.pad)
+                if transform.colors is not None:
+                    colors = drawn[:, -transform.colors.draws :]
+                    transform.colors.apply(part[:, view], colors)
+        return out, records
+
+    def _crop(self, indices: np.ndarray, uniform: np.ndarray, out: np.ndarray) -> list[_Read]:
+        """Write crops to uint8 [b, views * count, size, size, 3]."""
         if self._store is not None:
             records = self._cached(indices)
-            return self._store.images[np.repeat(indices[:, None], self.views, axis=1)], records
-        size, count = self.transform.size, self.views * self.transform.count
-        images = np.empty((len(indices), count, size, size, 3), np.uint8)
+            out[:] = self._store.images[indices][:, None]
+            return records
         chosen = uniform[:, :, : self.transform.crop.draws].swapaxes(0, 1).tolist()
-        rows = zip(indices.tolist(), chosen, images, strict=True)
-        return images, [self._read(index, numbers, out) for index, numbers, out in rows]
+        rows = zip(indices.tolist(), chosen, out, strict=True)
+        return [self._read(index, numbers, images) for index, numbers, images in rows]
 
     def _cached(self, indices: np.ndarray) -> list[_Read]:
         """Return records after reading those that the cache lacks."""

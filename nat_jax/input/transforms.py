@@ -21,7 +21,7 @@ from nat_jax.input.color_jitter import ColorJitter
 from nat_jax.input.decode import SHRINKS, Picture, Pixels
 
 CROPS = ("random_crop", "random_resized_crop")
-_PIXEL = np.dtype("V3")
+_PIXEL = np.dtype("V3")  # reversed faster than three bytes
 _TRIES = 10  # of a random resized crop to find a region inside the picture
 
 
@@ -166,7 +166,7 @@ class ShiftFlip(NamedTuple):
             for out, image, (top, left) in zip(images, padded, self.corner.tolist(), strict=True):
                 out[:] = image[top : top + size, left : left + size]
         if self.mirrored.any():
-            images.view(_PIXEL)[self.mirrored] = mirrored(images[self.mirrored])
+            images[self.mirrored] = mirrored(images[self.mirrored])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -321,15 +321,12 @@ def decode_and_crop(
         for square, region in squares:
             square[:] = _scale(image, Region(*(side / shrink for side in region)), size)
     if transform.both_ways:
-        views.view(_PIXEL)[:, crop.count :] = mirrored(views[:, : crop.count])
+        views[:, crop.count :] = mirrored(views[:, : crop.count])
 
 
 def mirrored(images: np.ndarray) -> np.ndarray:
-    """Return a view of uint8 [..., H, W, 3] with left and right swapped, [..., H, W, 1] of 3 bytes.
-
-    It is copied faster than single bytes in reversed order.
-    """
-    return images.view(_PIXEL)[..., ::-1, :]
+    """Return uint8 [..., H, W, 3] with left and right swapped."""
+    return np.ascontiguousarray(images.view(_PIXEL)[..., ::-1, :]).view(np.uint8)
 
 
 @functools.lru_cache(maxsize=4096)  # most data sets have few sizes
