@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -88,6 +89,7 @@ def prefetch_batches(
         return
     batches = _made_by_grain(steps, start, threads=threads, workers=workers, depth=depth)
     pool = ThreadPoolExecutor(1, thread_name_prefix="nat_jax-prefetch")
+    closing = weakref.finalize(pool, batches.close)  # at exit too, if the stream was abandoned
 
     def fetch() -> Any:
         batch = next(batches, _END)
@@ -110,11 +112,12 @@ def prefetch_batches(
         log.kill_workers()
         raise WorkerDied(message) from error
     finally:
-        for future in pending:
-            future.cancel()
-        closed = pool.submit(batches.close)
+        running = [future for future in pending if not future.cancel()]
         pool.shutdown(wait=False)
-        wait([closed], patience)
+        if wait(running, patience).not_done:
+            closing.detach()
+        else:
+            closing()
 
 
 def _made_by_grain(

@@ -147,8 +147,8 @@ class ImageReader:
     def _images(self, indices: np.ndarray, uniform: np.ndarray) -> tuple[np.ndarray, list[_Read]]:
         """Return transformed images, uint8 [b, *image_shape], and their records."""
         transform = self.transform
-        out = np.empty((len(indices), *self.image_shape), np.uint8)
-        images = out.reshape(len(indices), -1, transform.size, transform.size, 3)
+        size, count = transform.size, self.views * transform.count
+        images = np.empty((len(indices), count, size, size, 3), np.uint8)
         records: list[_Read] = []
         step = max(1, _BLOCK // math.prod(self.image_shape))
         for start in range(0, len(indices), step):
@@ -159,7 +159,7 @@ class ImageReader:
                 if transform.colors is not None:
                     colors = drawn[:, -transform.colors.draws :]
                     transform.colors.apply(part[:, view], colors)
-        return out, records
+        return images.reshape(len(indices), *self.image_shape), records
 
     def _crop(self, indices: np.ndarray, uniform: np.ndarray, out: np.ndarray) -> list[_Read]:
         """Write crops to uint8 [b, views * count, size, size, 3]."""

@@ -73,8 +73,8 @@ def test_images_in_memory_need_no_workers(caplog):
     assert "faulty is kept in memory: data.workers is not used" in caplog.text
 
 
-ORPHANS = """
-import sys
+SCRIPT = """
+import multiprocessing
 from faulty_records import SIZE, Faulty
 from nat_jax.input import pipeline, transforms
 if __name__ == "__main__":
@@ -82,11 +82,19 @@ if __name__ == "__main__":
         Faulty(400), transforms.train_transform(image_size=SIZE), batch_size=4, seed=0,
         start_step=0, num_steps=10**6, threads=2, workers=2)
     next(stream)
-    import multiprocessing
     print(*(child.pid for child in multiprocessing.active_children()), flush=True)
-    for _ in stream:
-        pass
 """
+
+
+def start(script: Path, text: str) -> subprocess.Popen:
+    script.write_text(text)
+    return subprocess.Popen(
+        [sys.executable, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"},
+    )
 
 
 def is_running(process: int) -> bool:
@@ -100,16 +108,7 @@ def is_running(process: int) -> bool:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks at /proc")
 def test_workers_end_when_their_parent_is_killed(tmp_path: Path):
-    script = tmp_path / "orphans.py"
-    script.write_text(ORPHANS)
-    folders = f"{ROOT / 'tests'}:{ROOT}"
-    parent = subprocess.Popen(
-        [sys.executable, str(script)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env={**os.environ, "PYTHONPATH": folders},
-    )
+    parent = start(tmp_path / "orphans.py", SCRIPT + "    list(stream)")
     assert parent.stdout is not None
     children = [int(word) for word in parent.stdout.readline().split()]
     assert len(children) == 2 and all(map(is_running, children))
@@ -119,3 +118,10 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path):
     while any(map(is_running, children)) and time.monotonic() < end:
         time.sleep(0.1)
     assert not any(map(is_running, children))
+
+
+@pytest.mark.slow
+def test_a_stream_that_is_not_used_up_does_not_disturb_the_exit(tmp_path: Path):
+    done = start(tmp_path / "leaves.py", SCRIPT)
+    _, errors = done.communicate(timeout=60)
+    assert done.returncode == 0 and "Traceback" not in errors
