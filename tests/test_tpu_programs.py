@@ -79,7 +79,7 @@ print(json.dumps(said))
 
 
 @pytest.fixture(scope="module", params=PODS)
-def said(request) -> dict[str, str]:
+def lines(request) -> dict[str, str]:
     variables = {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
