@@ -79,7 +79,7 @@ print(json.dumps(said))
 
 
 @pytest.fixture(scope="module", params=PODS)
-def lines(request) -> dict[str, str]:
+def said(request) -> dict[str, str]:
     variables = {
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(ROOT),
