@@ -96,7 +96,7 @@ class Run:
     def output(self, index: int) -> str:
         return self.logs[index].read_text()
 
-    def said(self, index: int) -> list[str]:
+    def lines(self, index: int) -> list[str]:
         """Return the lines of a process without those of Gloo, the CPU's transport."""
         lines = self.output(index).splitlines()
         return [line for line in lines if "[Gloo]" not in line and "peer ranks" not in line]

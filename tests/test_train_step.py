@@ -218,7 +218,7 @@ def test_feature_diversity_measures_collapse():
 
 @pytest.mark.slow
 def test_the_largest_gradient_is_kept_once(noise, monkeypatch):
-    """The norm is taken before the update overwrites it; nothing says so where both just read."""
+    """The norm comes before the update, which overwrites it; two mere readers have no order."""
     network = models.make_model(
         "convnet", dim=D, image_size=16, frontend="rgb", widths=(4, 16), pools=1, fc_width=2048
     )

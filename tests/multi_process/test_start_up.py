@@ -31,7 +31,7 @@ def connect(folder, *places):
 def assert_one_message(run, folder, limit, aborts=False):
     """Each process ends with one message; before it stands JAX's own where its runtime aborts."""
     codes = run.wait(limit)
-    outputs = [run.said(index) for index in range(len(codes))]
+    outputs = [run.lines(index) for index in range(len(codes))]
     assert codes == [2] * len(codes), outputs
     for lines in outputs:
         assert [line for line in lines if line.startswith("nat_jax: ")] == lines[-1:], lines
@@ -55,14 +55,14 @@ def test_processes_that_cannot_meet_say_so_in_one_message_each(tmp_path):
 
 @pytest.mark.slow
 def test_different_counts_and_equal_numbers_are_refused(tmp_path):
-    for name, places, said in (
+    for name, places, reason in (
         ("higher", [(0, 2, 9), (2, 3, 9)], "Unexpected task registered with task=2"),
         ("between", [(0, 2, 9), (1, 3, 9)], "JAX sees 2. All need the same --num_processes"),
         ("equal", [(0, 3, 9), (1, 3, 9), (1, 3, 9)], "newer incarnation"),
     ):
         run = connect(tmp_path / name, *places)
         assert_one_message(run, tmp_path / name, 90, aborts=True)
-        assert said in "".join(run.output(index) for index in range(len(places)))
+        assert reason in "".join(run.output(index) for index in range(len(places)))
 
 
 def test_ctrl_c_ends_a_process_that_waits(tmp_path):

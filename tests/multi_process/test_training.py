@@ -40,7 +40,7 @@ def test_what_is_written_once_is_written_once(two):
     result = json.loads((workdir / "results" / "pretrain.json").read_text())
     assert result["run"]["processes"] == 2
     assert run.output(0).count("report: ") == 1
-    assert run.said(1) == []
+    assert run.lines(1) == []
 
 
 def assert_lost(run: Run, victim: int, seconds: float) -> None:
@@ -51,8 +51,8 @@ def assert_lost(run: Run, victim: int, seconds: float) -> None:
     assert time.monotonic() - died < seconds
     for index, code in enumerate(codes):
         if index != victim:
-            said = "another process" if code == LOST[0] else "another task died"
-            assert code in LOST and said in run.output(index), run.output(index)
+            reason = "another process" if code == LOST[0] else "another task died"
+            assert code in LOST and reason in run.output(index), run.output(index)
 
 
 @pytest.mark.slow

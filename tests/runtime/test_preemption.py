@@ -70,7 +70,7 @@ def test_several_processes_stop_where_the_runtime_says(monkeypatch):
         assert stop.requested() is None
         runtime.stop = True
         assert stop.requested() == signal.SIGTERM
-    with StopOnSignal() as stop:  # the next seed, whose steps begin anew
+    with StopOnSignal() as stop:  # the next seed, whose steps start from 0
         stop.requested()
     first = runtime.questions[0]
     assert runtime.questions == [first, first + 1, first + 2]

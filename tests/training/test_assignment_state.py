@@ -15,14 +15,14 @@ def is_permutation(rows: np.ndarray) -> bool:
 
 
 @pytest.mark.parametrize("size", range(6))
-def test_every_short_array_is_judged_rightly(size: int) -> None:
+def test_every_short_array_is_decided_exactly(size: int) -> None:
     for values in itertools.product(range(-1, size + 1), repeat=size):
         rows = np.array(values, np.int32)
         assert (permutation_error(rows) is None) == is_permutation(rows), values
 
 
 @pytest.mark.parametrize("size", [7, 8, 9, 16, 1000])
-def test_random_arrays_are_judged_rightly(size: int) -> None:
+def test_random_arrays_are_decided_exactly(size: int) -> None:
     rng = np.random.default_rng(size)
     for change in range(200):
         rows = rng.permutation(size).astype(np.int32)

@@ -46,10 +46,10 @@ def warnings(row: dict[str, float]) -> list[str]:
 
 
 def test_a_healthy_run_has_no_warning_and_all_its_numbers() -> None:
-    said = "\n".join(health.sentences(GOOD, n=256, dim=10))
+    text = "\n".join(health.sentences(GOOD, n=256, dim=10))
     assert not warnings(GOOD)
     for part in ("0.400", "0.800", "0.750", "it is learning", "50% of the images", "8.0, of 9.7"):
-        assert part in said
+        assert part in text
 
 
 @pytest.mark.parametrize(
@@ -67,8 +67,8 @@ def test_each_trouble_is_one_warning(change: dict[str, float], word: str) -> Non
 
 
 def test_nothing_learnt_yet_is_said() -> None:
-    said = "\n".join(health.sentences(GOOD | {"assign/cosine_before": 0.001}, n=256, dim=10))
-    assert "nothing is learnt yet" in said and "it is learning" not in said
+    text = "\n".join(health.sentences(GOOD | {"assign/cosine_before": 0.001}, n=256, dim=10))
+    assert "nothing is learnt yet" in text and "it is learning" not in text
 
 
 def test_noise_of_a_small_batch_is_no_learning() -> None:
@@ -78,8 +78,8 @@ def test_noise_of_a_small_batch_is_no_learning() -> None:
 
 
 def test_collapsed_features_are_not_called_learning() -> None:
-    said = "\n".join(health.sentences(GOOD | {"features/effective_rank": 1.01}, n=256, dim=10))
-    assert "collapse" in said and "learning" not in said.replace("learning_rate", "")
+    text = "\n".join(health.sentences(GOOD | {"features/effective_rank": 1.01}, n=256, dim=10))
+    assert "collapse" in text and "learning" not in text.replace("learning_rate", "")
 
 
 def test_a_matching_in_the_first_epoch_only_is_not_judged() -> None:
