@@ -146,13 +146,13 @@ def compile_all(
         return
     first = _compile("pre_match", function.pre_match.lower, arguments, options)
     yield first
-    posed = sharding.abstract(first.lowered.out_info, first.program.output_shardings)
-    blocks, b, _ = posed.cost.shape
+    matching = sharding.abstract(first.lowered.out_info, first.program.output_shardings)
+    blocks, b, _ = matching.cost.shape
     mesh = given.step.mesh
     solutions = jax.ShapeDtypeStruct((mesh.size, blocks, b + 3), np.int32)
     solutions = sharding.abstract(solutions, sharding.over_all(mesh))
     labels = {name: given.batch[name] for name in ("index", "weight")}
-    arguments = (given.state, given.noise, labels, posed, solutions)
+    arguments = (given.state, given.noise, labels, matching, solutions)
     yield _compile("post_match", function.post_match.lower, arguments, options)
 
 
