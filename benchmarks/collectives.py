@@ -73,9 +73,11 @@ class Compiled(NamedTuple):
     program: jax.stages.Compiled
 
 
-def imagenet_step(mesh: Mesh, records: int, batch: int, variant: str) -> Problem:
-    """Return the step of configs/alexnet.py on a mesh, for another data set or batch."""
+def imagenet_step(mesh: Mesh, records: int, batch: int, variant: str, *, tiny: bool) -> Problem:
+    """Return the step of configs/alexnet.py, or of a tiny network, on a mesh."""
     config = runpy.run_path(str(measure.ROOT / "configs" / "alexnet.py"))["get_config"]()
+    if tiny:
+        config.model.name, config.model.dim, config.data.image_size = "convnet", 64, 32
     platform = mesh.devices.flat[0].platform
     network = models.make_model(
         config.model.name,
@@ -146,13 +148,13 @@ def compile_all(
         return
     first = _compile("pre_match", function.pre_match.lower, arguments, options)
     yield first
-    posed = sharding.abstract(first.lowered.out_info, first.program.output_shardings)
-    blocks, b, _ = posed.cost.shape
+    matching = sharding.abstract(first.lowered.out_info, first.program.output_shardings)
+    blocks, b, _ = matching.cost.shape
     mesh = given.step.mesh
     solutions = jax.ShapeDtypeStruct((mesh.size, blocks, b + 3), np.int32)
     solutions = sharding.abstract(solutions, sharding.over_all(mesh))
     labels = {name: given.batch[name] for name in ("index", "weight")}
-    arguments = (given.state, given.noise, labels, posed, solutions)
+    arguments = (given.state, given.noise, labels, matching, solutions)
     yield _compile("post_match", function.post_match.lower, arguments, options)
 
 
@@ -218,7 +220,7 @@ def examine(given: Problem, *, reassign: bool, apart: dict[str, str] | None = No
     }
 
 
-def compile_target(target: str) -> Iterator[dict]:
+def compile_target(target: str, *, tiny: bool) -> Iterator[dict]:
     """Compile all of a target's steps; yield a row for each."""
     jax.config.update("jax_enable_compilation_cache", False)
     kind, _, rest = target.partition(":")
@@ -227,7 +229,7 @@ def compile_target(target: str) -> Iterator[dict]:
     for records, batch in TARGETS[target]:
         for variant in VARIANTS:
             batch = batch or BLOCK * mesh.size
-            given = imagenet_step(mesh, records, batch, variant)
+            given = imagenet_step(mesh, records, batch, variant, tiny=tiny)
             row = {"target": target, "devices": mesh.size, "records": records, "batch": batch}
             row |= {"block": given.step.block or batch, "permutation": given.step.storage}
             apart = APART if kind == "cuda" else None
@@ -237,7 +239,7 @@ def compile_target(target: str) -> Iterator[dict]:
             }
 
 
-def rows_of(target: str) -> list[dict]:
+def rows_of(target: str, *, tiny: bool) -> list[dict]:
     """Compile a target's steps in a process of its own; [] where its compiler is missing."""
     kind, _, count = target.partition(":")
     if kind != "cpu" and (package := aot.missing(kind)):
@@ -246,7 +248,8 @@ def rows_of(target: str) -> list[dict]:
     flags = f"--xla_force_host_platform_device_count={count}" if kind == "cpu" else ""
     variables = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "NPROC": "16"}
     rows = []
-    for row in measure.run_child("scale.py", "collectives", "--child", target, **variables):
+    arguments = ("collectives", "--child", target, *["--tiny"] * tiny)
+    for row in measure.run_child("scale.py", *arguments, **variables):
         rows.append(row)
         print(f"{target}, {row['records']:,} images, {', '.join(_cells(row))}", flush=True)
     return rows
@@ -294,13 +297,15 @@ on the hosts is two programs: its collectives are those of both, its memory that
 {measure.table(head, cells)}"""
 
 
-def run(chosen: Iterable[str], before: Iterable[dict]) -> tuple[list[dict], list[str]]:
+def run(
+    chosen: Iterable[str], before: Iterable[dict], *, tiny: bool
+) -> tuple[list[dict], list[str]]:
     """Compile targets; return the rows, with those of other targets from before, and the faults."""
     rows: dict[str, list[dict]] = {}
     for row in before:
         rows.setdefault(row["target"], []).append(row)
     for target in chosen:
-        rows[target] = rows_of(target) or rows.get(target, [])
+        rows[target] = rows_of(target, tiny=tiny) or rows.get(target, [])
     every = [row for name in TARGETS for row in rows.get(name, ())]
     faults = [
         f"{row['target']}, {row['batch']} images, {row['variant']}: {fault}"
@@ -310,7 +315,7 @@ def run(chosen: Iterable[str], before: Iterable[dict]) -> tuple[list[dict], list
     return every, faults
 
 
-def child(target: str) -> None:
+def child(target: str, *, tiny: bool) -> None:
     """Print a row of JSON for each of a target's steps."""
-    for row in compile_target(target):
+    for row in compile_target(target, tiny=tiny):
         print(json.dumps(row), flush=True)

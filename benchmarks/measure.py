@@ -152,7 +152,11 @@ def write(output: Path | None, results: Mapping[str, Any], text: str = "") -> No
     """Write results as JSON, and their tables to a .md file of the same name, if there are any."""
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        head = json.dumps({k: v for k, v in results.items() if k != "rows"}, indent=1)
+        if "rows" in results:  # which may be long: each on a line of its own
+            rows = ",\n".join(f"  {json.dumps(row)}" for row in results["rows"])
+            head = head.removesuffix("\n}") + f',\n "rows": [\n{rows}\n ]\n}}'
+        output.write_text(head + "\n", encoding="utf-8")
         if text:
             output.with_suffix(".md").write_text(text, encoding="utf-8")
 

@@ -6,10 +6,10 @@
 ``collectives`` compiles the ImageNet step for 8 and 512 simulated CPU devices, for TPUs v5e:2x4 and
 v5e:16x16 (`pip install libtpu`) and for 2 x 8 H200s (`pip install 'jax[cuda12]'`); targets without
 their compiler are skipped, with a line. Each is compiled in a process of its own; ``--targets``
-names some of them, and the rows of others that the output already has stay in it. The exit status
-is 1 if a step exchanges what it should not: gradients more or less than once, more sums over
-channels than batch norm needs, features or rows when it does not match, anything as large as the
-data set, anything unknown, anything in a loop.
+names some of them, and the rows of others that the output already has stay in it. ``--tiny`` takes
+a tiny network, in a minute. The exit status is 1 if a step exchanges what it should not: gradients
+more or less than once, more sums over channels than batch norm needs, features or rows when it does
+not match, anything as large as the data set, anything unknown, anything in a loop.
 
 ``billion`` runs train steps on a billion images, over 8 simulated devices of this machine. The
 images are noise and the network is tiny, but everything that grows with the data set is real: the
@@ -33,6 +33,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("part", choices=("collectives", "billion"))
     parser.add_argument("--targets", nargs="+", help="of collectives: cpu:8, tpu:v5e:2x4, ...")
+    parser.add_argument("--tiny", action="store_true", help="of collectives: a tiny network")
     parser.add_argument("--records", type=int, nargs="+", default=[10**7, 10**8, 10**9])
     parser.add_argument("--steps", type=int, default=40, help="of billion")
     parser.add_argument("--scratch", type=Path, help="of billion: the folder of checkpoints")
@@ -62,14 +63,14 @@ def main() -> None:
         import collectives
 
         if options.child:
-            collectives.child(options.child)
+            collectives.child(options.child, tiny=options.tiny)
             return
         chosen = options.targets or list(collectives.TARGETS)
         if unknown := sorted(set(chosen) - set(collectives.TARGETS)):
             raise SystemExit(f"unknown targets {unknown}; known: {list(collectives.TARGETS)}")
         there = options.output and options.output.exists()
         before = json.loads(options.output.read_text())["rows"] if there else []
-        rows, faults = collectives.run(chosen, before)
+        rows, faults = collectives.run(chosen, before, tiny=options.tiny)
         text = collectives.page(rows)
     packages = ("jax", "jaxlib", "jax-cuda12-plugin", "libtpu")
     result = {"benchmark": options.part, **measure.environment(*packages), "rows": rows}
