@@ -3,8 +3,8 @@
     python docs/images/how_it_works.py
 
 A network is trained on the digits that ship with scikit-learn, with D = 3, so that its features and
-targets can be drawn on a map of the sphere. Takes about half a minute on 2 CPU cores. The numbers in
-the picture are stored in the PNG file as text (``facts``), for a test that computes them again.
+targets can be drawn on a map of the sphere. Takes about half a minute on 2 CPU cores. The numbers
+in the picture are stored in the PNG file as text (``facts``); a test computes them again.
 """
 
 import json
