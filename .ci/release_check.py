@@ -2,8 +2,8 @@
 
     python .ci/release_check.py [--rehearse] [--config=configs/digits.py]
 
-Checks version, changelog and git, builds a wheel from a clean clone, installs it with its dependencies
-and runs it in an empty folder. The wheel is copied to dist/.
+Checks version, changelog and git, builds a wheel from a clean clone, installs it with its
+dependencies and runs it in an empty folder. The wheel is copied to dist/.
 """
 
 import argparse

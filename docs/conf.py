@@ -63,7 +63,7 @@ nitpick_ignore_regex = [
     # fields of a run that users do not construct
     (r"py:class", r"nat_jax\.input\.device_images\.DeviceImages"),
     # exceptions are named without their module
-    (r"py:exc", r"BadImage|BadRecordError|ConversionError|Disagreement"),
+    (r"py:exc", r"UserError|InputError|BadImage|BadRecordError|ConversionError|Disagreement"),
 ]
 
 

@@ -366,7 +366,7 @@ def feature_diversity(z: jax.Array) -> Metrics:
 
     ``features/effective_rank`` is the participation ratio (tr M)^2 / tr(M^2) of their second
     moment M: 1 when all coincide, min(b, D) at the most. ``features/uniformity`` is
-    log mean exp(-2 |z_i - z_j|^2) over distinct pairs (Wang & Isola 2020): 0 when all coincide.
+    ``log mean exp(-2 |z_i - z_j|^2)`` over distinct pairs (Wang & Isola 2020): 0 when all coincide.
     """
     b = z.shape[1]
     gram = jnp.einsum("kid,kjd->kij", z, z)

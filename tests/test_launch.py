@@ -1,6 +1,6 @@
-"""The launch scripts: what they would run, and SLURM's and the local one for real, on this host.
+"""The launch scripts: the commands that they print, and runs of the local and the SLURM script.
 
-Google Cloud, a real SLURM and Kubernetes are not here: their programs are stood in for.
+Stand-ins replace the programs of Google Cloud and SLURM.
 """
 
 import contextlib
@@ -107,7 +107,7 @@ def test_tpu_pod_runs_the_same_line_on_all_workers_and_stops_one():
 
 
 def test_tpu_pod_tells_of_a_mistake_and_of_a_program_that_runs(tmp_path):
-    """Under a gcloud that runs here what it shall run on the workers."""
+    """With a gcloud that runs the commands for the workers here."""
     program = 'case "$3" in *good*) exec /bin/sleep 60;; *) echo "nat_jax: no"; exit 2;; esac'
     scripts = {
         "bin/gcloud": 'for a; do case $a in --command=*) exec bash -c "${a#*=}";; esac; done',
@@ -142,18 +142,17 @@ def test_tpu_pod_tells_of_a_mistake_and_of_a_program_that_runs(tmp_path):
     assert on_pod("run")[0] == 2  # without arguments it shows how it is used
 
 
-def test_local_wants_a_process_at_least():
-    done = subprocess.run(
-        [LAUNCH / "local.sh"], env=environment(PROCESSES="0"), capture_output=True, text=True
-    )
-    assert done.returncode == 2 and "PROCESSES: expected an integer of at least 1" in done.stderr
-
-
-def test_tpu_pod_without_a_name_says_what_is_missing():
-    done = subprocess.run(
-        [LAUNCH / "tpu_pod.sh", "run"], env=environment(), capture_output=True, text=True
-    )
-    assert done.returncode != 0 and "TPU: the name of the TPU VM" in done.stderr
+@pytest.mark.parametrize(
+    ("command", "variables", "message"),
+    [
+        (["local.sh"], {"PROCESSES": "0"}, "PROCESSES: expected an integer of at least 1"),
+        (["tpu_pod.sh", "run"], {}, "TPU: the name of the TPU VM"),
+    ],
+)
+def test_a_mistake_is_a_message(command, variables, message):
+    line = [LAUNCH / command[0], *command[1:]]
+    done = subprocess.run(line, env=environment(**variables), capture_output=True, text=True)
+    assert done.returncode != 0 and message in done.stderr
 
 
 def jobsets() -> dict[str, dict]:

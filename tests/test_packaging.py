@@ -1,4 +1,4 @@
-"""The distribution: what it declares is what it uses, and a wheel runs outside the checkout."""
+"""The distribution declares what it imports, and its wheel runs outside the checkout."""
 
 import ast
 import os
@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from project import ROOT, project_files
 
 import nat_jax
 
-# Names under which distributions are imported, where the two differ.
+# Distributions whose import name differs.
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "absl": "absl-py",
@@ -30,7 +29,7 @@ DISTRIBUTIONS = {
     "tensorflow_datasets": "tensorflow-datasets",
 }
 
-# Needed by a dependency that does not declare it.
+# Required by a dependency that does not declare it.
 ON_BEHALF = {"flatbuffers", "importlib-resources"}
 
 
@@ -93,38 +92,6 @@ def test_the_oldest_versions_are_the_lower_bounds(pyproject: dict[str, Any]) -> 
     assert oldest == wanted
     assert oldest != wanted | lower_bounds(["jax>=0.6,<0.12"])
     assert lower_bounds(["jax<0.12", "Array_record>=0.8"]) == {"jax": "", "array-record": "0.8"}
-
-
-def test_the_version_is_written_once(pyproject: dict[str, Any]) -> None:
-    assert "version" in pyproject["project"]["dynamic"]
-    holders = [
-        path.relative_to(ROOT).as_posix()
-        for path in project_files()
-        if path.suffix in (".py", ".toml", ".cfg")
-        and re.search(rf"""["']{re.escape(nat_jax.__version__)}["']""", path.read_text("utf-8"))
-    ]
-    assert holders == ["nat_jax/__init__.py"]
-    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    assert f"## {nat_jax.__version__}" in changelog
-
-
-def addresses(texts: Mapping[str, str]) -> list[str]:
-    """Return the files that hold an address of the project itself."""
-    host = r"(github|gitlab|bitbucket|codeberg)\.(com|org)/[\w.-]+/nat[_-]?jax"
-    return [name for name, text in texts.items() if re.search(host, text, re.IGNORECASE)]
-
-
-def test_the_public_address_stands_in_one_place() -> None:
-    """Badges and notebooks must write it out; test_notebooks.py compares them with that place."""
-    texts = {}
-    for path in project_files():
-        data = path.read_bytes()
-        if b"\0" not in data:
-            texts[path.relative_to(ROOT).as_posix()] = data.decode("utf-8")
-    copies = {name for name in texts if name.startswith("notebooks/")}
-    copies |= {"README.md", "tests/test_notebooks.py"}
-    assert set(addresses(texts)) - copies == {"pyproject.toml"}
-    assert addresses({"README.md": "https://github.com/" + "someone/nat_jax"}) == ["README.md"]
 
 
 def test_the_readme_s_test_line_is_what_is_checked() -> None:

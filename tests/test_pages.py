@@ -1,8 +1,10 @@
 """What the pages show works: links, config keys, commands and Python blocks."""
 
 import re
+import runpy
 from pathlib import Path
 
+import numpy as np
 import pages
 import pytest
 from pages import TEXTS, Block
@@ -191,3 +193,18 @@ python -m nat_jax.main --config.task=nothing `data.thread`
 ```
     """
     assert unknown_keys(text) == ["data.thread", "assign.blocks", "targets.kinds"]
+
+
+@pytest.mark.slow
+def test_the_picture_shows_what_the_library_computes() -> None:
+    """Numbers of docs/images/how_it_works.png, which are stored in the picture."""
+    picture = runpy.run_path(str(ROOT / "docs" / "images" / "how_it_works.py"))
+    drawn, kept = picture["compute"](), picture["kept"]()
+    facts = picture["facts"](drawn)
+    assert facts["epoch"] == kept["epoch"]
+    for name in ("cosine", "same_digit", "before_and_after"):  # another CPU rounds differently
+        np.testing.assert_allclose(facts[name], kept[name], atol=0.1)
+    assert not np.allclose(kept["cosine"][0], facts["cosine"][-1], atol=0.1)
+    before, after = picture["means"](drawn.example)
+    assert after > before and drawn.example.gap < 1e-4
+    assert len(picture["draw"](drawn).axes) > len(picture["SNAPSHOTS"])

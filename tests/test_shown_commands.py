@@ -23,8 +23,10 @@ from project import ROOT
 
 # test_contributing.py runs this one, which needs the recipes of the page.
 ELSEWHERE = {"python -m nat_jax.main --config=configs/bars.py"}
-# What a reader fills in, and what the test does; a training is then a short one.
-PLACEHOLDER = ("folder:PATH", "folder:images")
+PLACEHOLDER = ("folder:PATH", "folder:images")  # what a reader fills in, and what the test does
+# Trainings are short: `make release-check` and test_golden.py run the complete demo.
+DEMO = "python -m nat_jax.main --config=configs/digits.py"
+SHORT_DEMO = ["--config.epochs=4"]
 SHORT = ["--config.epochs=1", "--config.batch_size=32", "--config.eval.probes=knn"]
 EMBEDDED = ("configs/digits.py", "configs/smoke.py")
 
@@ -63,7 +65,7 @@ def test_make_runs_what_is_tested(target: str) -> None:
     ran = [line.replace(".venv/bin/", "") for line in done.stdout.splitlines()]
     known = {*CHECKS, *IN_BLOCKS, "ruff format --check .", "python3 -m venv .venv"}
     assert [line for line in ran if line not in known and not line.startswith("touch ")] == []
-    runs = {"demo": "python -m nat_jax.main --config=configs/digits.py", "lint": "mypy"}
+    runs = {"demo": DEMO, "lint": "mypy"}
     assert {"slow": "pytest -m slow", "test": "pytest", **runs}[target] in ran
 
 
@@ -94,6 +96,8 @@ class Place:
         arguments = [word.replace(*PLACEHOLDER) for word in words[1:]]
         if PLACEHOLDER[0] in command and "task=" not in command:
             arguments += SHORT
+        if command == DEMO:
+            arguments += SHORT_DEMO
         self._printed[command] = self.call(arguments)
         return self._printed[command]
 
@@ -127,7 +131,7 @@ def test_a_shown_command_runs(place: Place, command: str) -> None:
 @pytest.mark.slow
 def test_python_for_a_run_of_the_digits(place: Place) -> None:
     """Blocks that need the run of a command: ``<!-- needs: a run of configs/digits.py -->``."""
-    place.run("python -m nat_jax.main --config=configs/digits.py --config.task=export")
+    place.run(f"{DEMO} --config.task=export")
     shutil.copy2(place.folder / "a.png", place.folder / "digit.png")
     shown = [
         block

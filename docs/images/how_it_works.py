@@ -1,11 +1,10 @@
-"""Draw ``how_it_works.png``: one step of the method, and what thirty epochs of it come to.
+"""Draw ``how_it_works.png``: one step of the method, and its features during thirty epochs.
 
     python docs/images/how_it_works.py
 
-Everything shown is computed: a network is trained on the digits that ship with scikit-learn, with
-D = 3, so that its features and targets can be drawn on a map of the sphere. Takes about half a
-minute on 2 CPU cores. The numbers that the picture rests on are kept in the file itself, as text
-(``facts``), so that it can be compared with what the library computes today.
+A network is trained on the digits that ship with scikit-learn, with D = 3, so that its features and
+targets can be drawn on a map of the sphere. Takes about half a minute on 2 CPU cores. The numbers
+in the picture are stored in the PNG file as text (``facts``); a test computes them again.
 """
 
 import json
@@ -38,12 +37,12 @@ OUTPUT = Path(__file__).with_suffix(".png")
 SEED, DIM, BATCH, PERIOD = 0, 3, 128, 3
 SNAPSHOTS = (0, 1, 6, 30)  # epochs done; the last is the length of the training
 SHOWN = (0, 1, 3, 4, 6, 7)  # digits of the twelve test images, two of each
-EXAMPLE_NOISE = 41  # a draw whose rows do not lie on top of each other on the map
+EXAMPLE_NOISE = 41  # a draw whose rows do not overlap on the map
 NEIGHBOURS = 10
 
 INK, FAINT, GRID = "#1c2430", "#667080", "#c9ced6"
-FEATURE, TARGET = "#0072b2", "#d55e00"  # told apart with any colour vision (Okabe and Ito)
-# Ten colours that stay apart with any colour vision (Paul Tol's "muted", with grey).
+FEATURE, TARGET = "#0072b2", "#d55e00"  # distinguishable with any colour vision (Okabe and Ito)
+# Ten colours distinguishable with any colour vision (Paul Tol's "muted", with grey).
 OF_DIGIT = ["#332288", "#88ccee", "#44aa99", "#117733", "#999933"]
 OF_DIGIT += ["#ddcc77", "#cc6677", "#882255", "#aa4499", "#8a8a8a"]
 
@@ -90,7 +89,7 @@ class Example(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """All that the picture shows.
+    """The data of the picture.
 
     Attributes:
         labels: int[N], the digits of the training images.
@@ -104,7 +103,7 @@ class Drawn(NamedTuple):
 
 
 def compute(epochs: tuple[int, ...] = SNAPSHOTS) -> Drawn:
-    """Train on the digits and look at the features after ``epochs``, an increasing tuple."""
+    """Train on the digits; return the features after ``epochs``, an increasing tuple."""
     source = open_source("digits", "train")
     transform = transforms.train_transform(image_size=8, pad=1)
     steps = pipeline.steps_per_epoch(len(source), BATCH)
@@ -163,7 +162,7 @@ def _colours(images: list[np.ndarray]) -> np.ndarray:
 
 
 def same_digit(features: np.ndarray, labels: np.ndarray) -> float:
-    """Return the share of each feature's nearest others whose images show the same digit."""
+    """Return the share of each feature's nearest neighbours whose images show the same digit."""
     cosine = features @ features.T
     np.fill_diagonal(cosine, -2)
     near = np.argpartition(-cosine, NEIGHBOURS, axis=1)[:, :NEIGHBOURS]
@@ -171,7 +170,7 @@ def same_digit(features: np.ndarray, labels: np.ndarray) -> float:
 
 
 def match(images: np.ndarray, features: np.ndarray, targets: np.ndarray) -> Example:
-    """Deal the targets out among the images, and compute how the loss then pulls the features."""
+    """Match the targets to the images, and compute the gradient of the loss at the features."""
     cosine = features @ targets.T
     solution = assign.auction(-cosine).check()
     matched = np.asarray(solution.col4row)
@@ -188,7 +187,7 @@ def match(images: np.ndarray, features: np.ndarray, targets: np.ndarray) -> Exam
 
 
 def facts(drawn: Drawn) -> dict[str, list[float]]:
-    """Return the numbers that the picture rests on."""
+    """Return the numbers in the picture."""
     example = drawn.example
     return {
         "epoch": [shot.epoch for shot in drawn.snapshots],
@@ -288,7 +287,7 @@ def on_map(points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def great_circle(start: np.ndarray, end: np.ndarray, count: int = 80) -> np.ndarray:
-    """Return points [count, 3] of the shortest way on the sphere."""
+    """Return points [count, 3] of the geodesic on the sphere."""
     along = np.linspace(0, 1, count)[:, None]
     angle = np.arccos(np.clip(start @ end, -1, 1))
     return (np.sin((1 - along) * angle) * start + np.sin(along * angle) * end) / np.sin(angle)
@@ -297,7 +296,7 @@ def great_circle(start: np.ndarray, end: np.ndarray, count: int = 80) -> np.ndar
 def _draw_pairs(axes: Axes, example: Example, rows: np.ndarray) -> None:
     for feature, target in zip(example.features, example.targets[rows], strict=True):
         longitude, latitude = on_map(great_circle(feature, target))
-        longitude[1:][np.abs(np.diff(longitude)) > np.pi] = np.nan  # over the edge of the map
+        longitude[1:][np.abs(np.diff(longitude)) > np.pi] = np.nan  # across the edge of the map
         axes.plot(longitude, latitude, color=FAINT, linewidth=1.3, zorder=2)
     axes.scatter(*on_map(example.targets), marker="X", s=62, color=TARGET, lw=0.6, ec="w", zorder=6)
     for image, x, y in zip(example.images, *on_map(example.features), strict=True):
@@ -333,7 +332,7 @@ def _draw_costs(figure: Figure, example: Example) -> None:
 
 
 def _draw_pull(figure: Figure, example: Example) -> None:
-    """Draw the pair at the widest angle, in the plane of the two, and its gradient to scale."""
+    """Draw the pair with the largest angle, in its own plane, and its gradient to scale."""
     _title(figure, 0.700, 0.640, 7, "the loss, and its pull")
     cosines = np.sum(example.features * example.targets[example.matched], axis=1)
     widest = int(np.argmin(cosines))
@@ -365,7 +364,7 @@ def _draw_snapshots(figure: Figure, drawn: Drawn) -> None:
     last = drawn.snapshots[-1].epoch
     words = f"{last} epochs of this: all {len(drawn.labels):,} features, coloured by digit"
     _title(figure, 0.012, 0.275, 8, words)
-    order = np.random.default_rng(0).permutation(len(drawn.labels))  # no digit lies on top
+    order = np.random.default_rng(0).permutation(len(drawn.labels))  # no digit always on top
     colours = np.array(OF_DIGIT)[drawn.labels]
     for k, shot in enumerate(drawn.snapshots):
         x = 0.012 + 0.2475 * k
@@ -386,7 +385,7 @@ def _draw_snapshots(figure: Figure, drawn: Drawn) -> None:
 
 
 def middles(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Return the feature of each digit around which most others of its own lie, [10, 3]."""
+    """Return for each digit the feature with most neighbours of the same digit, [10, 3]."""
     found = []
     for k in range(10):
         own = features[labels == k]
@@ -395,7 +394,7 @@ def middles(features: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def kept(path: Path = OUTPUT) -> dict[str, list[float]]:
-    """Return the ``facts`` of a picture that was drawn before."""
+    """Return the ``facts`` that are stored in the picture."""
     with Image.open(path) as picture:
         return json.loads(picture.info["Description"])
 
