@@ -98,7 +98,8 @@ def prefetch_batches(
     patience = _CLOSING
     pending = deque(pool.submit(fetch) for _ in range(_CONVERTED))
     try:
-        while (batch := _result(pending.popleft(), timeout, log, name_of)) is not _END:
+        while (batch := _result(pending[0], timeout, log, name_of)) is not _END:
+            pending.popleft()
             pending.append(pool.submit(fetch))
             yield batch
     except Stalled:
