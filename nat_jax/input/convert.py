@@ -30,9 +30,7 @@ from nat_jax.input.sources.manifest import (
     FORMAT,
     MANIFEST,
     SUMS,
-    Finished,
     Manifest,
-    SplitPlan,
     labels_file,
     read_manifest,
     shard_names,
@@ -129,7 +127,8 @@ def _begin(folder: Path, spec: str, sources: dict[str, Source], shard_mb: int) -
         if not name[:1].isalpha():  # TFDS wants a letter
             name = f"images_{name}".rstrip("_")
         plans = {split: _plan(source, shard_mb) for split, source in sources.items()}
-        manifest = Manifest(format=FORMAT, name=name, shard_mb=shard_mb, splits=plans, shards={})
+        manifest = {"format": FORMAT, "name": name, "shard_mb": shard_mb}
+        manifest |= {"splits": plans, "shards": {}}
         _put(folder / MANIFEST, atomic_files.as_json(manifest))
     for split, source in sources.items():
         noted = manifest["splits"][split]["fingerprint"]
@@ -156,7 +155,7 @@ def _begin(folder: Path, spec: str, sources: dict[str, Source], shard_mb: int) -
     return manifest
 
 
-def _plan(source: Source, shard_mb: int) -> SplitPlan:
+def _plan(source: Source, shard_mb: int) -> dict[str, Any]:
     """Divide a split evenly into shards of about the wanted size."""
     count = len(source)
     sample = np.linspace(0, count - 1, min(count, _SAMPLE)).astype(int).tolist()
@@ -233,13 +232,21 @@ def _write_shard(path: Path, manifest: Manifest, source: Source, rows: range, ba
     before = shards.pop(path.name, None)
     names = set(shard_names(manifest, source.split)) & set(shards)
     lost = sum(len(shards[name]["unreadable"]) for name in names)
-    finished: Finished = {"sha256": "", "num_bytes": 0, "unreadable": []}
+    allowed = max(1, len(source) // _BAD_SHARE)
+    finished: dict[str, Any] = {"sha256": "", "num_bytes": 0, "unreadable": []}
     with atomic_files.replacing(path) as partial:
         writer = ArrayRecordWriter(str(partial), _OPTIONS)
         for record in _read(source, rows):
             if isinstance(record, UnreadableRecord):
                 finished["unreadable"].append(record.name)
-                _check_share(lost + len(finished["unreadable"]), source, str(record))
+                if lost + len(finished["unreadable"]) > allowed:
+                    raise ConversionError(
+                        f"convert: more than {allowed} of the {len(source)} records of "
+                        f"{source.name} ({source.split}) cannot be read, the last because "
+                        f"{record}. At most 1 % may be: repair or delete these files. Finished "
+                        "shards are kept"
+                    )
+                _log.warning("convert: unreadable, kept as an empty image: %s", record)
             data = _serialized(record, labelled)
             writer.write(data)
             finished["num_bytes"] += len(data)
@@ -263,18 +270,6 @@ def _write_shard(path: Path, manifest: Manifest, source: Source, rows: range, ba
         _size(path.stat().st_size),
         f"{len(rows) / (time.monotonic() - begun):,.0f}",
     )
-
-
-def _check_share(lost: int, source: Source, reason: str) -> None:
-    """Stop at as many unreadable records as training would stop at."""
-    allowed = max(1, len(source) // _BAD_SHARE)
-    if lost > allowed:
-        raise ConversionError(
-            f"convert: more than {allowed} of the {len(source)} records of {source.name} "
-            f"({source.split}) cannot be read, the last because {reason}. At most 1 % may be: "
-            "repair or delete these files. Finished shards are kept"
-        )
-    _log.warning("convert: unreadable, kept as an empty image: %s", reason)
 
 
 def _write_metadata(folder: Path, manifest: Manifest, sources: dict[str, Source]) -> None:

@@ -1,9 +1,19 @@
-"""The state of a conversion, kept in its folder: the plan, and every shard that is finished."""
+"""The state of a conversion, kept in its folder as conversion.json.
+
+* format: version of the file;
+* name: what TFDS calls the data set; the shards' names begin with it;
+* shard_mb: wanted size of a shard in MiB;
+* splits: for each split fingerprint and class_names of the source, has_labels (the source knows its
+  labels without reading the records), record_bytes (mean size, from a sample), and lengths (records
+  in each shard);
+* shards: for each finished file its sha256, num_bytes (of its records together), and unreadable
+  (names of records that are empty because their files could not be read).
+"""
 
 import hashlib
 import json
 from pathlib import Path
-from typing import TypedDict
+from typing import Any
 
 from nat_jax.errors import InputError
 from nat_jax.input.sources.source import SPLITS
@@ -11,56 +21,11 @@ from nat_jax.input.sources.source import SPLITS
 MANIFEST = "conversion.json"
 SUMS = "SHA256SUMS"  # of all other files, as sha256sum -c reads it
 FORMAT = 1
+_KEYS = {"format", "name", "shard_mb", "splits", "shards"}
+_PLAN = {"fingerprint", "class_names", "has_labels", "record_bytes", "lengths"}
+_SHARD = {"sha256", "num_bytes", "unreadable"}
 
-
-class SplitPlan(TypedDict):
-    """One split of the source, and how it is divided.
-
-    Attributes:
-        fingerprint: the source's.
-        class_names: the source's.
-        has_labels: the source knows its labels without reading the records.
-        record_bytes: mean size of a record, from a sample.
-        lengths: records in each shard.
-    """
-
-    fingerprint: str
-    class_names: list[str] | None
-    has_labels: bool
-    record_bytes: int
-    lengths: list[int]
-
-
-class Finished(TypedDict):
-    """A complete shard.
-
-    Attributes:
-        sha256: of the file, in hex.
-        num_bytes: of its records together.
-        unreadable: names of the records that are empty because their files could not be read.
-    """
-
-    sha256: str
-    num_bytes: int
-    unreadable: list[str]
-
-
-class Manifest(TypedDict):
-    """The content of conversion.json.
-
-    Attributes:
-        format: version of this format.
-        name: what TFDS calls the data set; the shards' names begin with it.
-        shard_mb: wanted size of a shard in MiB.
-        splits: by name.
-        shards: those that are finished, by the names of their files.
-    """
-
-    format: int
-    name: str
-    shard_mb: int
-    splits: dict[str, SplitPlan]
-    shards: dict[str, Finished]
+Manifest = dict[str, Any]
 
 
 def shard_names(manifest: Manifest, split: str) -> list[str]:
@@ -89,9 +54,9 @@ def read_manifest(directory: Path) -> Manifest | None:
             raise ValueError(f"its checksum is not that in {SUMS}; one of the two is damaged")
         if set(saved["splits"]) != set(SPLITS):
             raise ValueError(f"its splits are not {', '.join(SPLITS)}")
-        kinds = [(saved, Manifest), *((plan, SplitPlan) for plan in saved["splits"].values())]
-        kinds += [(shard, Finished) for shard in saved["shards"].values()]
-        if any(set(value) != set(kind.__annotations__) for value, kind in kinds):
+        entries = [(saved, _KEYS), *((plan, _PLAN) for plan in saved["splits"].values())]
+        entries += [(shard, _SHARD) for shard in saved["shards"].values()]
+        if any(set(entry) != keys for entry, keys in entries):
             raise ValueError("entries are missing")
         return saved
     except (AttributeError, LookupError, TypeError, ValueError) as error:

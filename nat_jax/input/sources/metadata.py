@@ -54,9 +54,7 @@ class SplitShards:
         return SplitShards(paths, self.expected, lengths, class_names=self.class_names)
 
 
-def read_metadata(
-    directory: Path, name: str
-) -> tuple[Fields | None, dict[str, SplitShards]] | None:
+def read_metadata(directory: Path, name: str) -> tuple[Fields, dict[str, SplitShards]] | None:
     """Read the metadata in a folder of shards.
 
     Args:
