@@ -14,6 +14,7 @@ from typing import Any, TextIO
 
 import jax
 
+from nat_jax.errors import UserError
 from nat_jax.runtime import atomic_files
 
 # Steps of each kind whose durations are compared to find the share of matching.
@@ -21,6 +22,10 @@ _DURATIONS = 50
 
 # Columns of a terminal that does not report its width.
 _USUAL_WIDTH = 100
+
+
+class MissingPackage(UserError, ImportError):
+    """An optional package is needed and not installed."""
 
 
 class MetricsWriter:
@@ -38,7 +43,7 @@ class MetricsWriter:
             tensorboard: also write event files to ``workdir/tensorboard``.
 
         Raises:
-            ImportError: if TensorBoard is asked for and tensorboardX is not installed.
+            MissingPackage: TensorBoard is enabled and tensorboardX is not installed.
         """
         self._file: TextIO | None = None
         self._events: Any = None
@@ -94,7 +99,7 @@ def _open_events(folder: Path, resume_step: int | None) -> Any:
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
-        raise ImportError(
+        raise MissingPackage(
             "log.tensorboard=True needs tensorboardX, which is not installed: "
             "pip install 'nat_jax[tensorboard]', or set --config.log.tensorboard=False"
         ) from error

@@ -61,19 +61,19 @@ def test_one_step_agrees_with_one_device(shape, placement):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("shape", "targets"), [((8, 1), "table"), ((4, 1), "virtual"), ((8, 1), "virtual")]
+    ("shape", "targets", "solver"), [((8, 1), "table", "auction"), ((4, 1), "virtual", "scipy")]
 )
-def test_one_step_agrees_with_either_storage_of_targets(shape, targets):
-    assert_agree(outcome(solver="auction"), outcome(shape, targets, solver="auction"))
+def test_one_step_agrees_with_either_storage_of_targets(shape, targets, solver):
+    assert_agree(outcome(solver=solver), outcome(shape, targets, solver=solver))
 
 
 ALL = dict(views=(2,), bad=(3, 17), bn_groups=16)
 
 
-@pytest.mark.parametrize("block", [4, later(16), later(None)])
+@pytest.mark.parametrize("block", [4, later(None)])
 @pytest.mark.parametrize("placement", ["device", "host"])
 def test_one_step_agrees_in_blocks_of_views_with_bad_records(block, placement):
-    """A block for each device, fewer than devices, and one for all; batch norm in parts."""
+    """A block for each device, and one for all; batch norm in parts."""
     alone = outcome(block=block, **ALL)
     storage = "sharded" if placement == "host" else "replicated"
     found = outcome((8, 1), block=block, placement=placement, storage=storage, **ALL)
@@ -90,7 +90,7 @@ def test_one_step_agrees_in_blocks_of_views_with_bad_records(block, placement):
 def test_bfloat16_agrees_within_its_precision():
     """Sums in another order are rounded otherwise, and rows with small margins change."""
     one, other = outcome(dtype="bfloat16"), outcome((8, 1), dtype="bfloat16")
-    losses = [x.metrics["train/loss"] for x in (one, other, outcome())]
+    losses = [x.metrics["train/loss"] for x in (one, other, outcome(solver="scipy"))]
     np.testing.assert_allclose(losses, losses[0], atol=1e-2)
     assert losses[0] != losses[2]
 
@@ -109,7 +109,7 @@ def test_the_agreement_can_fail():
 
 @pytest.mark.slow
 def test_other_blocks_do_not_agree():
-    reference, changed = outcome(), outcome((8, 1), block=4)
+    reference, changed = outcome(solver="scipy"), outcome((8, 1), block=4)
     assert abs(changed.metrics["train/loss"] - reference.metrics["train/loss"]) > 1e-5
     records = clear(reference)
     assert not np.array_equal(changed.assignment[records], reference.assignment[records])
@@ -228,10 +228,14 @@ def end_of_a_free_run(shape: tuple[int, int], folder, **changes) -> float:
     return float(np.mean(losses[-11:]))
 
 
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory) -> float:
+    return end_of_a_free_run((1, 1), tmp_path_factory.mktemp("alone"))
+
+
 @pytest.mark.slow
-def test_free_runs_end_alike_on_every_mesh(tmp_path):
+def test_free_runs_end_alike_on_every_mesh(alone, tmp_path):
     """Rounding decides between rows that are equally good, and runs drift apart, but not far."""
-    alone = end_of_a_free_run((1, 1), tmp_path / "alone")
     for shape, placement in {(8, 1): "device", (2, 4): "device", (4, 2): "host"}.items():
         folder = tmp_path / str(shape)
         end = end_of_a_free_run(shape, folder, **{"assign.placement": placement})
@@ -239,8 +243,7 @@ def test_free_runs_end_alike_on_every_mesh(tmp_path):
 
 
 @pytest.mark.slow
-def test_free_runs_that_match_otherwise_end_elsewhere(tmp_path):
+def test_free_runs_that_match_otherwise_end_elsewhere(alone, tmp_path):
     """What is compared above moves by more than its tolerance when only the blocks are smaller."""
-    alone = end_of_a_free_run((1, 1), tmp_path / "alone")
     other = end_of_a_free_run((8, 1), tmp_path / "other", **{"assign.block": 16})
     assert abs(other / alone - 1) > 0.01
