@@ -279,7 +279,8 @@ def _check_entries(key: Key, entries: Collection[Any]) -> None:
 def _check_run(config: ConfigDict) -> None:
     if config.network and config.task == "pretrain":
         raise InputError(
-            f"network: expected nothing when training, which begins anew; got {config.network!r}"
+            "network: expected nothing when training, which starts from random weights; got "
+            f"{config.network!r}"
         )
     if len(set(config.seeds)) != len(config.seeds) or not all(0 <= s < 2**32 for s in config.seeds):
         raise InputError(f"seeds: expected distinct integers in [0, 2**32); got {config.seeds}")

@@ -21,8 +21,8 @@ class Key(NamedTuple):
         name: its full name, such as "optim.momentum".
         default: also fixes the type; None is an integer that is not set, {} is a free group.
         help: what it means, with its unit.
-        choices: what it, or each entry of a tuple, may be: words, or a constant of nat_jax whose
-            keys or entries these are, such as "targets.KINDS". Empty: anything.
+        choices: what it, or each entry of a tuple, may be: words, and names of constants of nat_jax
+            whose keys or entries these are, such as "targets.KINDS". Empty: anything.
         least: smallest value of it, or of each entry.
         optional: whether a tuple may be empty.
         kind: TRAINING, EVALUATION, PER_HOST or FREE.
@@ -43,10 +43,14 @@ class Key(NamedTuple):
 
     def known(self) -> tuple[str, ...]:
         """Return what it may be; empty if anything."""
-        module, _, constant = self.choices.rpartition(".")
-        if not module:
-            return tuple(self.choices.split())
-        return tuple(getattr(importlib.import_module(f"nat_jax.{module}"), constant))
+        found: list[str] = []
+        for word in self.choices.split():
+            module, _, constant = word.rpartition(".")
+            if module:
+                found += getattr(importlib.import_module(f"nat_jax.{module}"), constant)
+            else:
+                found.append(word)
+        return tuple(found)
 
 
 KEYS: dict[str, Key] = {}
@@ -135,13 +139,23 @@ _add(
     Key("solver", "auction", "of the assignment problems", "assign.SOLVERS"),
     Key("reassign_every_epochs", 3, "1: in every epoch; 3: the paper's; 0: never", least=0),
     Key("block", None, "images matched together; None: the batch"),
-    Key("storage", "auto", "of the permutation; auto: by size", "auto replicated sharded"),
+    Key(
+        "storage",
+        "auto",
+        "of the permutation; auto: sharded from 2**24 records",
+        "auto replicated sharded",
+    ),
     Key("options", {}, "arguments of the solver, such as eps"),
 )
 _add(
     "assign",
     FREE,
-    Key("placement", "auto", "who solves; auto: for GPUs, TPUs the host", "auto device host"),
+    Key(
+        "placement",
+        "auto",
+        "where problems are solved; auto: on the host if the devices are GPUs or TPUs",
+        "auto device host",
+    ),
 )
 _add(
     "optim",
@@ -176,10 +190,20 @@ _add(
     Key("batch_size", 256, "images per batch of feature extraction", least=1),
     Key("knn_k", 20, "neighbours that vote", least=1),
     Key("knn_ks", (1, 5, 10, 20, 50, 100, 200), "that the task knn compares", least=1),
-    Key("linear_fit", "auto", "auto: lbfgs up to 2 GiB, then sgd", "auto lbfgs sgd ridge"),
+    Key(
+        "linear_fit",
+        "auto",
+        "auto: lbfgs up to 2 GiB of features, then sgd",
+        "auto evaluate.probes.linear.FITS",
+    ),
     Key("mlp_width", 4096, "hidden units of the MLP", least=1),
     Key("mlp_epochs", 100, "epochs that the MLP is trained for", least=1),
-    Key("mlp_init", "torch", "the authors' code; gaussian: the paper's text", "torch gaussian"),
+    Key(
+        "mlp_init",
+        "torch",
+        "torch: the authors' code; gaussian: the paper's text",
+        "evaluate.probes.mlp.INITS",
+    ),
     Key("fresh_crops", True, "tasks mlp_probe, linear_probe by sgd: augment in each epoch"),
     Key("ten_crops", "auto", "in those: test on ten crops; auto: with data.resize", "auto on off"),
     Key("few_labels", (0.01, 0.1, 10), "task low_shot: shares below 1, else labels per class"),

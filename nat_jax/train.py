@@ -81,7 +81,9 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> T
     configs.check_devices(config, mesh.shape, jax.process_count())
     make_model(config, mesh.devices.flat[0].platform)  # mistakes in its settings come first
     workdirs.check(folder, config)
-    shared = {k: v for k, v in configs.flatten(config).items() if schema.kind_of(k) != "per-host"}
+    shared = {
+        k: v for k, v in configs.flatten(config).items() if schema.kind_of(k) != schema.PER_HOST
+    }
     consistency.check_same(
         {"config": shared, "data": sources.train.fingerprint},
         "Start all processes with the same command line, on the same data",

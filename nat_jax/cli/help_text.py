@@ -1,6 +1,6 @@
-"""What ``--help`` prints: how to call the program, its tasks, its configs and the keys that matter.
+"""The text of ``--help``, and the tables of keys in docs/configuration.md.
 
-Nothing here imports JAX or a config file, so that help comes at once and whatever a config does.
+Nothing here imports JAX or runs a config file, so that ``--help`` is quick.
 """
 
 import ast
@@ -36,7 +36,7 @@ Image features without labels, by predicting noise. A minute and a half on 2 CPU
 
 
 def is_asked_for(arguments: Sequence[str]) -> bool:
-    """Say whether a command line asks for help; ``--helpfull`` is left to absl."""
+    """Return whether a command line asks for help; ``--helpfull`` is left to absl."""
     return any(argument in _ASKING for argument in arguments)
 
 
@@ -58,14 +58,11 @@ def text(tasks: Mapping[str, str], known: Iterable[flags.Flag]) -> str:
             _section("Tasks, --config.task=NAME:", list(tasks.items())),
             _section("Configs that come with it; a file of your own works alike:", configs()),
             _section(
-                "Ten keys that matter, --config.KEY=VALUE, and what they are where a config is "
-                "silent:",
+                "Ten keys that matter, --config.KEY=VALUE, with their defaults (nat_jax/schema.py "
+                "lists all keys):",
                 keys,
             ),
-            _section(
-                "Flags (--helpfull: the libraries' too; nat_jax/schema.py: all keys):",
-                own,
-            ),
+            _section("Flags (--helpfull: those of the libraries too):", own),
         ]
     )
 
@@ -80,13 +77,10 @@ def configs() -> list[tuple[str, str]]:
 
 
 def markdown_table_of_keys() -> str:
-    """Return tables of all keys, one for each group, as docs/configuration.md holds them.
-
-    Unlike the rest of this module it imports JAX, for the names of models and solvers.
-    """
+    """Return one table of keys for each group; imports JAX for the names of models and solvers."""
     groups: dict[str, list[Key]] = {}
     for name, key in KEYS.items():
-        groups.setdefault(name.rpartition(".")[0].partition(".")[0], []).append(key)
+        groups.setdefault(name.rpartition(".")[0], []).append(key)
     lines: list[str] = []
     for group, keys in groups.items():
         lines += [f"## {group}" if group else "## The run", ""]

@@ -1,8 +1,8 @@
-"""Reads the command line; a mistake in it or in a config file is one message that helps."""
+"""Parses the command line; a mistake in it or in a config file is one InputError."""
 
 import difflib
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from absl import flags
@@ -135,10 +135,8 @@ def _in_file(file: str, error: BaseException | None) -> str:
     if "config is locked" not in str(error):
         return f"{place}: {type(error).__name__}: {error}"
     name = str(error).split('"')[1]
-    full = _by_last_part(_TYPES)
-    close = [full[found] for found in difflib.get_close_matches(name, full, n=1)]
-    hint = f"Did you mean {close[0]}? " if close else ""
-    return f"{place}: unknown key {name!r}. {hint}nat_jax/schema.py lists all keys"
+    hint = _hint(name, _by_last_part(_TYPES))
+    return f"{place}: unknown key {name!r}.{hint} nat_jax/schema.py lists all keys"
 
 
 def _explained(arguments: Sequence[str], error: Exception, *, has_config: bool) -> str:
@@ -173,12 +171,10 @@ def _overrides(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 def _unknown_flag(name: str) -> str:
     known = {last: f"--config.{key}" for last, key in _by_last_part(_TYPES).items()}
-    known |= {key: f"--config.{key}" for key in _TYPES} | {
-        flag: f"--{flag}" for flag in flags.FLAGS
-    }
-    close = difflib.get_close_matches(name.removeprefix("config."), known, n=1)
-    hint = f"Did you mean {known[close[0]]}? " if close else ""
-    return f"unknown flag --{name}. {hint}--help lists the flags and the keys that matter"
+    known |= {key: f"--config.{key}" for key in _TYPES}
+    known |= {flag: f"--{flag}" for flag in flags.FLAGS}
+    hint = _hint(name.removeprefix("config."), known)
+    return f"unknown flag --{name}.{hint} --help lists the flags and the keys that matter"
 
 
 def _unknown_key(key: str, known: Sequence[str]) -> str:
@@ -187,16 +183,20 @@ def _unknown_key(key: str, known: Sequence[str]) -> str:
         return f"config: {key!r} is a group. Set one of its keys: {', '.join(inside)}"
     group, _, last = key.rpartition(".")
     there = [name for name in known if name.rpartition(".")[0] == group]
-    same = [full for name, full in _by_last_part(known).items() if name == last]
-    near = _by_last_part(there or known)
-    close = same or [near[name] for name in difflib.get_close_matches(last, near, n=1)]
-    hint = f" Did you mean {close[0]}?" if close else ""
+    by_last = _by_last_part(known)
+    hint = _hint(last, by_last if last in by_last else _by_last_part(there or known))
     listed = f" Known there: {', '.join(there)}." if there else ""
-    elsewhere = "" if close or group else " --help lists the keys that matter, with their groups"
+    elsewhere = "" if hint or group else " --help lists the keys that matter, with their groups"
     return f"config: unknown key {key!r}.{hint}{listed}{elsewhere}"
 
 
+def _hint(name: str, known: Mapping[str, str]) -> str:
+    """Return " Did you mean ...?" with what a similar name stands for; "" if none is similar."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" Did you mean {known[close[0]]}?" if close else ""
+
+
 def _by_last_part(keys: Iterable[str]) -> dict[str, str]:
-    """Return keys by what stands behind the last dot; of several the outermost, then the first."""
+    """Return keys by the part after the last dot; of several the outermost, then the first."""
     ordered = sorted(keys, key=lambda key: (key.count("."), key), reverse=True)
     return {key.rpartition(".")[2]: key for key in ordered}

@@ -24,15 +24,15 @@ LENGTHS = ("epochs", "steps")
 def training(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     """Return the flat keys of a config, or of a saved one, that decide what is trained."""
     flat = configs.flatten_saved(config)
-    return {key: value for key, value in flat.items() if schema.kind_of(key) == "training"}
+    return {key: value for key, value in flat.items() if schema.kind_of(key) == schema.TRAINING}
 
 
 def of_run(saved: Mapping[str, Any], asked: ConfigDict) -> ConfigDict:
     """Return the config of a task that uses a run.
 
     Args:
-        saved: the run's config, as JSON has it: the model, the targets and the data.
-        asked: the command line's: the task, ``eval``, and how data is read.
+        saved: the run's config, as JSON has it; model, targets and data are taken from it.
+        asked: the task's config; keys of evaluation, and how data is read, are taken from it.
 
     Raises:
         InputError: the run has a key that this version does not know.
@@ -52,11 +52,11 @@ def _from_command_line(key: str) -> bool:
 
     Where the run's data lies is in its config; a task may be told another place, see ``evaluate``.
     """
-    return schema.kind_of(key) in ("evaluation", "per-host") and key != "data.source"
+    return schema.kind_of(key) in (schema.EVALUATION, schema.PER_HOST) and key != "data.source"
 
 
 def seed_folder(config: ConfigDict, workdir: Path, seed: int) -> Path:
-    """Return where a seed's run lives: the workdir itself if there is one seed only."""
+    """Return the folder of a seed's run: the workdir itself if there is one seed only."""
     return workdir if len(config.seeds) == 1 else workdir / f"seed-{seed}"
 
 
@@ -127,11 +127,11 @@ def check_same_run(saved: Mapping[str, Any], config: ConfigDict, workdir: Path) 
 
 
 def answers(saved: Mapping[str, Any] | None, asked: Mapping[str, Any]) -> bool:
-    """Say whether a saved result is one of all that is asked.
+    """Return whether a saved result was computed for the same inputs.
 
     Args:
-        saved: what an earlier call wrote beside its result, None where there is nothing.
-        asked: what it must agree with; ``training`` as ``training`` gives it.
+        saved: the inputs that were saved with the result; None if there is no result.
+        asked: the inputs now; "training" as the function ``training`` returns it.
     """
     if saved is None:
         return False
@@ -140,12 +140,12 @@ def answers(saved: Mapping[str, Any] | None, asked: Mapping[str, Any]) -> bool:
 
 
 def _with_defaults(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Return saved training keys; one that the run is older than had its default."""
+    """Return saved training keys, with the defaults of keys that did not exist yet."""
     return {**training(configs.default()), **training(flat)}
 
 
 def other_training(saved: Mapping[str, Any], config: ConfigDict) -> Iterator[tuple[str, Any, Any]]:
-    """Yield (key, saved value, this one's) of what two configs train otherwise, by key."""
+    """Yield (key, saved value, this value) of the training keys in which two configs differ."""
     old, new = _with_defaults(training(saved)), training(config)
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
