@@ -2,7 +2,7 @@
 
     python docs/make_tables.py [--check]
 
-A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``, in README.md or in a
+A table is between ``<!-- table: NAME -->`` and ``<!-- end of table -->``, in README.md or in a
 page of docs; NAME is a key of TABLES. The same command writes docs/results/suite_cifar10.md.
 ``--check`` writes nothing, and exits with 1 if a page differs from what would be written.
 """
