@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ import numpy as np
 from nat_jax.errors import InputError
 from nat_jax.models.pooling import pool
 
-Apply = Callable[[np.ndarray], Mapping[str, jax.Array]]
+Apply = Callable[[np.ndarray], Mapping[str, jax.Array]]  # from images to features by layer
 
 _CHECK_BYTES = 64 << 20
 
@@ -46,6 +46,46 @@ class FeatureSet:
     def of(self, rows: np.ndarray) -> "FeatureSet":
         """Return some of the records: rows int[n]."""
         return FeatureSet(self.features[rows], self.labels[rows])
+
+
+class FeatureBatch(NamedTuple):
+    """A batch of features, for probes that learn from a stream.
+
+    Attributes:
+        features: {layer: float[B, F]}; for a test [B, F], or [B, V, F] for V views of each record.
+        labels: int[B].
+        weight: float[B], 0 for records that do not count (padding, bad images). They still enter
+            batch statistics, as they do in training.
+    """
+
+    features: Mapping[str, jax.Array | np.ndarray]
+    labels: np.ndarray
+    weight: np.ndarray
+
+
+TrainEpoch = Callable[[int], Iterable[FeatureBatch]]  # the batches of an epoch, counted from 0
+
+
+def featured(apply: Apply, batches: Iterable[Mapping[str, np.ndarray]]) -> Iterator[FeatureBatch]:
+    """Run a frozen network over batches of images as they come.
+
+    Args:
+        apply: jitted function of uint8[n, H, W, 3] that returns {layer: float[n, ...]}.
+        batches: with "image" uint8[B, H, W, 3] or, for V views, [B, V, H, W, 3]; "label" int32[B];
+            "weight" float32[B].
+
+    Returns:
+        Features flattened to [B, F], or [B, V, F]; still being computed, on the device.
+    """
+    for batch in batches:
+        images = batch["image"]
+        shape = images.shape[:-3]
+        outputs = apply(images.reshape(-1, *images.shape[-3:]))
+        yield FeatureBatch(
+            {layer: values.reshape(*shape, -1) for layer, values in outputs.items()},
+            batch["label"],
+            batch["weight"],
+        )
 
 
 def check_finite(features: np.ndarray, name: str) -> None:

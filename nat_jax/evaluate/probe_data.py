@@ -15,8 +15,7 @@ from nat_jax import __version__
 from nat_jax.errors import InputError
 from nat_jax.evaluate import features
 from nat_jax.evaluate.feature_cache import Entry, FeatureCache, Key, Rows, entry_bytes, fingerprint
-from nat_jax.evaluate.features import Apply
-from nat_jax.evaluate.stream import FeatureBatch, TrainEpoch, featured
+from nat_jax.evaluate.features import Apply, FeatureBatch, TrainEpoch, featured
 from nat_jax.input import pipeline
 from nat_jax.input.bad_records import BadRecords
 from nat_jax.input.reader import ImageCache

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from nat_jax import models
+from nat_jax.evaluate.features import FeatureBatch, featured
 from nat_jax.evaluate.probes.linear import linear_probe_stream
 from nat_jax.evaluate.probes.mlp import mlp_probe_stream
-from nat_jax.evaluate.stream import FeatureBatch, featured
 from nat_jax.input import pipeline, transforms
 from nat_jax.input.sources import open_source
 
@@ -30,6 +30,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> str:
     return f"arrays:{path}"
 
 
+@pytest.mark.slow
 def test_probes_learn_from_augmented_images_through_a_frozen_network(source: str) -> None:
     model = models.make_model(
         "convnet", dim=4, image_size=12, frontend="rgb", widths=(6, 8), pools=1
