@@ -18,7 +18,7 @@ from PIL import Image
 from project import ROOT
 
 from nat_jax import config, train
-from nat_jax.evaluate import judge
+from nat_jax.evaluate.evaluator import Evaluator
 from nat_jax.input.bad_records import BadRecordError
 from nat_jax.runtime.preemption import Preempted
 from nat_jax.training.checkpoint import CheckpointError, Checkpoints
@@ -108,7 +108,7 @@ def test_a_run_leaves_what_it_promises(finished):
 def test_running_again_reads_the_results(finished, capsys, monkeypatch):
     workdir, state = finished
     before = (workdir / "metrics.jsonl").read_text()
-    monkeypatch.delattr(judge.Judge, "network")  # judging again would need it
+    monkeypatch.delattr(Evaluator, "score")  # evaluating again would need it
     again = train.train_and_evaluate(tiny(), workdir)
     assert_same(state, again)
     assert (workdir / "metrics.jsonl").read_text() == before
@@ -151,12 +151,16 @@ def test_the_comparison_of_bits_can_fail(finished, tmp_path):
         assert_same(state, other)
 
 
+def scores(workdir):
+    return json.loads((workdir / "results" / "pretrain.json").read_text())["table"]
+
+
 def test_scores_of_other_weights_are_not_read_back(tmp_path):
     train.train_and_evaluate(tiny(epochs=1.0), tmp_path)
-    first = json.loads((tmp_path / "judged.json").read_text())["rows"]
+    first = scores(tmp_path)
     shutil.rmtree(tmp_path / "checkpoints")
     train.train_and_evaluate(tiny(epochs=1.0, model__frontend="rgb"), tmp_path)
-    assert json.loads((tmp_path / "judged.json").read_text())["rows"] != first
+    assert scores(tmp_path) != first
 
 
 def test_a_lost_config_does_not_let_another_run_resume(tmp_path):
@@ -366,7 +370,7 @@ def test_a_signal_at_the_last_step_is_not_lost(tmp_path, monkeypatch, where):
             train.train_and_evaluate(tiny(seeds=(0, 1)), tmp_path)
     assert caught.value.code == 143 and caught.value.step == 15
     assert (tmp_path / "seed-0" / "checkpoints" / "15").is_dir()
-    assert not (tmp_path / "seed-0" / "judged.json").exists()
+    assert not (tmp_path / "seed-0" / "results").exists()
     assert not (tmp_path / "seed-1").exists()
 
 

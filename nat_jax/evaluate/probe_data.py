@@ -1,10 +1,9 @@
-"""The records that probes learn on and are judged on, and their features under what is judged."""
+"""The records that probes learn on and are scored on, and their features."""
 
 import dataclasses
 import itertools
 import platform
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -13,23 +12,31 @@ from tqdm import tqdm
 
 from nat_jax import __version__
 from nat_jax.errors import InputError
-from nat_jax.evaluate import features
-from nat_jax.evaluate.feature_cache import Entry, FeatureCache, Key, Rows, entry_bytes, fingerprint
-from nat_jax.evaluate.features import Apply, FeatureBatch, TrainEpoch, featured
+from nat_jax.evaluate.features import (
+    INDEX,
+    Apply,
+    Batch,
+    Columns,
+    FeatureBatch,
+    FeatureSet,
+    TrainEpoch,
+    extracted,
+    featured,
+    joined,
+)
+from nat_jax.evaluate.store import FeatureStore
 from nat_jax.input import pipeline
 from nat_jax.input.bad_records import BadRecords
 from nat_jax.input.reader import ImageCache
 from nat_jax.input.sources import Record, Source
 from nat_jax.input.transforms import Transform
 
-Batch = Mapping[str, np.ndarray]
-
 TRAIN, TEST = "train", "test"
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """How records are read: see ``input_pipeline.eval_batches``."""
+    """How records are read: see ``pipeline.eval_batches``."""
 
     batch_size: int
     threads: int
@@ -39,15 +46,15 @@ class Reading:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Subject:
-    """What is judged: anything that turns images into features.
+class FeatureExtractor:
+    """What a table has a line for: a network or a baseline, as a function from images to features.
 
     Attributes:
         name: in the rows of tables.
-        layers: what it has to offer.
+        layers: the names of its features.
         apply: from some of the layers to a function from uint8[B, S, S, 3] to {layer: [B, ...]}.
         transform: brings images to it.
-        fingerprint: what its features depend on beside the images, as JSON has it.
+        fingerprint: what its features depend on besides the images, as JSON has it.
     """
 
     name: str
@@ -58,7 +65,7 @@ class Subject:
 
 
 class ProbeData:
-    """Records to learn on and to judge on."""
+    """Records to learn on and to be scored on."""
 
     def __init__(
         self,
@@ -69,26 +76,26 @@ class ProbeData:
         max_train: int = 0,
         seed: int = 0,
         cache: ImageCache,
-        keep: FeatureCache | None = None,
+        store: FeatureStore | None = None,
     ):
         """Prepare to read.
 
         Args:
             train: records that probes learn on.
-            test: records that they are judged on.
+            test: records that they are scored on.
             reading: how.
             max_train: at most so many of the former, drawn by seed; 0: all.
             seed: of that draw.
             cache: keeps decoded images from pass to pass.
-            keep: keeps features; None computes them each time.
+            store: keeps features; None computes them each time, in memory.
 
         Raises:
-            ValueError: the two sources do not have the same classes.
+            InputError: the two sources do not have the same classes.
         """
         self.train, self.test = thinned(train, max_train, seed), test
         self.num_classes = check_labels(train, test)
         self._drawn = {"max": max_train, "seed": seed} if self.train is not train else None
-        self._reading, self._cache, self._keep = reading, cache, keep
+        self._reading, self._cache, self._store = reading, cache, store
         # One count over all passes, so that a bad record is reported once.
         self._bad = {source.split: BadRecords(len(source)) for source in (self.train, test)}
 
@@ -105,55 +112,46 @@ class ProbeData:
         }
 
     def sets(
-        self, subject: Subject
-    ) -> tuple[dict[str, features.FeatureSet], dict[str, features.FeatureSet]]:
-        """Return the features of all its layers to learn on, and those to be judged on."""
-        train, test = (
-            {layer: entry.data for layer, entry in self.extract(subject, split).items()}
-            for split in (TRAIN, TEST)
-        )
-        return train, test
+        self, extractor: FeatureExtractor
+    ) -> tuple[dict[str, FeatureSet], dict[str, FeatureSet]]:
+        """Return the features of all its layers to learn on, and those to be scored on."""
+        return self.extract(extractor, TRAIN), self.extract(extractor, TEST)
 
     def extract(
-        self, subject: Subject, split: str, layers: tuple[str, ...] | None = None
-    ) -> dict[str, Entry]:
+        self, extractor: FeatureExtractor, split: str, layers: tuple[str, ...] | None = None
+    ) -> dict[str, FeatureSet]:
         """Return features of every record that can be read, layer by layer.
 
         Args:
-            subject: what is judged.
+            extractor: computes them.
             split: "train" or "test".
             layers: some of its layers; all if None.
 
         Returns:
-            {layer: features and record numbers}, mapped from files where they are kept.
+            {layer: features with record numbers}, mapped from files if there is a store.
 
         Raises:
-            ValueError: there is no record; or neither disk nor memory has room, which is found
-                out with the first batch, and for the test records too when the training ones are
-                asked for.
+            InputError: there is no record; or the disk has no room, which is found out with the
+                first batch, and for the test records too when the training ones are asked for.
         """
-        wanted = subject.layers if layers is None else layers
-        if self._keep is None:
-            return self._in_memory(*self._rows(subject, split, wanted))
-        self._keep.serve(fingerprint([subject.fingerprint(), self.describe()]))
-        found = self._found(self._keep, subject, split, wanted)
-        missing = tuple(layer for layer in wanted if layer not in found)
-        if missing:
-            rows, index = self._rows(subject, split, missing)
-            first = next(rows, None)
+        wanted = extractor.layers if layers is None else layers
+        if self._store is None:
+            return joined(self._columns(extractor, split, wanted))
+        keys = {layer: self._key(extractor, split, layer) for layer in wanted}
+        kept = {layer: self._store.find(key) for layer, key in keys.items()}
+        found = {layer: features for layer, features in kept.items() if features is not None}
+        keys = {layer: key for layer, key in keys.items() if layer not in found}
+        if keys:
+            columns = self._columns(extractor, split, tuple(keys))
+            first = next(columns, None)
             if first is None:
                 raise InputError(f"{split}: there is no record to take features of")
-            widths = {layer: entry.data.features.shape[1] for layer, entry in found.items()}
-            widths |= {layer: values.shape[1] for layer, values in first[0].items()}
-            sizes = self._sizes(split, missing, widths)
-            ahead = {}
-            if split == TRAIN:
-                there = self._found(self._keep, subject, TEST, wanted)
-                ahead = self._sizes(TEST, [n for n in wanted if n not in there], widths)
-            kept = self._keep.plan(sizes | ahead) & set(sizes)
-            self._keep.make_room(sum(sizes[name] for name in kept))
-            keys = {layer: self._key(subject, split, layer) for _, layer in kept}
-            found |= self._computed(self._keep, keys, itertools.chain([first], rows), index)
+            records = len(self._source(split))
+            if split == TRAIN and self._store.find(self._key(extractor, TEST, wanted[0])) is None:
+                records += len(self.test)
+            row_bytes = sum(first[layer].shape[1] * 4 + 8 for layer in keys)
+            self._store.check_room(records * row_bytes)
+            found |= self._store.write(keys, itertools.chain([first], columns))
         return {layer: found[layer] for layer in wanted}
 
     def batches(
@@ -163,15 +161,15 @@ class ProbeData:
         return self._batches(source, transform, self._reading.batch_size, keep=keep)
 
     def train_epochs(
-        self, subject: Subject, layers: tuple[str, ...], augment: Transform, seed: int
+        self, extractor: FeatureExtractor, layers: tuple[str, ...], augment: Transform, seed: int
     ) -> TrainEpoch:
-        """Return the features of an epoch of augmented training images, anew in each epoch.
+        """Return a function from an epoch to the features of its augmented training images.
 
         Args:
-            subject: what is judged.
+            extractor: computes the features.
             layers: some of its layers.
-            augment: what becomes of the images, by chance.
-            seed: of the chance.
+            augment: the random augmentation, which differs from epoch to epoch.
+            seed: of the augmentation.
         """
         size = self.stream_batch
         steps = pipeline.steps_per_epoch(len(self.train), size)
@@ -189,9 +187,9 @@ class ProbeData:
                 **self._how(),
             )
             shown = tqdm(
-                batches, f"{subject.name}, epoch {number + 1}", steps, leave=False, disable=None
+                batches, f"{extractor.name}, epoch {number + 1}", steps, leave=False, disable=None
             )
-            return featured(subject.apply(layers), shown)
+            return featured(extractor.apply(layers), shown)
 
         return epoch
 
@@ -201,12 +199,12 @@ class ProbeData:
         return min(self._reading.batch_size, len(self.train))
 
     def test_views(
-        self, subject: Subject, layers: tuple[str, ...], transform: Transform
+        self, extractor: FeatureExtractor, layers: tuple[str, ...], transform: Transform
     ) -> Iterator[FeatureBatch]:
         """Return the features of test images, of each of the views that a transform makes."""
         size = max(1, self._reading.batch_size // transform.count)
         return featured(
-            subject.apply(layers), self._batches(self.test, transform, size, keep=False)
+            extractor.apply(layers), self._batches(self.test, transform, size, keep=False)
         )
 
     def images(self, split: str, records: np.ndarray, transform: Transform) -> np.ndarray:
@@ -219,66 +217,23 @@ class ProbeData:
     def _source(self, split: str) -> Source:
         return {TRAIN: self.train, TEST: self.test}[split]
 
-    def _rows(
-        self, subject: Subject, split: str, layers: tuple[str, ...]
-    ) -> tuple[Iterator[tuple[dict[str, np.ndarray], np.ndarray]], list[np.ndarray]]:
-        """Return rows as they are computed, and a list that fills with their record numbers."""
-        source, index = self._source(split), []
-        said = f"{subject.name}, {split}"
-        bar = tqdm(None, said, len(source), unit="image", leave=False, disable=None)
+    def _columns(
+        self, extractor: FeatureExtractor, split: str, layers: tuple[str, ...]
+    ) -> Iterator[Columns]:
+        """Yield the features of each batch as they are computed."""
+        source = self._source(split)
+        shown = f"{extractor.name}, {split}"
+        with tqdm(None, shown, len(source), unit="image", leave=False, disable=None) as bar:
+            batches = self.batches(source, extractor.transform)
+            for _, columns in extracted(extractor.apply(layers), batches):
+                yield columns
+                bar.update(len(columns[INDEX]))
 
-        def noting() -> Iterator[Batch]:
-            with bar:
-                for batch in self.batches(source, subject.transform):
-                    index.append(batch["index"][batch["weight"] > 0])
-                    yield batch
-                    bar.update(len(index[-1]))
-
-        return features.extracted_rows(subject.apply(layers), noting()), index
-
-    def _found(
-        self, keep: FeatureCache, subject: Subject, split: str, layers: Iterable[str]
-    ) -> dict[str, Entry]:
-        """Return those of some layers that are kept."""
-        entries = {layer: keep.find(self._key(subject, split, layer)) for layer in layers}
-        return {layer: entry for layer, entry in entries.items() if entry is not None}
-
-    def _sizes(
-        self, split: str, layers: Iterable[str], widths: Mapping[str, int]
-    ) -> dict[tuple[str, str], int]:
-        """Return the bytes of {(split, layer)}, from values per record."""
-        records = len(self._source(split))
-        return {(split, layer): entry_bytes(records, widths[layer]) for layer in layers}
-
-    def _computed(
-        self, keep: FeatureCache, keys: Mapping[str, Key], rows: Rows, index: list[np.ndarray]
-    ) -> dict[str, Entry]:
-        """Return the features of all rows: layers that have a key are kept, others in memory."""
-        if not keys:
-            return self._in_memory(rows, index)
-        aside: deque[tuple[dict[str, np.ndarray], np.ndarray]] = deque()
-
-        def split_rows() -> Rows:
-            for layers, labels in rows:
-                others = {name: values for name, values in layers.items() if name not in keys}
-                aside.append((others, labels))
-                yield {name: layers[name] for name in keys}, labels
-
-        written = keep.write(keys, split_rows(), index)
-        # Popping leaves the pieces to `joined`, which frees them as it goes.
-        held = self._in_memory((aside.popleft() for _ in range(len(aside))), index)
-        return {**written, **held}
-
-    def _in_memory(self, rows: Rows, index: list[np.ndarray]) -> dict[str, Entry]:
-        sets = features.joined(rows)
-        records = np.concatenate(index)
-        return {layer: Entry(data, records) for layer, data in sets.items()}
-
-    def _key(self, subject: Subject, split: str, layer: str) -> dict[str, Any]:
+    def _key(self, extractor: FeatureExtractor, split: str, layer: str) -> dict[str, Any]:
         return {
-            "subject": subject.fingerprint(),
+            "extractor": extractor.fingerprint(),
             "layer": layer,
-            "transform": repr(subject.transform),
+            "transform": repr(extractor.transform),
             "batch_size": self._reading.batch_size,
             "split": split,
             "drawn": self._drawn if split == TRAIN else None,

@@ -1,4 +1,4 @@
-"""What can be judged: networks, and the baselines beside them."""
+"""Feature extractors of networks and of the baselines: raw pixels, k-means patches."""
 
 import functools
 
@@ -8,27 +8,26 @@ import numpy as np
 from nat_jax.evaluate import features
 from nat_jax.evaluate.features import Apply
 from nat_jax.evaluate.patches import PatchDictionary, learn_patches
-from nat_jax.evaluate.probe_data import TRAIN, ProbeData, Subject
+from nat_jax.evaluate.probe_data import TRAIN, FeatureExtractor, ProbeData
 from nat_jax.input.transforms import Transform
 from nat_jax.models.frozen import Network
-
-PIXELS, PATCHES = "raw pixels", "k-means patches"
+from nat_jax.report.rows import PATCHES, PIXELS
 
 _WINDOWS_PER_SIDE = 32  # of a patch dictionary, about: those of CIFAR's images, for larger ones too
 
 _raw_pixels = jax.jit(features.raw_pixels, static_argnames="max_features")
 
 
-def of_network(
+def network_extractor(
     name: str,
     network: Network,
     layers: tuple[str, ...],
     *,
     max_features: int,
     transform: Transform,
-) -> Subject:
-    """Return a network's layers as a subject; maps are pooled to ``max_features`` values."""
-    return Subject(
+) -> FeatureExtractor:
+    """Return the extractor of a network's layers; maps are pooled to ``max_features`` values."""
+    return FeatureExtractor(
         name,
         layers,
         lambda chosen: network.extractor(chosen, max_features),
@@ -37,9 +36,9 @@ def of_network(
     )
 
 
-def of_pixels(*, max_features: int, transform: Transform) -> Subject:
-    """Return the raw pixels, pooled as maps are, as a subject with one layer, "pixels"."""
-    return Subject(
+def pixel_extractor(*, max_features: int, transform: Transform) -> FeatureExtractor:
+    """Return the extractor of raw pixels, pooled as maps are: one layer, "pixels"."""
+    return FeatureExtractor(
         PIXELS,
         ("pixels",),
         lambda _: lambda images: {"pixels": _raw_pixels(images, max_features)},
@@ -48,10 +47,10 @@ def of_pixels(*, max_features: int, transform: Transform) -> Subject:
     )
 
 
-def of_patches(
+def patch_extractor(
     data: ProbeData, *, centroids: int, seed: int, max_train: int, transform: Transform
-) -> Subject:
-    """Return whitened k-means patches as a subject with one layer, "patches".
+) -> FeatureExtractor:
+    """Return the extractor of whitened k-means patches: one layer, "patches".
 
     They are learned from the training images when features are asked for that are not kept.
 
@@ -80,4 +79,4 @@ def of_patches(
         "max_train": max_train,
         **data.describe()[TRAIN],
     }
-    return Subject(PATCHES, ("patches",), apply, transform, lambda: learned_from)
+    return FeatureExtractor(PATCHES, ("patches",), apply, transform, lambda: learned_from)
