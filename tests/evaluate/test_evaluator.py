@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -130,3 +132,25 @@ def test_too_few_labels_are_found_at_once(network):
         evaluator(network, Blocks("train", 60), Blocks("test", 12), labels_per_class=(21,))
     with pytest.raises(ValueError, match="eval.knn_k: expected at most 6.*--config.eval.knn_k=6"):
         evaluator(network, Blocks("train", 60), Blocks("test", 12), labels_per_class=(2,), knn_k=7)
+
+
+def test_a_trained_network_is_scored_once(network, tmp_path, monkeypatch):
+    @functools.wraps(evaluate.PROBES["knn"])
+    def mean(train, test, **options):
+        return float(test.features.mean())
+
+    monkeypatch.setitem(evaluate.PROBES, "knn", mean)
+    judged = evaluator(network, Blocks("train", 60), Blocks("test", 12), layers=("z",))
+    moved = jax.tree.map(lambda x: x + np.float32(0.1), network.params)
+    other = Network(network.model, moved, network.batch_stats)
+
+    def rows(trained):
+        return judged.score_run(tmp_path, trained, lambda: network, {"seed": 0})
+
+    first = rows(network)
+    assert {row["network"] for row in first} == {"raw pixels", "untrained", "nat"}
+    assert (tmp_path / "pictures" / "neighbours_conv1.png").exists()
+    second = rows(other)
+    monkeypatch.delattr(Evaluator, "score")  # scoring again would need it
+    assert rows(network) == first and rows(other) == second
+    assert first[:-2] == second[:-2] and first[-1] != second[-1]

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nat_jax import config, evaluate, train
+from nat_jax import config, evaluate
 from nat_jax.evaluate import draw_filters, protocols, tasks
 from nat_jax.evaluate.tasks import judge_task
 from nat_jax.export.loading import untrained_network
+from nat_jax.input.sources import open_source
 from nat_jax.main import TASKS
 from nat_jax.models.frontend import FRONTENDS
 
@@ -117,18 +118,15 @@ def test_features_are_computed_once_and_kept(trained, tmp_path):
 
 
 def test_linear_probes_of_all_layers_at_once_learn_from_fresh_crops(trained, tmp_path):
-    result = judged(
-        tmp_path, "linear_probe", trained, eval__linear_fit="sgd", eval__layers=("all",)
-    )
+    changes = dict(eval__linear_fit="sgd", eval__max_train=100, eval__baselines=())
+    result = judged(tmp_path, "linear_probe", trained, **changes, eval__layers=("all",))
     stream = result["protocol"]["stream"]
     assert "pad=1" in stream["augmentation"]
-    assert (stream["batch_size"], stream["test_views"]) == (200, 1)
+    assert (stream["batch_size"], stream["test_views"]) == (100, 1)
     assert result["protocol"]["linear_probe"]["fit"] == "sgd"
-    assert {r["layer"] for r in result["table"]} == {"pixels", "conv1", "z"}
+    assert {r["layer"] for r in result["table"]} == {"conv1", "z"}
     assert result["metric"] == "top-1 accuracy, linear_probe on conv1, all"
-    still = judged(
-        tmp_path, "linear_probe", trained, eval__linear_fit="sgd", eval__fresh_crops=False
-    )
+    still = judged(tmp_path, "linear_probe", trained, **changes, eval__fresh_crops=False)
     assert "stream" not in still["protocol"]
 
 
@@ -221,12 +219,14 @@ def test_data_that_have_moved_are_found_where_the_command_line_says(tmp_path, ca
     old, new, other = (tmp_path / f"{name}.npz" for name in ("old", "new", "other"))
     np.savez(old, **arrays)
     np.savez(other, **{**arrays, "x_train": images[::-1]})
-    c = settings("pretrain", "", data__source=f"arrays:{old}", seeds=(0,))
-    c.batch_size, c.checkpoint.every_epochs, c.eval.labels_per_class = 100, 1.0, (0,)
-    train.train_and_evaluate(c, tmp_path / "run")
+    bundle = untrained_network(settings("knn", data__source=f"arrays:{old}"), 0)
+    data = open_source(f"arrays:{old}", "train").fingerprint
+    trained = dataclasses.replace(bundle, run={"seed": 0, "step": 7, "data": data})
+    trained.save(tmp_path / "bundle")
 
     def asked(source):
-        return judged(tmp_path / "run", "knn", "", data__source=f"arrays:{source}")
+        bundle = str(tmp_path / "bundle")
+        return judged(tmp_path / "run", "knn", bundle, data__source=f"arrays:{source}")
 
     with caplog.at_level("INFO", "nat_jax"):
         asked(other)
@@ -346,25 +346,28 @@ def test_composed_filters_do_what_the_two_do_one_after_the_other(frontend):
     assert not np.allclose(found[inside], np.roll(expected, 1, axis=1)[inside], atol=1e-2)
 
 
-@pytest.mark.slow
-def test_a_run_has_the_value_that_its_own_table_has(tmp_path):
-    c = settings("pretrain", "", steps=0, epochs=1.0, seeds=(0, 3))
-    c.checkpoint.every_epochs, c.eval.labels_per_class = 1.0, (0,)
-    train.train_and_evaluate(c, tmp_path)
-    own = json.loads((tmp_path / "results" / "pretrain.json").read_text())
-    result = judged(tmp_path, "knn", "", seeds=(0, 3))
+def test_a_run_has_the_value_that_its_own_table_has(two_seeds, tmp_path):
+    own = json.loads((two_seeds / "results" / "pretrain.json").read_text())
+    run = tmp_path / "run"
+    shutil.copytree(two_seeds, run)
+
+    def asked(**changes):
+        c = settings("knn", "", eval__max_train=0, eval__knn_k=20, **changes)
+        return json.loads(judge_task(c, run).read_text())
+
+    result = asked(seeds=(0, 3))
     assert (result["value"], result["untrained"]) == (own["value"], own["untrained"])
     row = next(r for r in result["table"] if r["network"] == "nat" and r["layer"] == "z")
     assert row["seeds"] == [0, 3] and row["std"] is not None
-    two = judged(tmp_path, "knn", "", seeds=(0, 3), eval__compare=(str(tmp_path),))
+    two = asked(seeds=(0, 3), eval__compare=(str(two_seeds),))
     beside = [r for r in two["table"] if r["network"].startswith("nat: ")]
     assert beside and all(r["seeds"] == [0] and r["std"] is None for r in beside)
-    one = judged(tmp_path, "knn", "", seeds=(3,))
+    one = asked(seeds=(3,))
     again = next(r for r in one["table"] if r["network"] == "nat" and r["layer"] == "z")
     assert again["values"] == row["values"][1:]
-    assert "k=5" in (tmp_path / "report.html").read_text()
+    assert "k=20" in (run / "report.html").read_text()
     with pytest.raises(ValueError, match="seeds: the run in .* has .0, 3.; got .1,."):
-        judged(tmp_path, "knn", "", seeds=(1,))
+        asked(seeds=(1,))
 
 
 def test_filters_need_no_data(trained, tmp_path):
