@@ -133,7 +133,8 @@ def _measured(config: ConfigDict, folder: Path) -> dict[str, Any]:
     ]
     data = {split: result["protocol"][split] for split in (TRAIN, TEST)}
     rows = [
-        {**{key: row[key] for key in KEYS}, "value": row["mean"]} for row in current(result["table"])
+        {**{key: row[key] for key in KEYS}, "value": row["mean"]}
+        for row in current(result["table"])
     ]
     return {"rows": rows, "curve": curve, "data": data, "last_conv": last_conv}
 
