@@ -4,6 +4,7 @@ The features of raw pixels and of the same network before training stand next to
 number: a wide random network is a strong baseline on small images.
 """
 
+import functools
 import importlib.metadata
 import logging
 import platform
@@ -12,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from nat_jax import __version__, report
 from nat_jax import config as configs
 from nat_jax.errors import InputError
-from nat_jax.evaluate import extractors, retrieval
+from nat_jax.evaluate import features, retrieval
 from nat_jax.evaluate.networks import trained_name
-from nat_jax.evaluate.probe_data import FeatureExtractor, ProbeData, Reading
+from nat_jax.evaluate.patches import PatchDictionary, learn_patches
+from nat_jax.evaluate.probe_data import TRAIN, FeatureExtractor, ProbeData
 from nat_jax.evaluate.protocols import PROTOCOLS, Scored, TaskInputs
 from nat_jax.evaluate.store import FeatureStore, fingerprint
 from nat_jax.input import transforms
@@ -27,7 +30,7 @@ from nat_jax.input.reader import ImageCache
 from nat_jax.input.sources import Source
 from nat_jax.models import Model
 from nat_jax.models.frozen import Network, resolve_layers
-from nat_jax.report.rows import UNTRAINED, Row, aggregate, headline
+from nat_jax.report.rows import PATCHES, PIXELS, UNTRAINED, Row, aggregate, headline
 from nat_jax.training import workdir as workdirs
 
 logger = logging.getLogger(__name__)
@@ -37,6 +40,9 @@ Result = dict[str, Any]
 # Settings that the features and the records depend on, in every protocol.
 _COMMON = ("layers", "max_train", "max_features", "batch_size")
 _QUERIES, _NEIGHBOURS = 8, 10  # in the pictures of a trained run
+_WINDOWS_PER_SIDE = 32  # of a patch dictionary, about: those of CIFAR's images, for larger ones too
+
+_raw_pixels = jax.jit(features.raw_pixels, static_argnames="max_features")
 
 
 class Evaluator:
@@ -70,12 +76,11 @@ class Evaluator:
             InputError: an unknown layer, or records that the task cannot be done on.
         """
         settings, data = config.eval, config.data
-        reading = Reading(
-            settings.batch_size, data.threads, data.workers, data.prefetch, data.timeout
-        )
+        reading = {key: data[key] for key in ("threads", "workers", "prefetch", "timeout")}
         records = ProbeData(
             train,
             test,
+            batch_size=settings.batch_size,
             reading=reading,
             max_train=settings.max_train,
             seed=seed,
@@ -94,20 +99,7 @@ class Evaluator:
         self.trained = trained_name(config)
         self._task, self._size = task, data.image_size
         self._transform = transforms.eval_transform(image_size=data.image_size, resize=data.resize)
-        _ = self.inputs.layers  # finds layers that the network does not have
-        if task in PROTOCOLS and (task != "pretrain" or self.has_labels):
-            self._check_labels()
-            PROTOCOLS[task].check(self.inputs)
-
-    def _check_labels(self) -> None:
-        data = self.inputs.data
-        if data.num_classes is None:
-            without = data.train if data.train.num_classes is None else data.test
-            raise InputError(
-                f"task {self._task}: expected labelled records; {without.name} has no classes. "
-                "Name a source that has with --config.eval.source=..., or run retrieval, filters "
-                "or features, which need none"
-            )
+        self.protocol()  # finds what does not fit
 
     @property
     def has_labels(self) -> bool:
@@ -120,45 +112,85 @@ class Evaluator:
         keys = [*_COMMON, *(["baselines"] if self._task in PROTOCOLS else ())]
         if "baselines" in keys and "patches" in settings["baselines"]:
             keys.append("patch_centroids")
-        if self._task in PROTOCOLS:
+        data = self.inputs.data
+        if self._task not in PROTOCOLS:
+            stated = {key: settings[key] for key in ("queries", "neighbours")}
+        elif self.has_labels or self._task == "pretrain":
             stated = PROTOCOLS[self._task].state(self.inputs)
         else:
-            stated = {key: settings[key] for key in ("queries", "neighbours")}
+            without = data.train if data.train.num_classes is None else data.test
+            raise InputError(
+                f"task {self._task}: expected labelled records; {without.name} has no classes. "
+                "Name a source that has with --config.eval.source=..., or run retrieval, filters "
+                "or features, which need none"
+            )
         return {
             "eval": {key: settings[key] for key in keys},
             "image_size": self._size,
             "resize": self.inputs.resize,
-            **self.inputs.data.describe(),
+            **data.describe(),
             **stated,
         }
 
     def extractors(self, networks: Mapping[str, Network]) -> list[FeatureExtractor]:
         """Return the extractors of ``eval.baselines`` and of some networks."""
-        settings, common = self.inputs.settings, {"transform": self._transform}
-        baselines = {
-            "pixels": lambda: extractors.pixel_extractor(
-                max_features=settings.max_features, **common
-            ),
-            "patches": lambda: extractors.patch_extractor(
-                self.inputs.data,
-                centroids=settings.patch_centroids,
-                seed=self.inputs.seed,
-                max_train=settings.max_train,
-                **common,
-            ),
-        }
-        chosen = [baselines[name]() for name in settings.baselines]
+        baselines = {"pixels": self._pixels, "patches": self._patches}
+        chosen = [baselines[name]() for name in self.inputs.settings.baselines]
         return chosen + [self.extractor(name, network) for name, network in networks.items()]
 
-    def extractor(self, name: str, network: Network) -> FeatureExtractor:
-        """Return the extractor of a network's layers; ``name`` goes into the rows."""
+    def extractor(
+        self, name: str, network: Network, layers: tuple[str, ...] = ()
+    ) -> FeatureExtractor:
+        """Return the extractor of a network's layers, by default those of ``eval.layers``.
+
+        Feature maps are pooled to ``eval.max_features`` values; ``name`` goes into the rows.
+        """
         settings = self.inputs.settings
-        return extractors.network_extractor(
+        most = settings.max_features
+        return FeatureExtractor(
             name,
-            network,
-            resolve_layers(settings.layers, network.model),
-            max_features=settings.max_features,
-            transform=self._transform,
+            layers or resolve_layers(settings.layers, network.model),
+            lambda chosen: network.extractor(chosen, most),
+            self._transform,
+            functools.cache(lambda: {"network": network.fingerprint(), "max_features": most}),
+        )
+
+    def _pixels(self) -> FeatureExtractor:
+        """Return the extractor of raw pixels, pooled as maps are."""
+        most = self.inputs.settings.max_features
+        return FeatureExtractor(
+            PIXELS,
+            ("pixels",),
+            lambda _: lambda images: {"pixels": _raw_pixels(images, most)},
+            self._transform,
+            lambda: {"pixels": most},
+        )
+
+    def _patches(self) -> FeatureExtractor:
+        """Return the extractor of whitened k-means patches, learned when they are first needed."""
+        data, seed, transform = self.inputs.data, self.inputs.seed, self._transform
+        centroids = self.inputs.settings.patch_centroids
+        stride = max(1, round(transform.size / _WINDOWS_PER_SIDE))
+
+        @functools.cache
+        def dictionary() -> PatchDictionary:
+            batches = data.batches(data.train, transform)
+            good = (np.asarray(batch["image"])[batch["weight"] > 0] for batch in batches)
+            return learn_patches(good, centroids=centroids, stride=stride, seed=seed)
+
+        learned_from = {
+            "patches": centroids,
+            "stride": stride,
+            "seed": seed,
+            "max_train": self.inputs.settings.max_train,
+            **data.describe()[TRAIN],
+        }
+        return FeatureExtractor(
+            PATCHES,
+            ("patches",),
+            lambda _: lambda images: {"patches": dictionary()(images)},
+            transform,
+            lambda: learned_from,
         )
 
     def score(self, extractor: FeatureExtractor) -> Scored:
@@ -203,13 +235,7 @@ class Evaluator:
         kernel = jax.device_get(network.params["conv1"]["map"]["kernel"])
         (folder / "filters.png").write_bytes(report.filters(kernel, "First-layer filters"))
         layers = tuple(dict.fromkeys(("z", network.model.last_conv)))
-        extractor = extractors.network_extractor(
-            self.trained,
-            network,
-            layers,
-            max_features=self.inputs.settings.max_features,
-            transform=self._transform,
-        )
+        extractor = self.extractor(self.trained, network, layers)
         for layer in layers:
             found = retrieval.find(
                 self.inputs.data, extractor, layer, queries=_QUERIES, count=_NEIGHBOURS

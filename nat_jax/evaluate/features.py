@@ -242,25 +242,14 @@ def extracted(
             )
         return {**ints, **layers}
 
-    for batch, output in computed(apply, batches):
-        yield batch, columns(batch, output)
-
-
-def computed(
-    apply: Apply, batches: Iterable[Batch]
-) -> Iterator[tuple[Batch, Mapping[str, jax.Array]]]:
-    """Yield each batch with a network's outputs for its images.
-
-    One batch is computed on the device while the previous one is used.
-    """
     pending = None
     for batch in batches:
-        output = apply(batch["image"])
+        output = apply(batch["image"])  # one batch is computed while the previous one is copied
         if pending is not None:
-            yield pending
+            yield pending[0], columns(*pending)
         pending = batch, output
     if pending is not None:
-        yield pending
+        yield pending[0], columns(*pending)
 
 
 def raw_pixels(images: np.ndarray | jax.Array, max_features: int) -> jax.Array:
@@ -307,7 +296,16 @@ def few_labels(
             f"names: expected {len(labels)} different ones, got {len(names)}, "
             f"{len(set(names))} of them different"
         )
-    classes, counts = _counted_classes(labels, 1 if share else int(amount))
+    classes, counts = np.unique(labels, return_counts=True)
+    if len(classes) and classes[0] < 0:
+        raise InputError(
+            f"a subset per class needs labels; {counts[0]} of {len(labels)} records have none"
+        )
+    if not share and len(counts) and counts.min() < amount:
+        raise InputError(
+            f"expected at least {int(amount)} records of every class, got {counts.min()} of class "
+            f"{classes[counts.argmin()]}; ask for fewer labels per class"
+        )
     rank = np.array([_digest(seed, name) for name in names], "S16")
     chosen = [np.zeros(0, np.int64)]
     for label, count in zip(classes, counts, strict=True):
@@ -320,21 +318,6 @@ def few_labels(
 def _digest(seed: int, name: str) -> bytes:
     # Hexadecimal, as NumPy takes zeros off the end of bytes.
     return hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).hexdigest().encode()
-
-
-def _counted_classes(labels: np.ndarray, least: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the classes that occur and how often each does, at least `least` times."""
-    classes, counts = np.unique(labels, return_counts=True)
-    if len(classes) and classes[0] < 0:
-        raise InputError(
-            f"a subset per class needs labels; {counts[0]} of {len(labels)} records have none"
-        )
-    if len(counts) and counts.min() < least:
-        raise InputError(
-            f"expected at least {least} records of every class, got {counts.min()} of class "
-            f"{classes[counts.argmin()]}; ask for fewer labels per class"
-        )
-    return classes, counts
 
 
 def padded_length(rows: int) -> int:

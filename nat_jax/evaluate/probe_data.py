@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import platform
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -34,17 +34,6 @@ from nat_jax.input.transforms import Transform
 TRAIN, TEST = "train", "test"
 
 
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """How records are read: see ``pipeline.eval_batches``."""
-
-    batch_size: int
-    threads: int
-    workers: int
-    prefetch: int
-    timeout: float
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeatureExtractor:
     """What a table has a line for: a network or a baseline, as a function from images to features.
@@ -72,7 +61,8 @@ class ProbeData:
         train: Source,
         test: Source,
         *,
-        reading: Reading,
+        batch_size: int,
+        reading: Mapping[str, Any],
         max_train: int = 0,
         seed: int = 0,
         cache: ImageCache,
@@ -83,7 +73,8 @@ class ProbeData:
         Args:
             train: records that probes learn on.
             test: records that they are scored on.
-            reading: how.
+            batch_size: of the images that are read at a time.
+            reading: further arguments of ``pipeline.eval_batches``.
             max_train: at most so many of the former, drawn by seed; 0: all.
             seed: of that draw.
             cache: keeps decoded images from pass to pass.
@@ -95,7 +86,8 @@ class ProbeData:
         self.train, self.test = thinned(train, max_train, seed), test
         self.num_classes = check_labels(train, test)
         self._drawn = {"max": max_train, "seed": seed} if self.train is not train else None
-        self._reading, self._cache, self._store = reading, cache, store
+        self._batch_size, self._reading = batch_size, reading
+        self._cache, self._store = cache, store
         # One count over all passes, so that a bad record is reported once.
         self._bad = {source.split: BadRecords(len(source)) for source in (self.train, test)}
 
@@ -158,7 +150,7 @@ class ProbeData:
         self, source: Source, transform: Transform, *, keep: bool = True
     ) -> Iterable[Batch]:
         """Read records in order, with ``index``; those of the splits are kept in memory."""
-        return self._batches(source, transform, self._reading.batch_size, keep=keep)
+        return self._batches(source, transform, self._batch_size, keep=keep)
 
     def train_epochs(
         self, extractor: FeatureExtractor, layers: tuple[str, ...], augment: Transform, seed: int
@@ -184,7 +176,7 @@ class ProbeData:
                 num_steps=(number + 1) * steps,
                 cache=self._cache,
                 bad_records=self._bad[self.train.split],
-                **self._how(),
+                **self._reading,
             )
             shown = tqdm(
                 batches, f"{extractor.name}, epoch {number + 1}", steps, leave=False, disable=None
@@ -196,13 +188,13 @@ class ProbeData:
     @property
     def stream_batch(self) -> int:
         """Records in a batch of ``train_epochs``."""
-        return min(self._reading.batch_size, len(self.train))
+        return min(self._batch_size, len(self.train))
 
     def test_views(
         self, extractor: FeatureExtractor, layers: tuple[str, ...], transform: Transform
     ) -> Iterator[FeatureBatch]:
         """Return the features of test images, of each of the views that a transform makes."""
-        size = max(1, self._reading.batch_size // transform.count)
+        size = max(1, self._batch_size // transform.count)
         return featured(
             extractor.apply(layers), self._batches(self.test, transform, size, keep=False)
         )
@@ -210,7 +202,7 @@ class ProbeData:
     def images(self, split: str, records: np.ndarray, transform: Transform) -> np.ndarray:
         """Return some records' images uint8[n, S, S, 3]; one that cannot be read is grey."""
         chosen = Selection(self._source(split), records)
-        batches = self._batches(chosen, transform, self._reading.batch_size, keep=False)
+        batches = self._batches(chosen, transform, self._batch_size, keep=False)
         parts = [batch["image"] for batch in batches]
         return np.concatenate(parts)[: len(records)]
 
@@ -234,7 +226,7 @@ class ProbeData:
             "extractor": extractor.fingerprint(),
             "layer": layer,
             "transform": repr(extractor.transform),
-            "batch_size": self._reading.batch_size,
+            "batch_size": self._batch_size,
             "split": split,
             "drawn": self._drawn if split == TRAIN else None,
             "records": len(self._source(split)),
@@ -251,13 +243,8 @@ class ProbeData:
             batch_size=batch_size,
             cache=self._cache if keep else None,
             bad_records=self._bad[source.split] if keep else None,
-            **self._how(),
+            **self._reading,
         )
-
-    def _how(self) -> dict[str, Any]:
-        how = dataclasses.asdict(self._reading)
-        del how["batch_size"]
-        return how
 
 
 def _computer() -> dict[str, Any]:

@@ -89,14 +89,13 @@ class Protocol(NamedTuple):
 
     Attributes:
         score: returns the rows of one extractor's features.
-        state: returns the protocol in full, for the result.
-        check: raises an InputError for records or settings that do not fit.
+        state: returns the protocol in full, for the result; raises an InputError for records or
+            settings that do not fit.
         headline: which rows sum up the result, see ``rows.headline``.
     """
 
     score: Callable[[TaskInputs, FeatureExtractor], Scored]
     state: Callable[[TaskInputs], dict[str, Any]]
-    check: Callable[[TaskInputs], None]
     headline: Callable[[TaskInputs], Sequence[Choice]]
 
 
@@ -124,7 +123,13 @@ Sets = tuple[dict[str, FeatureSet], dict[str, FeatureSet]]  # to learn on and to
 
 
 def _score_probes(
-    inputs: TaskInputs, name: str, sets: Sets, amounts: Sequence[float], split: int
+    inputs: TaskInputs,
+    name: str,
+    sets: Sets,
+    amounts: Sequence[float],
+    *,
+    split: int,
+    records: int = 0,
 ) -> list[Row]:
     """Score each layer by each probe of ``eval.probes``, with some amounts of labels.
 
@@ -134,6 +139,7 @@ def _score_probes(
         sets: the features of its layers.
         amounts: labels per class, 0 for all; shares of each class below 1.
         split: seed of the subsets and of the probes.
+        records: by how many to choose the probes' options; 0: by those of each subset.
     """
     train, test = sets
     rows: list[Row] = []
@@ -147,7 +153,7 @@ def _score_probes(
                     test[layer],
                     num_classes=inputs.num_classes,
                     seed=split,
-                    **probe_options(probe, inputs.settings, len(known)),
+                    **probe_options(probe, inputs.settings, records or len(known)),
                 )
                 rows.append(row(layer, name, probe, labels_name(amount), value))
     return rows
@@ -164,7 +170,8 @@ def _few(inputs: TaskInputs, train: FeatureSet, amount: float, split: int) -> np
 
 def _score_trained(inputs: TaskInputs, extractor: FeatureExtractor) -> Scored:
     sets, amounts = inputs.data.sets(extractor), inputs.settings.labels_per_class
-    rows = _score_probes(inputs, extractor.name, sets, amounts, inputs.seed)
+    draw = {"split": inputs.seed, "records": len(inputs.data.train)}
+    rows = _score_probes(inputs, extractor.name, sets, amounts, **draw)
     if inputs.supervised and (z := sets[1].get("z")):
         right = float(np.mean(np.argmax(z.features, axis=1) == z.labels))
         rows = [row("z", extractor.name, OWN, ALL_LABELS, right), *rows]
@@ -172,6 +179,7 @@ def _score_trained(inputs: TaskInputs, extractor: FeatureExtractor) -> Scored:
 
 
 def _state_trained(inputs: TaskInputs) -> dict[str, Any]:
+    _check_labels(inputs)
     settings, records = inputs.settings, len(inputs.data.train)
     return {
         "eval": configs.to_dict(settings),
@@ -184,9 +192,11 @@ def _state_trained(inputs: TaskInputs) -> dict[str, Any]:
     }
 
 
-def _check_trained(inputs: TaskInputs) -> None:
+def _check_labels(inputs: TaskInputs) -> None:
     """Check that there are the records that a subset of labels and kNN need."""
     settings, train = inputs.settings, inputs.data.train
+    if inputs.data.num_classes is None:
+        return
     for per_class in settings.labels_per_class:
         if train.labels is not None:
             known = train.labels[train.labels >= 0]
@@ -226,18 +236,15 @@ def _score_knn(inputs: TaskInputs, extractor: FeatureExtractor) -> Scored:
 
 
 def _state_knn(inputs: TaskInputs) -> dict[str, Any]:
-    stated = evaluate.protocol("knn")
-    del stated["k"], stated["temperature"]
-    return {"knn": stated, "k": list(_ks(inputs.settings)), "temperature": _VOTES}
-
-
-def _check_knn(inputs: TaskInputs) -> None:
     most, train = max(_ks(inputs.settings)), inputs.data.train
     if most > len(train):
         raise InputError(
             f"eval.knn_ks: expected at most {len(train)}, the training records of {train.name}; "
             f"got {most}. Set --config.eval.knn_ks='(1, 5)' and --config.eval.knn_k=5, for instance"
         )
+    stated = evaluate.protocol("knn")
+    del stated["k"], stated["temperature"]
+    return {"knn": stated, "k": list(_ks(inputs.settings)), "temperature": _VOTES}
 
 
 def _ks(settings: ConfigDict) -> tuple[int, ...]:
@@ -285,14 +292,12 @@ def _state_learned(probe: str, inputs: TaskInputs) -> dict[str, Any]:
     return stated
 
 
-def _check_learned(probe: str, inputs: TaskInputs) -> None:
-    _state_learned(probe, inputs)  # finds settings that do not fit together
-
-
 def _score_few(inputs: TaskInputs, extractor: FeatureExtractor) -> Scored:
     sets, settings = inputs.data.sets(extractor), inputs.settings
     return {
-        f"split {split}": _score_probes(inputs, extractor.name, sets, settings.few_labels, split)
+        f"split {split}": _score_probes(
+            inputs, extractor.name, sets, settings.few_labels, split=split
+        )
         for split in settings.few_splits
     }
 
@@ -320,10 +325,6 @@ def _state_few(inputs: TaskInputs) -> dict[str, Any]:
     }
 
 
-def _check_few(inputs: TaskInputs) -> None:
-    _state_few(inputs)  # finds classes with too few records
-
-
 def _or_first(inputs: TaskInputs, layer: str, probe: str, labels: str) -> Sequence[Choice]:
     """Choose a layer for the headline, or the first layer if that one is not evaluated."""
     return (layer, probe, labels), (inputs.layers[0], probe, labels)
@@ -333,17 +334,15 @@ def _learned(probe: str, from_stream: Callable[..., dict[str, float]]) -> Protoc
     return Protocol(
         functools.partial(_score_learned, probe, from_stream),
         functools.partial(_state_learned, probe),
-        functools.partial(_check_learned, probe),
         lambda inputs: _or_first(inputs, inputs.model.last_conv, probe, ALL_LABELS),
     )
 
 
 PROTOCOLS: dict[str, Protocol] = {
-    "pretrain": Protocol(_score_trained, _state_trained, _check_trained, lambda _: HEADLINE),
+    "pretrain": Protocol(_score_trained, _state_trained, lambda _: HEADLINE),
     "knn": Protocol(
         _score_knn,
         _state_knn,
-        _check_knn,
         lambda inputs: _or_first(inputs, "z", f"k={inputs.settings.knn_k}", next(iter(_VOTES))),
     ),
     "linear_probe": _learned("linear_probe", linear_probe_stream),
@@ -351,7 +350,6 @@ PROTOCOLS: dict[str, Protocol] = {
     "low_shot": Protocol(
         _score_few,
         _state_few,
-        _check_few,
         lambda inputs: _or_first(
             inputs,
             inputs.model.last_conv,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from nat_jax.evaluate import probe_data, store
-from nat_jax.evaluate.probe_data import TEST, TRAIN, FeatureExtractor, ProbeData, Reading
+from nat_jax.evaluate.probe_data import TEST, TRAIN, FeatureExtractor, ProbeData
 from nat_jax.evaluate.store import FeatureFiles, FeatureStore, check_room
 from nat_jax.input.reader import ImageCache
 from nat_jax.input.sources import open_source
@@ -182,7 +182,8 @@ class Extracted:
         self.data = ProbeData(
             train,
             test,
-            reading=Reading(32, threads=1, workers=0, prefetch=2, timeout=60.0),
+            batch_size=32,
+            reading={"threads": 1, "workers": 0, "prefetch": 2, "timeout": 60.0},
             max_train=100,
             cache=ImageCache(),
             store=folder and FeatureStore(folder),

@@ -16,13 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from nat_jax.errors import InputError
-from nat_jax.evaluate.features import (
-    FeatureBatch,
-    FeatureSet,
-    TrainEpoch,
-    check_sets,
-    inverse_deviation,
-)
+from nat_jax.evaluate.features import FeatureBatch, FeatureSet, TrainEpoch, inverse_deviation
 from nat_jax.evaluate.probes import sgd
 from nat_jax.evaluate.probes.lbfgs import lbfgs_probe
 from nat_jax.evaluate.probes.ridge import ridge_probe
@@ -47,7 +41,7 @@ def linear_probe(
         num_classes: labels are 0 .. num_classes - 1.
         seed: of the order of "sgd"; nothing else is random.
         fit: a key of FITS.
-        **options: of that fit: see `lbfgs_probe`, `sgd_probe`, `ridge_probe`.
+        **options: of that fit: see `lbfgs_probe`, `linear_probe_stream`, `ridge_probe`.
 
     Returns:
         Accuracy in [0, 1].
@@ -76,89 +70,41 @@ def fit_options(fit: str) -> dict[str, Any]:
     return sgd.keyword_options(FITS[fit])
 
 
-def sgd_probe(
-    train: FeatureSet,
-    test: FeatureSet,
-    *,
-    num_classes: int,
-    seed: int = 0,
-    epochs: int = 28,
-    batch_size: int = 256,
-    learning_rate: float = 0.01,
-    decay_every: int = 8,
-    decay: float = 0.1,
-    momentum: float = 0.9,
-    l2: float = 5e-4,
-) -> float:
-    """Train a linear classifier by SGD and return top-1 accuracy (Zhang et al., ECCV 2016).
-
-    Batch norm without scale and shift, then one linear layer from zero. Minimises
-    ``mean cross-entropy + l2 / 2 |W|^2`` by ``m = momentum m + rate (g + l2 W)``, ``W = W - m``;
-    the bias is not penalised and learns at twice the rate. The published 140,000 steps of 256
-    images with a tenth of the rate after every 40,000 are 28 epochs of ImageNet and steps of 8.
-    Batch norm takes each batch's mean and variance in training (an incomplete one is left out) and
-    their averages over all batches in the test. Small sets have few steps in 28 epochs: set more.
-
-    Args:
-        train: features float32[N, F] to fit.
-        test: features to classify.
-        num_classes: labels are 0 .. num_classes - 1.
-        seed: of the order.
-        epochs: passes over the training set.
-        batch_size: min(batch_size, N) is used.
-        learning_rate: of the first epochs.
-        decay_every: epochs after which the rate is multiplied by `decay`, again and again.
-        decay: in (0, 1].
-        momentum: heavy-ball momentum.
-        l2: penalty, 0 or more.
-
-    Returns:
-        Accuracy in [0, 1].
-
-    Raises:
-        InputError: an option out of range, sets that do not fit (see `check_sets`), or weights
-            that diverge.
-    """
-    check_sets(train, test, num_classes)
-    sgd.check_options("linear_probe by sgd", at_least_1={"batch_size": batch_size})
-    return sgd.probe(
-        lambda features: Linear(features, num_classes, momentum, l2),
-        train,
-        test,
-        _schedule(epochs, learning_rate, decay_every, decay, momentum, l2),
-        batch_size=batch_size,
-        num_classes=num_classes,
-        seed=seed,
-    )
-
-
-FITS: dict[str, Callable[..., float]] = {
-    "lbfgs": lbfgs_probe,
-    "sgd": sgd_probe,
-    "ridge": ridge_probe,
-}
-
-
 def linear_probe_stream(
     train_epoch: TrainEpoch,
     test: Iterable[FeatureBatch],
     *,
     num_classes: int,
     seed: int = 0,
-    **options: Any,
+    epochs: int = 28,
+    learning_rate: float = 0.01,
+    decay_every: int = 8,
+    decay: float = 0.1,
+    momentum: float = 0.9,
+    l2: float = 5e-4,
 ) -> dict[str, float]:
-    """Train a linear classifier on every layer of a stream at once, by SGD as `sgd_probe` does.
+    """Train a linear classifier on every layer of a stream by SGD (Zhang et al., ECCV 2016).
 
-    With fresh crops and flips in each epoch and maps pooled to the published sizes
-    (`features.pool`), this is the protocol of Zhang et al. (ECCV 2016).
+    Batch norm without scale and shift, then one linear layer from zero. Minimises
+    ``mean cross-entropy + l2 / 2 |W|^2`` by ``m = momentum m + rate (g + l2 W)``, ``W = W - m``;
+    the bias is not penalised and learns at twice the rate. The published 140,000 steps of 256
+    images with a tenth of the rate after every 40,000 are 28 epochs of ImageNet and steps of 8;
+    small sets have few steps in 28 epochs: set more. Batch norm takes each batch's mean and
+    variance in training and their averages over all batches in the test.
 
     Args:
-        train_epoch: returns the batches of an epoch, features {layer: float[B, F]}.
+        train_epoch: returns the batches of an epoch, features {layer: float[B, F]}; in the
+            published protocol fresh crops and flips, with maps pooled to about 9,600 values.
         test: batches with features float[B, V, F] for V views of each record, whose logits are
             summed, or [B, F] for one.
         num_classes: labels are 0 .. num_classes - 1.
         seed: unused, as the classifiers begin at zero; streams share one signature.
-        **options: of `sgd_probe`, except for batch_size, which is the stream's.
+        epochs: passes over the training set.
+        learning_rate: of the first epochs.
+        decay_every: epochs after which the rate is multiplied by `decay`, again and again.
+        decay: in (0, 1].
+        momentum: heavy-ball momentum.
+        l2: penalty, 0 or more.
 
     Returns:
         {layer: accuracy in [0, 1]}.
@@ -167,28 +113,6 @@ def linear_probe_stream(
         InputError: an option out of range, an empty stream, labels out of range, or weights that
             diverge.
     """
-    defaults = fit_options("sgd")
-    del defaults["batch_size"]
-    chosen = defaults | options
-    trained = sgd.fit(
-        lambda features: Linear(features, num_classes, chosen["momentum"], chosen["l2"]),
-        train_epoch,
-        _schedule(**chosen),
-        num_classes=num_classes,
-        seed=seed,
-    )
-    return sgd.accuracy(trained, test, num_classes=num_classes)
-
-
-def _schedule(
-    epochs: int,
-    learning_rate: float,
-    decay_every: int,
-    decay: float,
-    momentum: float,
-    l2: float,
-) -> sgd.Schedule:
-    """Check all options of `sgd_probe` and return the schedule."""
     sgd.check_options(
         "linear_probe by sgd",
         at_least_1={"epochs": epochs, "decay_every": decay_every},
@@ -199,7 +123,24 @@ def _schedule(
             "linear_probe by sgd: expected decay in (0, 1], l2 >= 0 and learning_rate above 0; "
             f"got {decay}, {l2}, {learning_rate}"
         )
-    return sgd.Schedule(epochs, lambda epoch: learning_rate * decay ** (epoch // decay_every))
+    trained = sgd.fit(
+        lambda features: Linear(features, num_classes, momentum, l2),
+        train_epoch,
+        epochs,
+        lambda epoch: learning_rate * decay ** (epoch // decay_every),
+        num_classes=num_classes,
+        seed=seed,
+    )
+    return sgd.accuracy(trained, test, num_classes=num_classes)
+
+
+sgd_probe = sgd.in_memory("linear_probe by sgd", linear_probe_stream)
+
+FITS: dict[str, Callable[..., float]] = {
+    "lbfgs": lbfgs_probe,
+    "sgd": sgd_probe,
+    "ridge": ridge_probe,
+}
 
 
 class _Moments(NamedTuple):
@@ -250,7 +191,7 @@ class Linear(NamedTuple):
         return logits + params["bias"], stats
 
     def optimizer(self, rate: jax.Array | float) -> optax.GradientTransformation:
-        """Return the rule that `sgd_probe` states."""
+        """Return the rule that `linear_probe_stream` states."""
         return optax.chain(
             optax.add_decayed_weights(self.l2, {"kernel": True, "bias": False}),
             optax.masked(optax.scale(_BIAS_RATE), {"kernel": False, "bias": True}),

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,22 +11,21 @@ import optax
 from flax import nnx
 
 from nat_jax.errors import InputError
-from nat_jax.evaluate.features import FeatureBatch, FeatureSet, TrainEpoch, check_sets
+from nat_jax.evaluate.features import FeatureBatch, TrainEpoch
 from nat_jax.evaluate.probes import sgd
 
 INITS = ("torch", "gaussian")
 _GAUSSIAN_DEVIATION = 0.01
 
 
-def mlp_probe(
-    train: FeatureSet,
-    test: FeatureSet,
+def mlp_probe_stream(
+    train_epoch: TrainEpoch,
+    test: Iterable[FeatureBatch],
     *,
     num_classes: int,
     seed: int = 0,
     hidden: int = 4096,
     epochs: int = 100,
-    batch_size: int = 256,
     learning_rate: float = 0.1,
     decay_start: int = 20,
     decay: float = 0.3,
@@ -34,23 +33,28 @@ def mlp_probe(
     weight_decay: float = 1e-8,
     dropout: float = 0.5,
     init: str = "torch",
-) -> float:
-    """Train the authors' transfer MLP on features and return top-1 accuracy (test.lua, test.sh).
+) -> dict[str, float]:
+    """Train the authors' transfer MLP on every layer of a stream (test.lua, test.sh).
 
     FC-BN-ReLU-dropout-FC-BN-ReLU-FC, cross-entropy, SGD with `learning_rate` for `decay_start`
     epochs and ``learning_rate / (1 + decay (e - decay_start))`` after; momentum
     ``m = .9 m + .1 g``; kernels shrink by ``1 - weight_decay`` each step (which float32 rounds to 1
-    at the authors' 1e-8). Here features are cached, hence without crops and flips, and tested with
-    one view; `mlp_probe_stream` has both. Every epoch leaves out the incomplete last batch.
+    at the authors' 1e-8).
+
+    Theirs is one layer, conv5 of the frozen network in evaluation mode; in each epoch fresh crops
+    and flips in batches of 256 without the incomplete last one; and ten crops of each test image,
+    whose logits are summed. All of that is in the two streams (see `features.featured`). Two things
+    of theirs are left out on purpose: an incomplete last batch of test images is scored as well
+    (they scored 49,984 of 50,000), and each crop is standardised on its own, as in training, not
+    the ten of an image together.
 
     Args:
-        train: features float32[N, F] to fit.
-        test: features to classify.
+        train_epoch: returns the batches of an epoch, features {layer: float[B, F]}.
+        test: batches with features float[B, V, F] for V crops of each record, or [B, F] for one.
         num_classes: labels are 0 .. num_classes - 1.
-        seed: of the initialisation, the order and the dropout masks.
+        seed: of the initialisation and the dropout masks.
         hidden: width of both hidden layers.
         epochs: passes over the training set.
-        batch_size: min(batch_size, N) is used.
         learning_rate: of the first `decay_start` epochs.
         decay_start: epochs of constant rate.
         decay: of the rate afterwards.
@@ -62,83 +66,12 @@ def mlp_probe(
             N(0, 0.01^2), biases 0, scales 1.
 
     Returns:
-        Accuracy in [0, 1].
-
-    Raises:
-        InputError: an option out of range, sets that do not fit (see `check_sets`), or weights
-            that diverge.
-    """
-    check_sets(train, test, num_classes)
-    sgd.check_options("mlp_probe", at_least_1={"batch_size": batch_size})
-    make, schedule = _set_up(
-        num_classes,
-        hidden=hidden,
-        epochs=epochs,
-        learning_rate=learning_rate,
-        decay_start=decay_start,
-        decay=decay,
-        momentum=momentum,
-        weight_decay=weight_decay,
-        dropout=dropout,
-        init=init,
-    )
-    return sgd.probe(
-        make, train, test, schedule, batch_size=batch_size, num_classes=num_classes, seed=seed
-    )
-
-
-def mlp_probe_stream(
-    train_epoch: TrainEpoch,
-    test: Iterable[FeatureBatch],
-    *,
-    num_classes: int,
-    seed: int = 0,
-    **options: Any,
-) -> dict[str, float]:
-    """Train the MLP of `mlp_probe` on every layer of a stream: the authors' whole protocol.
-
-    Theirs is one layer, conv5 of the frozen network in evaluation mode; in each epoch fresh crops
-    and flips in batches of 256 without the incomplete last one; and ten crops of each test image,
-    whose logits are summed. All of that is in the two streams (see `features.featured`). Two things
-    of theirs are left out on purpose: an incomplete last batch of test images is scored as well
-    (they scored 49,984 of 50,000), and each crop is standardised on its own, as in training, not
-    the ten of an image together.
-
-    Args:
-        train_epoch: returns the batches of an epoch, features float[B, F].
-        test: batches with features float[B, V, F] for V crops of each record, or [B, F] for one.
-        num_classes: labels are 0 .. num_classes - 1.
-        seed: of the initialisation and the dropout masks.
-        **options: of `mlp_probe`, except for batch_size, which is the stream's.
-
-    Returns:
         {layer: accuracy in [0, 1]}.
 
     Raises:
         InputError: an option out of range, an empty stream, labels out of range, or weights that
             diverge.
     """
-    defaults = sgd.keyword_options(mlp_probe)
-    del defaults["batch_size"]
-    make, schedule = _set_up(num_classes, **defaults | options)
-    trained = sgd.fit(make, train_epoch, schedule, num_classes=num_classes, seed=seed)
-    return sgd.accuracy(trained, test, num_classes=num_classes)
-
-
-def _set_up(
-    num_classes: int,
-    *,
-    hidden: int,
-    epochs: int,
-    learning_rate: float,
-    decay_start: int,
-    decay: float,
-    momentum: float,
-    weight_decay: float,
-    dropout: float,
-    init: str,
-) -> tuple[Callable[[int], "Mlp"], sgd.Schedule]:
-    """Check options and return the classifier by its number of features, and its schedule."""
     sgd.check_options(
         "mlp_probe",
         at_least_1={"hidden": hidden, "epochs": epochs},
@@ -146,14 +79,18 @@ def _set_up(
     )
     if init not in INITS:
         raise InputError(f"mlp_probe: unknown init {init!r}; known: {', '.join(INITS)}")
+    trained = sgd.fit(
+        lambda features: Mlp(features, hidden, num_classes, dropout, init, momentum, weight_decay),
+        train_epoch,
+        epochs,
+        lambda epoch: learning_rate / (1 + decay * max(epoch - decay_start, 0)),
+        num_classes=num_classes,
+        seed=seed,
+    )
+    return sgd.accuracy(trained, test, num_classes=num_classes)
 
-    def make(features: int) -> Mlp:
-        return Mlp(features, hidden, num_classes, dropout, init, momentum, weight_decay)
 
-    def rate(epoch: int) -> float:
-        return learning_rate / (1 + decay * max(epoch - decay_start, 0))
-
-    return make, sgd.Schedule(epochs, rate)
+mlp_probe = sgd.in_memory("mlp_probe", mlp_probe_stream)
 
 
 class Mlp(NamedTuple):

@@ -1,8 +1,7 @@
 """SGD for probes, on features in memory or on a stream of features of fresh crops.
 
-A probe supplies a `Classifier` and a `Schedule`. `fit` trains one classifier for each layer of a
-stream of batches, `accuracy` scores them; `shuffled` and `in_order` make such streams of features
-in memory.
+A probe supplies a `Classifier` and its learning rates. `fit` trains one classifier for each layer
+of a stream of batches, `accuracy` scores them; `in_memory` makes streams of features in memory.
 """
 
 import collections
@@ -25,6 +24,7 @@ from nat_jax.evaluate.features import (
     FeatureSet,
     TrainEpoch,
     check_labels,
+    check_sets,
     padded_length,
     padded_rows,
 )
@@ -55,18 +55,6 @@ class Classifier(Protocol):
         """Return the optimiser at a learning rate, on which its state does not depend."""
 
 
-class Schedule(NamedTuple):
-    """How long and how fast a classifier learns.
-
-    Attributes:
-        epochs: passes over the training data.
-        rate: learning rate of an epoch, counted from 0.
-    """
-
-    epochs: int
-    rate: Callable[[int], float]
-
-
 class State(NamedTuple):
     """Parameters, statistics (of batch norm) and optimiser state of a classifier in training."""
 
@@ -81,7 +69,8 @@ Trained = dict[str, tuple[Classifier, State]]  # by layer
 def fit(
     make: Callable[[int], Classifier],
     train_epoch: TrainEpoch,
-    schedule: Schedule,
+    epochs: int,
+    rate: Callable[[int], float],
     *,
     num_classes: int,
     seed: int,
@@ -92,7 +81,8 @@ def fit(
         make: returns the classifier for a number of features.
         train_epoch: returns the batches of an epoch, counted from 0, all of one size; called once
             for each epoch.
-        schedule: epochs and rates.
+        epochs: passes over the training data.
+        rate: learning rate of an epoch, counted from 0.
         num_classes: labels are 0 .. num_classes - 1.
         seed: of the initialisation and of dropout; all layers share it, so that a layer's result
             does not depend on which others are trained at the same time.
@@ -104,8 +94,8 @@ def fit(
     trained: Trained = {}
     pending: collections.deque[tuple[int, Mapping[str, jax.Array]]] = collections.deque()
     logged = time.monotonic()
-    for epoch in range(schedule.epochs):
-        rate, epoch_key = np.float32(schedule.rate(epoch)), jax.random.fold_in(key, epoch + 1)
+    for epoch in range(epochs):
+        epoch_rate, epoch_key = np.float32(rate(epoch)), jax.random.fold_in(key, epoch + 1)
         losses: dict[str, jax.Array] = {}
         for step, batch in enumerate(train_epoch(epoch)):
             _check_batch(batch, num_classes, "train")
@@ -115,16 +105,9 @@ def fit(
                     net = make(_dimension(features, layer))
                     trained[layer] = net, _start(jax.random.fold_in(key, 0), net=net)
                 net, state = trained[layer]
-                state, losses[layer] = _step(
-                    state,
-                    features,
-                    batch.labels,
-                    batch.weight,
-                    epoch_key,
-                    np.int32(step),
-                    rate,
-                    net=net,
-                )
+                examples = features, batch.labels, batch.weight
+                step_key = epoch_key, np.int32(step)
+                state, losses[layer] = _step(state, *examples, *step_key, epoch_rate, net=net)
                 trained[layer] = net, state
             pending.append((epoch, losses))
             if len(pending) > _IN_FLIGHT:
@@ -136,7 +119,7 @@ def fit(
         if time.monotonic() - logged > _SECONDS:
             logged = time.monotonic()
             last = ", ".join(f"{layer} {float(loss):.3f}" for layer, loss in losses.items())
-            logger.info("epoch %d of %d, loss on %s", epoch + 1, schedule.epochs, last)
+            logger.info("epoch %d of %d, loss on %s", epoch + 1, epochs, last)
     return trained
 
 
@@ -172,20 +155,39 @@ def accuracy(
     return {layer: count / records for layer, count in right.items()}
 
 
-def probe(
-    make: Callable[[int], Classifier],
-    train: FeatureSet,
-    test: FeatureSet,
-    schedule: Schedule,
-    *,
-    batch_size: int,
-    num_classes: int,
-    seed: int,
-) -> float:
-    """Train on features in memory (or mapped from a file) and return top-1 accuracy."""
-    epochs = shuffled(train, batch_size, seed)
-    trained = fit(make, epochs, schedule, num_classes=num_classes, seed=seed)
-    return accuracy(trained, in_order(test), num_classes=num_classes)[_IN_MEMORY]
+def in_memory(name: str, stream: Callable[..., dict[str, float]]) -> Callable[..., float]:
+    """Return a probe of features in memory (or mapped from a file) that learns as one of a stream.
+
+    It has the options of `stream` and ``batch_size``, of which min(batch_size, N) is used. An epoch
+    shuffles the records by ``seed`` and leaves out the incomplete last batch.
+
+    Args:
+        name: of the probe, for messages.
+        stream: the probe that learns from a stream.
+    """
+
+    def probe(
+        train: FeatureSet,
+        test: FeatureSet,
+        *,
+        num_classes: int,
+        seed: int = 0,
+        batch_size: int = 256,
+        **options: Any,
+    ) -> float:
+        check_sets(train, test, num_classes)
+        check_options(name, at_least_1={"batch_size": batch_size})
+        epochs = shuffled(train, batch_size, seed)
+        common = {"num_classes": num_classes, "seed": seed}
+        return stream(epochs, in_order(test), **common, **options)[_IN_MEMORY]
+
+    probe.__doc__ = f"Learn from features in memory as `{stream.__name__}` does from a stream."
+    own = inspect.signature(probe)
+    options = inspect.signature(stream).parameters.values()
+    parameters = [p for p in own.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    parameters += [p for p in options if p.default is not p.empty and p.name not in own.parameters]
+    probe.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return probe
 
 
 def shuffled(train: FeatureSet, batch_size: int, seed: int) -> TrainEpoch:

@@ -62,7 +62,8 @@ def test_seed_orders_the_records(digits: tuple[FeatureSet, FeatureSet]) -> None:
         trained = sgd.fit(
             lambda features: Linear(features, 10, 0.9, 5e-4),
             epochs,
-            sgd.Schedule(2, lambda epoch: 0.01),
+            2,
+            lambda epoch: 0.01,
             num_classes=10,
             seed=0,
         )

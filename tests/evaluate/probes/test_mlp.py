@@ -6,8 +6,9 @@ import optax
 import pytest
 
 from nat_jax.evaluate.features import FeatureBatch, FeatureSet
+from nat_jax.evaluate.probes import sgd
 from nat_jax.evaluate.probes.linear import linear_probe
-from nat_jax.evaluate.probes.mlp import Mlp, _set_up, mlp_probe, mlp_probe_stream
+from nat_jax.evaluate.probes.mlp import Mlp, mlp_probe, mlp_probe_stream
 
 SMALL = {"hidden": 32, "batch_size": 64, "epochs": 40}
 NET = Mlp(features=3, hidden=64, classes=2, dropout=0.5, start="torch")
@@ -59,13 +60,17 @@ def test_step_by_hand() -> None:
     np.testing.assert_allclose(params["bias"], bias, rtol=1e-5)
 
 
-def test_the_rate_follows_the_schedule() -> None:
-    options = {"hidden": 8, "epochs": 100, "learning_rate": 0.1, "decay_start": 20, "decay": 0.3}
-    rest = {"momentum": 0.9, "weight_decay": 1e-8, "dropout": 0.5, "init": "torch"}
-    make, schedule = _set_up(3, **options, **rest)
-    rates = [schedule.rate(epoch) for epoch in (0, 19, 20, 21, 22, 99)]
+def test_the_rate_follows_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    fits = []
+    monkeypatch.setattr(
+        sgd, "fit", lambda make, epoch, *rest, **_: fits.append((make, *rest)) or {}
+    )
+    monkeypatch.setattr(sgd, "accuracy", lambda *_, **__: {})
+    mlp_probe_stream(lambda _: [], [], num_classes=3, hidden=8)
+    ((make, epochs, rate),) = fits
+    rates = [rate(epoch) for epoch in (0, 19, 20, 21, 22, 99)]
     assert rates == pytest.approx([0.1, 0.1, 0.1, 0.1 / 1.3, 0.1 / 1.6, 0.1 / 24.7])
-    assert schedule.epochs == 100 and make(5) == Mlp(5, 8, 3, 0.5, "torch", 0.9, 1e-8)
+    assert epochs == 100 and make(5) == Mlp(5, 8, 3, 0.5, "torch", 0.9, 1e-8)
 
 
 def _named(tree) -> dict[str, np.ndarray]:

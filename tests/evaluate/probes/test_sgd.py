@@ -11,7 +11,7 @@ from nat_jax.evaluate.probes import sgd
 from nat_jax.evaluate.probes.linear import Linear
 from nat_jax.evaluate.probes.mlp import Mlp
 
-SCHEDULE = sgd.Schedule(4, lambda epoch: 0.1 / (1 + epoch))
+SCHEDULE = 4, lambda epoch: 0.1 / (1 + epoch)
 
 
 def linear(features: int) -> Linear:
@@ -36,7 +36,7 @@ def _batch(data: FeatureSet, weight: np.ndarray | None = None, layer: str = "a")
 
 
 def _fit(*batches: FeatureBatch, make=linear, classes: int = 3):
-    return sgd.fit(make, lambda epoch: batches, SCHEDULE, num_classes=classes, seed=0)
+    return sgd.fit(make, lambda epoch: batches, *SCHEDULE, num_classes=classes, seed=0)
 
 
 @pytest.mark.parametrize("make", [linear, mlp])
@@ -45,7 +45,7 @@ def test_features_too_large_for_the_device(make, monkeypatch: pytest.MonkeyPatch
 
     def trained() -> sgd.State:
         epochs = sgd.shuffled(train, 64, seed=5)
-        ((_, state),) = sgd.fit(make, epochs, SCHEDULE, num_classes=3, seed=5).values()
+        ((_, state),) = sgd.fit(make, epochs, *SCHEDULE, num_classes=3, seed=5).values()
         return state
 
     resident = trained()
