@@ -29,12 +29,12 @@ def composed(network: Network) -> np.ndarray:
     if front is None:
         return kernel
     height, width = (a + b - 1 for a, b in zip(kernel.shape, front.shape[:2], strict=False))
-    whole = np.zeros((height, width, front.shape[2], kernel.shape[3]), np.float32)
+    product = np.zeros((height, width, front.shape[2], kernel.shape[3]), np.float32)
     for row in range(front.shape[0]):
         for column in range(front.shape[1]):
             part = np.einsum("pqso,cs->pqco", kernel, front[row, column])
-            whole[row : row + kernel.shape[0], column : column + kernel.shape[1]] += part
-    return whole
+            product[row : row + kernel.shape[0], column : column + kernel.shape[1]] += part
+    return product
 
 
 def first_kernel(network: Network) -> np.ndarray:

@@ -129,7 +129,7 @@ def check_sets(train: FeatureSet, test: FeatureSet, num_classes: int) -> None:
     """Check what every probe needs of its two sets.
 
     Raises:
-        ValueError: an empty set, feature dimensions that differ, fewer than two classes, labels
+        InputError: an empty set, feature dimensions that differ, fewer than two classes, labels
             outside [0, num_classes), or features that are not finite.
     """
     for name, data in (("train", train), ("test", test)):
@@ -184,7 +184,7 @@ def extract(apply: Apply, batches: Iterable[Batch]) -> dict[str, FeatureSet]:
         A set for each layer, each record flattened to float32[F], in the order of the batches.
 
     Raises:
-        ValueError: no record is left.
+        InputError: no record is left.
     """
     return joined(columns for _, columns in extracted(apply, batches))
 
@@ -281,7 +281,7 @@ def few_labels(
         int64[n], rows in rising order.
 
     Raises:
-        ValueError: the amount is neither; a class that occurs has fewer records; records are
+        InputError: the amount is neither; a class that occurs has fewer records; records are
             unlabelled; names are not one per record.
     """
     share = 0 < amount < 1

@@ -24,6 +24,8 @@ from nat_jax.training import workdir as workdirs
 
 logger = logging.getLogger(__name__)
 
+_ORIGIN = ("seed", "step", "data")  # of a network, in a result
+
 
 @dataclasses.dataclass(frozen=True)
 class Networks:
@@ -51,7 +53,7 @@ class Networks:
         return {
             name: {
                 "fingerprint": network.fingerprint(),
-                **_plain(network.run),
+                **{key: network.run[key] for key in _ORIGIN if key in network.run},
                 **({"folder": self.folders[name]} if name in self.folders else {}),
                 "config": workdirs.training(network.config),
             }
@@ -68,7 +70,7 @@ def seeds_of(config: ConfigDict, workdir: Path) -> tuple[int, ...]:
     """Return the seeds to evaluate: those of the config that the run has; of a bundle, its own.
 
     Raises:
-        ValueError: the run has none of them.
+        InputError: the run has none of them.
     """
     where = _where(config, workdir)
     if is_bundle(where):
@@ -140,7 +142,3 @@ def _name(network: Bundle, config: ConfigDict, folder: str, taken: Mapping[str, 
         if name not in taken:
             return name
     raise InputError(f"eval.compare: expected each folder once; got {folder} again")
-
-
-def _plain(run: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: run[key] for key in ("seed", "step", "data") if key in run}

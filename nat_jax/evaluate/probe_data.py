@@ -147,19 +147,32 @@ class ProbeData:
         return {layer: found[layer] for layer in wanted}
 
     def batches(
-        self, source: Source, transform: Transform, *, keep: bool = True
+        self, source: Source, transform: Transform, *, batch_size: int = 0, keep: bool = True
     ) -> Iterable[Batch]:
-        """Read records in order, with ``index``; those of the splits are kept in memory."""
-        return self._batches(source, transform, self._batch_size, keep=keep)
+        """Read records in order, with ``index``.
+
+        Args:
+            source: one of the splits, or some of its records.
+            transform: brings the images to the network.
+            batch_size: 0 for the usual one.
+            keep: images stay decoded in memory, and bad records are counted; of a split only.
+        """
+        return pipeline.eval_batches(
+            source,
+            transform,
+            batch_size=batch_size or self._batch_size,
+            cache=self._cache if keep else None,
+            bad_records=self._bad[source.split] if keep else None,
+            **self._reading,
+        )
 
     def train_epochs(
-        self, extractor: FeatureExtractor, layers: tuple[str, ...], augment: Transform, seed: int
+        self, extractor: FeatureExtractor, augment: Transform, seed: int
     ) -> TrainEpoch:
         """Return a function from an epoch to the features of its augmented training images.
 
         Args:
             extractor: computes the features.
-            layers: some of its layers.
             augment: the random augmentation, which differs from epoch to epoch.
             seed: of the augmentation.
         """
@@ -181,7 +194,7 @@ class ProbeData:
             shown = tqdm(
                 batches, f"{extractor.name}, epoch {number + 1}", steps, leave=False, disable=None
             )
-            return featured(extractor.apply(layers), shown)
+            return featured(extractor.apply(extractor.layers), shown)
 
         return epoch
 
@@ -191,19 +204,17 @@ class ProbeData:
         return min(self._batch_size, len(self.train))
 
     def test_views(
-        self, extractor: FeatureExtractor, layers: tuple[str, ...], transform: Transform
+        self, extractor: FeatureExtractor, transform: Transform
     ) -> Iterator[FeatureBatch]:
         """Return the features of test images, of each of the views that a transform makes."""
         size = max(1, self._batch_size // transform.count)
-        return featured(
-            extractor.apply(layers), self._batches(self.test, transform, size, keep=False)
-        )
+        batches = self.batches(self.test, transform, batch_size=size, keep=False)
+        return featured(extractor.apply(extractor.layers), batches)
 
     def images(self, split: str, records: np.ndarray, transform: Transform) -> np.ndarray:
         """Return some records' images uint8[n, S, S, 3]; one that cannot be read is grey."""
         chosen = Selection(self._source(split), records)
-        batches = self._batches(chosen, transform, self._batch_size, keep=False)
-        parts = [batch["image"] for batch in batches]
+        parts = [batch["image"] for batch in self.batches(chosen, transform, keep=False)]
         return np.concatenate(parts)[: len(records)]
 
     def _source(self, split: str) -> Source:
@@ -234,18 +245,6 @@ class ProbeData:
             **_computer(),
         }
 
-    def _batches(
-        self, source: Source, transform: Transform, batch_size: int, *, keep: bool
-    ) -> Iterable[Batch]:
-        return pipeline.eval_batches(
-            source,
-            transform,
-            batch_size=batch_size,
-            cache=self._cache if keep else None,
-            bad_records=self._bad[source.split] if keep else None,
-            **self._reading,
-        )
-
 
 def _computer() -> dict[str, Any]:
     """Return what the last bits of features depend on, as JSON has it."""
@@ -264,7 +263,7 @@ def check_labels(train: Source, test: Source) -> int | None:
     """Return the number of classes; None where one of the sources is unlabelled.
 
     Raises:
-        ValueError: the two sources do not have the same classes.
+        InputError: the two sources do not have the same classes.
     """
     if train.num_classes is None or test.num_classes is None:
         return None

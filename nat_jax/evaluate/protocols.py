@@ -263,8 +263,8 @@ def _score_learned(
     common = {"num_classes": inputs.num_classes, "seed": inputs.seed}
     if _streamed(inputs, probe):
         options.pop("fit", None)
-        test = inputs.data.test_views(extractor, extractor.layers, inputs.test_transform)
-        epochs = inputs.data.train_epochs(extractor, extractor.layers, inputs.augment, inputs.seed)
+        test = inputs.data.test_views(extractor, inputs.test_transform)
+        epochs = inputs.data.train_epochs(extractor, inputs.augment, inputs.seed)
         values = from_stream(epochs, test, **common, **options)
     else:
         train, held_out = inputs.data.sets(extractor)

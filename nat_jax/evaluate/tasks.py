@@ -135,10 +135,10 @@ def _set_up(config: ConfigDict, workdir: Path) -> list[Seed]:
 def _own_data(config: ConfigDict, networks: Networks, source: Callable[..., Source]) -> str:
     """Return where the data that the network was trained on lies now.
 
-    That is where the command line says, if the same records are there; else where it was.
+    That is the command line's source if it has the same records, else the one of training.
 
     Raises:
-        InputError: it is nowhere; the message says what to set.
+        InputError: it is in neither; the message names the keys to set.
     """
     wanted, own = config.data.source, networks.settings.data.source
     if wanted == own:
@@ -208,7 +208,7 @@ def _are_drawn(result: Result, last: Result | None, workdir: Path) -> bool:
 
 
 def _ordered(result: Result) -> Result:
-    """Put what a reader looks for first on top; the same as what JSON gives back."""
+    """Return a result as JSON reads it back, with the keys that matter most on top."""
     first = ("task", "metric", "value", "untrained", "protocol", "run")
     ordered = {key: result[key] for key in first}
     return json.loads(json.dumps({**ordered, **result}))

@@ -36,7 +36,7 @@ _FIT_STATEMENTS = {
     "mean |W x + b - y|^2 + l2 |W|^2, exact",
 }
 _CACHED = "cached: one view of each record"
-_STREAMED = "computed anew in each epoch from augmented images; logits summed over a test's views"
+_STREAMED = "computed in each epoch from newly augmented images; logits summed over a test's views"
 
 
 def protocol(
@@ -51,11 +51,11 @@ def protocol(
             `linear_probe_stream`); its batch size is then the stream's, which the caller states.
 
     Returns:
-        "probe", "statement", "metric", and every option with the value used; "features" says
+        "probe", "statement", "metric", and every option with the value used; "features" states
         which of the two kinds a probe that can learn from both was given.
 
     Raises:
-        ValueError: unknown probe or option; the message lists the known ones.
+        InputError: unknown probe or option; the message lists the known ones.
     """
     if probe_name not in PROBES:
         raise InputError(f"unknown probe {probe_name!r}; known: {', '.join(PROBES)}")

@@ -62,7 +62,7 @@ def mlp_probe_stream(
         weight_decay: per step, on kernels, independent of the learning rate.
         dropout: rate after the first hidden layer.
         init: "torch", the authors' code: weights and biases uniform in +-1/sqrt(fan_in), batch-norm
-            scales in [0, 1]; "gaussian", the paper's words (it gives no deviation): weights
+            scales in [0, 1]; "gaussian", the paper's words (it states no deviation): weights
             N(0, 0.01^2), biases 0, scales 1.
 
     Returns:

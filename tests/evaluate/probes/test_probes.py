@@ -31,7 +31,7 @@ def test_a_linear_probe_states_its_fit_alone() -> None:
 def test_a_stream_is_told_from_cached_features() -> None:
     for name in ("mlp_probe", "linear_probe"):
         streamed = protocol(name, {"epochs": 5}, streamed=True)
-        assert "anew in each epoch" in streamed["features"]
+        assert "newly augmented" in streamed["features"]
         assert "batch_size" not in streamed and streamed["epochs"] == 5
     assert protocol("mlp_probe")["features"].startswith("cached")
     assert protocol("mlp_probe")["batch_size"] == 256
