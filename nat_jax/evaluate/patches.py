@@ -28,8 +28,8 @@ _EXACT = jax.lax.Precision.HIGHEST
 class PatchDictionary:
     """What was learned from patches; call it with images.
 
-    ``features.extract(lambda images: {"patches": dictionary(images)}, batches)`` returns the feature
-    sets that every probe takes.
+    ``features.extract(lambda images: {"patches": dictionary(images)}, batches)`` returns the
+    feature sets that every probe takes.
 
     Attributes:
         mean: float32[d] of the normalised patches, d = 3 size^2.

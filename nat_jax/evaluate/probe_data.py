@@ -28,7 +28,8 @@ from nat_jax.evaluate.store import FeatureStore
 from nat_jax.input import pipeline
 from nat_jax.input.bad_records import BadRecords
 from nat_jax.input.reader import ImageCache
-from nat_jax.input.sources import Record, Source
+from nat_jax.input.sources import Source
+from nat_jax.input.sources.subset import Subset
 from nat_jax.input.transforms import Transform
 
 TRAIN, TEST = "train", "test"
@@ -213,7 +214,7 @@ class ProbeData:
 
     def images(self, split: str, records: np.ndarray, transform: Transform) -> np.ndarray:
         """Return some records' images uint8[n, S, S, 3]; one that cannot be read is grey."""
-        chosen = Selection(self._source(split), records)
+        chosen = Subset(self._source(split), records)
         parts = [batch["image"] for batch in self.batches(chosen, transform, keep=False)]
         return np.concatenate(parts)[: len(records)]
 
@@ -275,30 +276,9 @@ def check_labels(train: Source, test: Source) -> int | None:
     return train.num_classes
 
 
-class Selection:
-    """Some records of a source, renumbered from 0."""
-
-    def __init__(self, source: Source, rows: np.ndarray):
-        self._source, self._rows = source, rows
-        self.name, self.split = source.name, source.split
-        self.class_names, self.num_classes = source.class_names, source.num_classes
-        self.fingerprint = source.fingerprint
-        self.labels = None if source.labels is None else source.labels[rows]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def record_name(self, index: int) -> str:
-        return self._source.record_name(int(self._rows[index]))
-
-    def __getitem__(self, index: int) -> Record:
-        record = self._source[int(self._rows[index])]
-        return Record(**{**record, "index": index})
-
-
 def thinned(source: Source, most: int, seed: int) -> Source:
     """Return at most so many records of a source, drawn by seed; 0: all of them."""
     if not most or most >= len(source):
         return source
     rows = np.sort(np.random.default_rng(seed).choice(len(source), most, replace=False))
-    return Selection(source, rows)
+    return Subset(source, rows)

@@ -21,12 +21,12 @@ from nat_jax import config as configs
 from nat_jax import evaluate
 from nat_jax.errors import InputError
 from nat_jax.evaluate.features import INDEX, Columns, extracted
-from nat_jax.evaluate.probe_data import Selection
 from nat_jax.evaluate.store import FeatureFiles, check_room
 from nat_jax.export import Bundle
 from nat_jax.export.loading import network_of, task_config
 from nat_jax.input import pipeline
 from nat_jax.input.sources import Source, open_source
+from nat_jax.input.sources.subset import Subset
 from nat_jax.models.frozen import resolve_layers
 from nat_jax.runtime import atomic_files
 from nat_jax.training import workdir as workdirs
@@ -164,7 +164,7 @@ def _computed(
     settings: ConfigDict, network: Bundle, source: Source, start: int
 ) -> Iterator[tuple[Columns, list[str]]]:
     """Yield the columns of each batch from a record on, and the names of its records."""
-    rest = Selection(source, np.arange(start, len(source))) if start else source
+    rest = Subset(source, np.arange(start, len(source))) if start else source
     if not len(rest):
         return
     layers = resolve_layers(settings.eval.layers, network.model)
