@@ -4,6 +4,7 @@
 """
 
 import collections
+import functools
 import logging
 import math
 import os
@@ -17,12 +18,13 @@ from ml_collections import ConfigDict
 from nat_jax import config as configs
 from nat_jax import evaluate, report, schema
 from nat_jax.errors import InputError, UserError
-from nat_jax.evaluate import judge
-from nat_jax.export.loading import UNTRAINED, untrained_network
+from nat_jax.evaluate.evaluator import Evaluator, write_run_result
+from nat_jax.export.loading import untrained_network
 from nat_jax.input import pipeline
 from nat_jax.input.bad_records import BadRecords
 from nat_jax.input.reader import ImageCache
 from nat_jax.models.frozen import Network
+from nat_jax.report.rows import Row
 from nat_jax.runtime import consistency, preemption, sharding, startup
 from nat_jax.runtime.preemption import Preempted, StopOnSignal
 from nat_jax.train_step import Metrics, TrainState, batch_shardings
@@ -94,13 +96,13 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> T
         place = workdirs.seed_folder(config, folder, seed)
         run = set_up(config, seed, place, mesh=mesh, sources=sources, cache=cache)
         # Before training, so that mistakes in the evaluation's settings are found.
-        evaluator = judge.Judge(config, *sources[1:], run.step.model, seed=seed, cache=cache)
+        evaluator = Evaluator(config, *sources[1:], run.step.model, seed=seed, cache=cache)
         state = _train(run, evaluator, folder, began)
         trained = _network(run, state)
         if jax.process_index() == 0:
             with preemption.nothing_to_save():
                 _log_health(run)
-                results[seed] = _judge_run(run, evaluator, int(state.step), trained)
+                results[seed] = _judge_run(run, evaluator, trained)
         began = time.perf_counter()
     with preemption.nothing_to_save():
         if jax.process_index() == 0:
@@ -109,7 +111,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> T
     return state
 
 
-def _train(run: Run, evaluator: judge.Judge, folder: Path, began: float) -> TrainState:
+def _train(run: Run, evaluator: Evaluator, folder: Path, began: float) -> TrainState:
     """Train a run to its last step, from its newest checkpoint."""
     checkpoints = checkpoint.Checkpoints(
         run.workdir / "checkpoints", keep=run.config.checkpoint.keep
@@ -163,68 +165,20 @@ def _log_health(run: Run) -> None:
         logger.info("seed %d: %s", run.seed, sentence)
 
 
-def _judge_run(run: Run, evaluator: judge.Judge, step: int, trained: Network) -> list[judge.Row]:
-    """Score raw pixels, the untrained and the trained network, and draw the pictures.
+def _judge_run(run: Run, evaluator: Evaluator, trained: Network) -> list[Row]:
+    """Score the baselines, the untrained and the trained network, and draw the pictures.
 
-    What an earlier call found for the same weights under the same protocol is read back. Nothing
-    here waits for another process.
+    Nothing here waits for another process.
     """
-    path = run.workdir / "judged.json"
-    asked = {
-        "step": step,
-        "protocol": evaluator.protocol(),
-        "training": {**workdirs.training(run.config), **run.identity()},
-    }
-    saved = workdirs.read_json(path)
-    if workdirs.answers(saved, asked):
-        return saved["rows"]
-    rows: list[judge.Row] = []
-    if evaluator.has_labels:
-        rows += evaluator.baselines()
-        rows += evaluator.network(UNTRAINED, untrained_network(run.config, run.seed))
-        rows += evaluator.network(evaluator.trained, trained)
-    else:
-        logger.info("no labels: probes are skipped, neighbours are still drawn")
-    _draw(run, evaluator, trained)
-    workdirs.write_json(path, {**asked, "rows": rows})
-    return rows
+    untrained = functools.partial(untrained_network, run.config, run.seed)
+    return evaluator.score_run(run.workdir, trained, untrained, run.identity())
 
 
-def _draw(run: Run, evaluator: judge.Judge, network: Network) -> None:
-    """Draw the first layer's filters and some test images' nearest neighbours."""
-    folder = run.workdir / "pictures"
-    folder.mkdir(parents=True, exist_ok=True)
-    kernel = jax.device_get(network.params["conv1"]["map"]["kernel"])
-    (folder / "filters.png").write_bytes(report.filters(kernel, "First-layer filters"))
-    for layer in dict.fromkeys(("z", run.step.model.last_conv)):
-        found = evaluator.neighbours(network, layer, queries=8, count=10)
-        (folder / f"neighbours_{layer}.png").write_bytes(report.neighbours(*found))
-
-
-def _publish(
-    workdir: Path, run: Run, evaluator: judge.Judge, results: dict[int, list[judge.Row]]
-) -> None:
+def _publish(workdir: Path, run: Run, evaluator: Evaluator, results: dict[int, list[Row]]) -> None:
     """Write the table over all seeds and the report, and print where they are."""
     if any(results.values()):
-        table = judge.aggregate(results)
-        value, untrained = judge.headline(table)
-        result = {
-            "task": "pretrain",
-            "metric": "accuracy",
-            "value": value,
-            "untrained": untrained,
-            "protocol": {**evaluator.protocol(), "config": configs.to_dict(run.config)},
-            "run": {
-                **run.identity(),
-                "seed": list(results),
-                "steps": run.total_steps,
-                **judge.environment(),
-            },
-            "table": table,
-        }
-        workdirs.write_json(workdir / "results" / "pretrain.json", result)
-        (workdir / "results" / "pretrain.md").write_text(report.markdown_table(table))
-        print(report.text_table(table), flush=True)
+        about = {**run.identity(), "steps": run.total_steps}
+        write_run_result(workdir, evaluator, run.config, results, about)
     print(f"report: {report.write_report(workdir)}", flush=True)
 
 
@@ -234,7 +188,7 @@ class _Loop:
     def __init__(
         self,
         run: Run,
-        evaluator: judge.Judge,
+        evaluator: Evaluator,
         checkpoints: checkpoint.Checkpoints,
         began: float,
     ) -> None:
@@ -389,6 +343,7 @@ class _Loop:
         network = _network(self._run, state)
         if jax.process_index() != 0 or self._is_judged(done):
             return  # the next step waits for the first process
-        rows = self._evaluator.network(self._evaluator.trained, network)
-        scores = {f"eval/{r['features']}/{r['probe']}/{r['labels']}": r["value"] for r in rows}
+        extractor = self._evaluator.extractor(self._evaluator.trained, network)
+        rows = self._evaluator.score(extractor)[""]
+        scores = {f"eval/{r['layer']}/{r['probe']}/{r['labels']}": r["value"] for r in rows}
         self._write(done, scores)

@@ -32,3 +32,15 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip(f"no real data in {path}")
     return path
+
+
+@pytest.fixture(scope="session")
+def two_seeds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder of a finished run of two seeds, one epoch each; it is not written to."""
+    from small_run import tiny
+
+    from nat_jax.train import train_and_evaluate
+
+    workdir = tmp_path_factory.mktemp("two_seeds")
+    train_and_evaluate(tiny(epochs=1.0, seeds=(0, 3)), workdir)
+    return workdir

@@ -9,7 +9,6 @@ import optax
 import pytest
 
 from nat_jax import config, losses, models, optim, targets, train
-from nat_jax.evaluate import judge
 from nat_jax.models.layers import unit_norm
 from nat_jax.runtime import sharding
 from nat_jax.train_step import Step, create_state
@@ -130,20 +129,6 @@ def test_a_run_is_judged_by_its_own_decisions(tmp_path):
     assert not any(name.startswith("assign/") for row in rows for name in row)
     page = (tmp_path / "report.html").read_text()
     assert "supervised, softmax" in page and "NAT is" not in page
-
-
-def test_own_decisions_are_the_largest_output():
-    rows = [
-        {"features": "z", "network": name, "probe": probe, "labels": "all", "mean": mean}
-        for name, probe, mean in (
-            ("untrained", "knn", 0.3),
-            ("supervised_square", "knn", 0.6),
-            ("untrained", "own", 0.1),
-            ("supervised_square", "own", 0.7),
-        )
-    ]
-    assert judge.headline(rows) == (0.7, 0.1)
-    assert judge.headline(rows[:2]) == (0.6, 0.3)
 
 
 @pytest.mark.parametrize(

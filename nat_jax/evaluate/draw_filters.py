@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from nat_jax import report
-from nat_jax.evaluate.judge import UNTRAINED
 from nat_jax.models.frontend import kernel_of
 from nat_jax.models.frozen import Network
+from nat_jax.report.rows import UNTRAINED
 
 _PICTURE = "filters_composed.png"
 
@@ -29,12 +29,12 @@ def composed(network: Network) -> np.ndarray:
     if front is None:
         return kernel
     height, width = (a + b - 1 for a, b in zip(kernel.shape, front.shape[:2], strict=False))
-    whole = np.zeros((height, width, front.shape[2], kernel.shape[3]), np.float32)
+    product = np.zeros((height, width, front.shape[2], kernel.shape[3]), np.float32)
     for row in range(front.shape[0]):
         for column in range(front.shape[1]):
             part = np.einsum("pqso,cs->pqco", kernel, front[row, column])
-            whole[row : row + kernel.shape[0], column : column + kernel.shape[1]] += part
-    return whole
+            product[row : row + kernel.shape[0], column : column + kernel.shape[1]] += part
+    return product
 
 
 def first_kernel(network: Network) -> np.ndarray:
@@ -42,20 +42,20 @@ def first_kernel(network: Network) -> np.ndarray:
     return np.asarray(network.params["conv1"]["map"]["kernel"], np.float32)
 
 
-def draw_filters(networks: Mapping[str, Network], judged: str, workdir: Path) -> dict[str, Any]:
+def draw_filters(networks: Mapping[str, Network], evaluated: str, workdir: Path) -> dict[str, Any]:
     """Draw the raw and the composed filters of some networks, one below the other.
 
     Args:
         networks: by name, the untrained one among them.
-        judged: the name of the one that is judged; it stands on top.
+        evaluated: the name of the one that is drawn on top.
         workdir: ``pictures/filters_composed.png`` goes there.
 
     Returns:
         "metric", "value" and "untrained": how far training has moved the kernels from where they
         began, relative to their norm; "pictures".
     """
-    order = [judged, *(name for name in networks if name not in (judged, UNTRAINED))]
-    if judged != UNTRAINED:
+    order = [evaluated, *(name for name in networks if name not in (evaluated, UNTRAINED))]
+    if evaluated != UNTRAINED:
         order.append(UNTRAINED)
     parts = []
     for name in order:
@@ -71,7 +71,7 @@ def draw_filters(networks: Mapping[str, Network], judged: str, workdir: Path) ->
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _PICTURE).write_bytes(report.stacked(parts))
     before = first_kernel(networks[UNTRAINED])
-    moved = np.linalg.norm(first_kernel(networks[judged]) - before) / np.linalg.norm(before)
+    moved = np.linalg.norm(first_kernel(networks[evaluated]) - before) / np.linalg.norm(before)
     return {
         "metric": "distance of the first layer's kernels from the untrained ones, by their norm",
         "value": round(float(moved), 6),

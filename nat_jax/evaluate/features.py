@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,13 @@ import numpy as np
 from nat_jax.errors import InputError
 from nat_jax.models.pooling import pool
 
-Apply = Callable[[np.ndarray], Mapping[str, jax.Array]]
+LABEL, INDEX = "label", "index"
+
+Batch = Mapping[str, Any]  # "image", "label", "weight", "index" and "name" of some records
+Columns = dict[
+    str, np.ndarray
+]  # of some records: {layer: float32[n, F]}, "label", "index" int32[n]
+Apply = Callable[[np.ndarray], Mapping[str, jax.Array]]  # from images to features by layer
 
 _CHECK_BYTES = 64 << 20
 
@@ -24,10 +30,12 @@ class FeatureSet:
     Attributes:
         features: float32[N, F]; may be mapped from a file.
         labels: int32[N]; -1 for a record without a label.
+        index: int32[N], the number of each record in its source; None if unknown.
     """
 
     features: np.ndarray
     labels: np.ndarray
+    index: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.features.ndim != 2:
@@ -45,7 +53,48 @@ class FeatureSet:
 
     def of(self, rows: np.ndarray) -> "FeatureSet":
         """Return some of the records: rows int[n]."""
-        return FeatureSet(self.features[rows], self.labels[rows])
+        index = None if self.index is None else self.index[rows]
+        return FeatureSet(self.features[rows], self.labels[rows], index)
+
+
+class FeatureBatch(NamedTuple):
+    """A batch of features, for probes that learn from a stream.
+
+    Attributes:
+        features: {layer: float[B, F]}; for a test [B, F], or [B, V, F] for V views of each record.
+        labels: int[B].
+        weight: float[B], 0 for records that do not count (padding, bad images). They still enter
+            batch statistics, as they do in training.
+    """
+
+    features: Mapping[str, jax.Array | np.ndarray]
+    labels: np.ndarray
+    weight: np.ndarray
+
+
+TrainEpoch = Callable[[int], Iterable[FeatureBatch]]  # the batches of an epoch, counted from 0
+
+
+def featured(apply: Apply, batches: Iterable[Mapping[str, np.ndarray]]) -> Iterator[FeatureBatch]:
+    """Run a frozen network over batches of images as they come.
+
+    Args:
+        apply: jitted function of uint8[n, H, W, 3] that returns {layer: float[n, ...]}.
+        batches: with "image" uint8[B, H, W, 3] or, for V views, [B, V, H, W, 3]; "label" int32[B];
+            "weight" float32[B].
+
+    Returns:
+        Features flattened to [B, F], or [B, V, F]; still being computed, on the device.
+    """
+    for batch in batches:
+        images = batch["image"]
+        shape = images.shape[:-3]
+        outputs = apply(images.reshape(-1, *images.shape[-3:]))
+        yield FeatureBatch(
+            {layer: values.reshape(*shape, -1) for layer, values in outputs.items()},
+            batch["label"],
+            batch["weight"],
+        )
 
 
 def check_finite(features: np.ndarray, name: str) -> None:
@@ -80,7 +129,7 @@ def check_sets(train: FeatureSet, test: FeatureSet, num_classes: int) -> None:
     """Check what every probe needs of its two sets.
 
     Raises:
-        ValueError: an empty set, feature dimensions that differ, fewer than two classes, labels
+        InputError: an empty set, feature dimensions that differ, fewer than two classes, labels
             outside [0, num_classes), or features that are not finite.
     """
     for name, data in (("train", train), ("test", test)):
@@ -123,11 +172,11 @@ def inverse_deviation(mean: jax.Array | np.ndarray, variance: jax.Array | np.nda
     return jnp.where(varies, 1.0 / jnp.sqrt(jnp.where(varies, variance, 1.0)), 0.0)
 
 
-def extract(apply: Apply, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[str, FeatureSet]:
+def extract(apply: Apply, batches: Iterable[Batch]) -> dict[str, FeatureSet]:
     """Run a network over batches and collect the features of every layer it returns.
 
     Args:
-        apply: jitted function of uint8[B, H, W, 3] that gives {layer: float[B, ...]}.
+        apply: jitted function of uint8[B, H, W, 3] that returns {layer: float[B, ...]}.
         batches: with "image", "label" int32[B] and "weight" float32[B]; rows of weight 0 are
             dropped.
 
@@ -135,70 +184,72 @@ def extract(apply: Apply, batches: Iterable[Mapping[str, np.ndarray]]) -> dict[s
         A set for each layer, each record flattened to float32[F], in the order of the batches.
 
     Raises:
-        ValueError: no record is left.
+        InputError: no record is left.
     """
-    return joined(extracted_rows(apply, batches))
+    return joined(columns for _, columns in extracted(apply, batches))
 
 
-def joined(
-    parts: Iterable[tuple[Mapping[str, np.ndarray], np.ndarray]],
-) -> dict[str, FeatureSet]:
-    """Collect what `extracted_rows` yields.
+def joined(parts: Iterable[Columns]) -> dict[str, FeatureSet]:
+    """Join the columns that `extracted` yields, in memory.
 
     Raises:
-        ValueError: no record is left.
+        InputError: no record is left.
     """
-    rows: dict[str, list[np.ndarray]] = {}
-    labels: list[np.ndarray] = []
-    for output, kept in parts:
-        labels.append(kept)
-        for layer, values in output.items():
-            rows.setdefault(layer, []).append(values)
-    if not sum(map(len, labels)):
+    columns: dict[str, list[np.ndarray]] = {}
+    for part in parts:
+        for name, values in part.items():
+            columns.setdefault(name, []).append(values)
+    labels = np.concatenate(columns.pop(LABEL, [np.zeros(0, np.int32)]))
+    if not len(labels):
         raise InputError("no features to extract: the batches hold no record of weight 1")
-    all_labels = np.concatenate(labels)
+    index = np.concatenate(columns.pop(INDEX)) if INDEX in columns else None
     # Popping frees each layer's pieces before the next one is joined.
-    return {layer: FeatureSet(np.concatenate(rows.pop(layer)), all_labels) for layer in list(rows)}
+    return {
+        layer: FeatureSet(np.concatenate(columns.pop(layer)), labels, index)
+        for layer in list(columns)
+    }
 
 
-def extracted_rows(
-    apply: Apply, batches: Iterable[Mapping[str, np.ndarray]]
-) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
-    """Run a network over batches and give what each adds to the features, as `extract` does.
+def extracted(
+    apply: Apply, batches: Iterable[Batch], *, unreadable: float | None = None
+) -> Iterator[tuple[Batch, Columns]]:
+    """Run a network over batches and return the features of their records.
+
+    Args:
+        apply: see `extract`.
+        batches: see `extract`; with "index", which is -1 in rows of padding, it becomes a column.
+        unreadable: features of records of weight 0 other than padding; None drops these records.
 
     Yields:
-        For each batch, float32[n, F] by layer and labels int32[n], of its n records of weight 1.
+        Each batch, and the columns of its records.
     """
 
-    def kept(
-        output: Mapping[str, jax.Array], batch: Mapping[str, np.ndarray]
-    ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        keep = np.asarray(batch["weight"]) > 0
-        flat = {
-            layer: np.asarray(values, np.float32).reshape(len(keep), -1)[keep]
-            for layer, values in output.items()
+    def columns(batch: Batch, output: Mapping[str, jax.Array]) -> Columns:
+        good = np.asarray(batch["weight"]) > 0
+        keep = good if unreadable is None else np.asarray(batch[INDEX]) >= 0
+        ints = {
+            name: np.asarray(batch[name], np.int32)[keep]
+            for name in (LABEL, INDEX)
+            if name in batch
         }
-        return flat, np.asarray(batch["label"], np.int32)[keep]
+        layers = {}
+        for layer, values in output.items():
+            flat = np.asarray(values, np.float32).reshape(len(keep), -1)[keep]
+            layers[layer] = (
+                flat
+                if unreadable is None
+                else np.where(good[keep, None], flat, np.float32(unreadable))
+            )
+        return {**ints, **layers}
 
-    for batch, output in computed(apply, batches):
-        yield kept(output, batch)
-
-
-def computed(
-    apply: Apply, batches: Iterable[Mapping[str, Any]]
-) -> Iterator[tuple[Mapping[str, Any], Mapping[str, jax.Array]]]:
-    """Give each batch with what a network makes of its images.
-
-    One batch computes on the device while the previous one is used.
-    """
     pending = None
     for batch in batches:
-        output = apply(batch["image"])
+        output = apply(batch["image"])  # one batch is computed while the previous one is copied
         if pending is not None:
-            yield pending
+            yield pending[0], columns(*pending)
         pending = batch, output
     if pending is not None:
-        yield pending
+        yield pending[0], columns(*pending)
 
 
 def raw_pixels(images: np.ndarray | jax.Array, max_features: int) -> jax.Array:
@@ -208,25 +259,6 @@ def raw_pixels(images: np.ndarray | jax.Array, max_features: int) -> jax.Array:
         float32[B, h, w, 3] with h * w * 3 <= max_features.
     """
     return pool(jnp.asarray(images).astype(jnp.float32) / 255.0, max_features)
-
-
-def subset_per_class(data: FeatureSet, per_class: int, seed: int) -> FeatureSet:
-    """Draw `per_class` records of every class, the same ones for equal labels and seed.
-
-    See `few_labels` for splits that do not depend on the records' order.
-
-    Raises:
-        ValueError: a class that occurs has fewer records, or records are unlabelled.
-    """
-    if per_class < 1:
-        raise InputError(f"per_class: expected at least 1, got {per_class}")
-    classes, _ = _counted_classes(data.labels, per_class)
-    rng = np.random.default_rng(seed)
-    chosen = [
-        rng.choice(np.flatnonzero(data.labels == label), per_class, replace=False)
-        for label in classes
-    ]
-    return data.of(np.sort(np.concatenate(chosen)) if chosen else np.zeros(0, np.int64))
 
 
 def few_labels(
@@ -249,7 +281,7 @@ def few_labels(
         int64[n], rows in rising order.
 
     Raises:
-        ValueError: the amount is neither; a class that occurs has fewer records; records are
+        InputError: the amount is neither; a class that occurs has fewer records; records are
             unlabelled; names are not one per record.
     """
     share = 0 < amount < 1
@@ -264,7 +296,16 @@ def few_labels(
             f"names: expected {len(labels)} different ones, got {len(names)}, "
             f"{len(set(names))} of them different"
         )
-    classes, counts = _counted_classes(labels, 1 if share else int(amount))
+    classes, counts = np.unique(labels, return_counts=True)
+    if len(classes) and classes[0] < 0:
+        raise InputError(
+            f"a subset per class needs labels; {counts[0]} of {len(labels)} records have none"
+        )
+    if not share and len(counts) and counts.min() < amount:
+        raise InputError(
+            f"expected at least {int(amount)} records of every class, got {counts.min()} of class "
+            f"{classes[counts.argmin()]}; ask for fewer labels per class"
+        )
     rank = np.array([_digest(seed, name) for name in names], "S16")
     chosen = [np.zeros(0, np.int64)]
     for label, count in zip(classes, counts, strict=True):
@@ -277,21 +318,6 @@ def few_labels(
 def _digest(seed: int, name: str) -> bytes:
     # Hexadecimal, as NumPy takes zeros off the end of bytes.
     return hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).hexdigest().encode()
-
-
-def _counted_classes(labels: np.ndarray, least: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the classes that occur and how often each does, at least `least` times."""
-    classes, counts = np.unique(labels, return_counts=True)
-    if len(classes) and classes[0] < 0:
-        raise InputError(
-            f"a subset per class needs labels; {counts[0]} of {len(labels)} records have none"
-        )
-    if len(counts) and counts.min() < least:
-        raise InputError(
-            f"expected at least {least} records of every class, got {counts.min()} of class "
-            f"{classes[counts.argmin()]}; ask for fewer labels per class"
-        )
-    return classes, counts
 
 
 def padded_length(rows: int) -> int:

@@ -28,8 +28,8 @@ _EXACT = jax.lax.Precision.HIGHEST
 class PatchDictionary:
     """What was learned from patches; call it with images.
 
-    ``features.extract(lambda images: {"patches": dictionary(images)}, batches)`` gives the feature
-    sets that every probe takes.
+    ``features.extract(lambda images: {"patches": dictionary(images)}, batches)`` returns the
+    feature sets that every probe takes.
 
     Attributes:
         mean: float32[d] of the normalised patches, d = 3 size^2.
@@ -55,7 +55,7 @@ class PatchDictionary:
             float32[B, 4 K], never negative.
 
         Raises:
-            ValueError: the images are smaller than a patch.
+            InputError: the images are smaller than a patch.
         """
         _check_images(images, self.size)
         windows = [(side - self.size) // self.stride + 1 for side in images.shape[1:3]]
@@ -100,7 +100,7 @@ def learn_patches(
         seed: of the patches and the first centroids.
 
     Raises:
-        ValueError: an option below 1, images that are smaller than a patch, or too few patches.
+        InputError: an option below 1, images that are smaller than a patch, or too few patches.
     """
     options = {"centroids": centroids, "size": size, "stride": stride, "per_image": per_image}
     for name, value in {**options, "iterations": iterations}.items():
@@ -123,7 +123,7 @@ def learn_patches(
 def k_means(points: np.ndarray, count: int, iterations: int, seed: int) -> np.ndarray:
     """Cluster points by Lloyd's iterations from random ones.
 
-    A centroid that loses all its points begins anew at the point that is farthest from its own.
+    A centroid that loses all its points moves to the point that is farthest from its own.
 
     Args:
         points: float32[N, d].

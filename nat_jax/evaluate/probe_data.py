@@ -1,9 +1,8 @@
-"""The records that probes learn on and are judged on, and their features under what is judged."""
+"""The records that probes learn on and are scored on, and their features."""
 
 import dataclasses
 import itertools
 import platform
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -13,42 +12,39 @@ from tqdm import tqdm
 
 from nat_jax import __version__
 from nat_jax.errors import InputError
-from nat_jax.evaluate import features
-from nat_jax.evaluate.feature_cache import Entry, FeatureCache, Key, Rows, entry_bytes, fingerprint
-from nat_jax.evaluate.features import Apply
-from nat_jax.evaluate.stream import FeatureBatch, TrainEpoch, featured
+from nat_jax.evaluate.features import (
+    INDEX,
+    Apply,
+    Batch,
+    Columns,
+    FeatureBatch,
+    FeatureSet,
+    TrainEpoch,
+    extracted,
+    featured,
+    joined,
+)
+from nat_jax.evaluate.store import FeatureStore
 from nat_jax.input import pipeline
 from nat_jax.input.bad_records import BadRecords
 from nat_jax.input.reader import ImageCache
-from nat_jax.input.sources import Record, Source
+from nat_jax.input.sources import Source
+from nat_jax.input.sources.subset import Subset
 from nat_jax.input.transforms import Transform
-
-Batch = Mapping[str, np.ndarray]
 
 TRAIN, TEST = "train", "test"
 
 
-@dataclasses.dataclass(frozen=True)
-class Reading:
-    """How records are read: see ``input_pipeline.eval_batches``."""
-
-    batch_size: int
-    threads: int
-    workers: int
-    prefetch: int
-    timeout: float
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
-class Subject:
-    """What is judged: anything that turns images into features.
+class FeatureExtractor:
+    """What a table has a line for: a network or a baseline, as a function from images to features.
 
     Attributes:
         name: in the rows of tables.
-        layers: what it has to offer.
+        layers: the names of its features.
         apply: from some of the layers to a function from uint8[B, S, S, 3] to {layer: [B, ...]}.
         transform: brings images to it.
-        fingerprint: what its features depend on beside the images, as JSON has it.
+        fingerprint: what its features depend on besides the images, as JSON has it.
     """
 
     name: str
@@ -59,37 +55,40 @@ class Subject:
 
 
 class ProbeData:
-    """Records to learn on and to judge on."""
+    """Records to learn on and to be scored on."""
 
     def __init__(
         self,
         train: Source,
         test: Source,
         *,
-        reading: Reading,
+        batch_size: int,
+        reading: Mapping[str, Any],
         max_train: int = 0,
         seed: int = 0,
         cache: ImageCache,
-        keep: FeatureCache | None = None,
+        store: FeatureStore | None = None,
     ):
         """Prepare to read.
 
         Args:
             train: records that probes learn on.
-            test: records that they are judged on.
-            reading: how.
+            test: records that they are scored on.
+            batch_size: of the images that are read at a time.
+            reading: further arguments of ``pipeline.eval_batches``.
             max_train: at most so many of the former, drawn by seed; 0: all.
             seed: of that draw.
             cache: keeps decoded images from pass to pass.
-            keep: keeps features; None computes them each time.
+            store: keeps features; None computes them each time, in memory.
 
         Raises:
-            ValueError: the two sources do not have the same classes.
+            InputError: the two sources do not have the same classes.
         """
         self.train, self.test = thinned(train, max_train, seed), test
         self.num_classes = check_labels(train, test)
         self._drawn = {"max": max_train, "seed": seed} if self.train is not train else None
-        self._reading, self._cache, self._keep = reading, cache, keep
+        self._batch_size, self._reading = batch_size, reading
+        self._cache, self._store = cache, store
         # One count over all passes, so that a bad record is reported once.
         self._bad = {source.split: BadRecords(len(source)) for source in (self.train, test)}
 
@@ -106,73 +105,77 @@ class ProbeData:
         }
 
     def sets(
-        self, subject: Subject
-    ) -> tuple[dict[str, features.FeatureSet], dict[str, features.FeatureSet]]:
-        """Return the features of all its layers to learn on, and those to be judged on."""
-        train, test = (
-            {layer: entry.data for layer, entry in self.extract(subject, split).items()}
-            for split in (TRAIN, TEST)
-        )
-        return train, test
+        self, extractor: FeatureExtractor
+    ) -> tuple[dict[str, FeatureSet], dict[str, FeatureSet]]:
+        """Return the features of all its layers to learn on, and those to be scored on."""
+        return self.extract(extractor, TRAIN), self.extract(extractor, TEST)
 
     def extract(
-        self, subject: Subject, split: str, layers: tuple[str, ...] | None = None
-    ) -> dict[str, Entry]:
+        self, extractor: FeatureExtractor, split: str, layers: tuple[str, ...] | None = None
+    ) -> dict[str, FeatureSet]:
         """Return features of every record that can be read, layer by layer.
 
         Args:
-            subject: what is judged.
+            extractor: computes them.
             split: "train" or "test".
             layers: some of its layers; all if None.
 
         Returns:
-            {layer: features and record numbers}, mapped from files where they are kept.
+            {layer: features with record numbers}, mapped from files if there is a store.
 
         Raises:
-            ValueError: there is no record; or neither disk nor memory has room, which is found
-                out with the first batch, and for the test records too when the training ones are
-                asked for.
+            InputError: there is no record; or the disk has no room, which is found out with the
+                first batch, and for the test records too when the training ones are asked for.
         """
-        wanted = subject.layers if layers is None else layers
-        if self._keep is None:
-            return self._in_memory(*self._rows(subject, split, wanted))
-        self._keep.serve(fingerprint([subject.fingerprint(), self.describe()]))
-        found = self._found(self._keep, subject, split, wanted)
-        missing = tuple(layer for layer in wanted if layer not in found)
-        if missing:
-            rows, index = self._rows(subject, split, missing)
-            first = next(rows, None)
+        wanted = extractor.layers if layers is None else layers
+        if self._store is None:
+            return joined(self._columns(extractor, split, wanted))
+        keys = {layer: self._key(extractor, split, layer) for layer in wanted}
+        kept = {layer: self._store.find(key) for layer, key in keys.items()}
+        found = {layer: features for layer, features in kept.items() if features is not None}
+        keys = {layer: key for layer, key in keys.items() if layer not in found}
+        if keys:
+            columns = self._columns(extractor, split, tuple(keys))
+            first = next(columns, None)
             if first is None:
                 raise InputError(f"{split}: there is no record to take features of")
-            widths = {layer: entry.data.features.shape[1] for layer, entry in found.items()}
-            widths |= {layer: values.shape[1] for layer, values in first[0].items()}
-            sizes = self._sizes(split, missing, widths)
-            ahead = {}
-            if split == TRAIN:
-                there = self._found(self._keep, subject, TEST, wanted)
-                ahead = self._sizes(TEST, [n for n in wanted if n not in there], widths)
-            kept = self._keep.plan(sizes | ahead) & set(sizes)
-            self._keep.make_room(sum(sizes[name] for name in kept))
-            keys = {layer: self._key(subject, split, layer) for _, layer in kept}
-            found |= self._computed(self._keep, keys, itertools.chain([first], rows), index)
+            records = len(self._source(split))
+            if split == TRAIN and self._store.find(self._key(extractor, TEST, wanted[0])) is None:
+                records += len(self.test)
+            row_bytes = sum(first[layer].shape[1] * 4 + 8 for layer in keys)
+            self._store.check_room(records * row_bytes)
+            found |= self._store.write(keys, itertools.chain([first], columns))
         return {layer: found[layer] for layer in wanted}
 
     def batches(
-        self, source: Source, transform: Transform, *, keep: bool = True
+        self, source: Source, transform: Transform, *, batch_size: int = 0, keep: bool = True
     ) -> Iterable[Batch]:
-        """Read records in order, with ``index``; those of the splits are kept in memory."""
-        return self._batches(source, transform, self._reading.batch_size, keep=keep)
-
-    def train_epochs(
-        self, subject: Subject, layers: tuple[str, ...], augment: Transform, seed: int
-    ) -> TrainEpoch:
-        """Return the features of an epoch of augmented training images, anew in each epoch.
+        """Read records in order, with ``index``.
 
         Args:
-            subject: what is judged.
-            layers: some of its layers.
-            augment: what becomes of the images, by chance.
-            seed: of the chance.
+            source: one of the splits, or some of its records.
+            transform: brings the images to the network.
+            batch_size: 0 for the usual one.
+            keep: images stay decoded in memory, and bad records are counted; of a split only.
+        """
+        return pipeline.eval_batches(
+            source,
+            transform,
+            batch_size=batch_size or self._batch_size,
+            cache=self._cache if keep else None,
+            bad_records=self._bad[source.split] if keep else None,
+            **self._reading,
+        )
+
+    def train_epochs(
+        self, extractor: FeatureExtractor, augment: Transform, seed: int
+    ) -> TrainEpoch:
+        """Return a function from an epoch to the features of its augmented training images.
+
+        Args:
+            extractor: computes the features.
+            augment: the random augmentation, which differs from epoch to epoch.
+            seed: of the augmentation.
         """
         size = self.stream_batch
         steps = pipeline.steps_per_epoch(len(self.train), size)
@@ -187,123 +190,61 @@ class ProbeData:
                 num_steps=(number + 1) * steps,
                 cache=self._cache,
                 bad_records=self._bad[self.train.split],
-                **self._how(),
+                **self._reading,
             )
             shown = tqdm(
-                batches, f"{subject.name}, epoch {number + 1}", steps, leave=False, disable=None
+                batches, f"{extractor.name}, epoch {number + 1}", steps, leave=False, disable=None
             )
-            return featured(subject.apply(layers), shown)
+            return featured(extractor.apply(extractor.layers), shown)
 
         return epoch
 
     @property
     def stream_batch(self) -> int:
         """Records in a batch of ``train_epochs``."""
-        return min(self._reading.batch_size, len(self.train))
+        return min(self._batch_size, len(self.train))
 
     def test_views(
-        self, subject: Subject, layers: tuple[str, ...], transform: Transform
+        self, extractor: FeatureExtractor, transform: Transform
     ) -> Iterator[FeatureBatch]:
         """Return the features of test images, of each of the views that a transform makes."""
-        size = max(1, self._reading.batch_size // transform.count)
-        return featured(
-            subject.apply(layers), self._batches(self.test, transform, size, keep=False)
-        )
+        size = max(1, self._batch_size // transform.count)
+        batches = self.batches(self.test, transform, batch_size=size, keep=False)
+        return featured(extractor.apply(extractor.layers), batches)
 
     def images(self, split: str, records: np.ndarray, transform: Transform) -> np.ndarray:
         """Return some records' images uint8[n, S, S, 3]; one that cannot be read is grey."""
-        chosen = Selection(self._source(split), records)
-        batches = self._batches(chosen, transform, self._reading.batch_size, keep=False)
-        parts = [batch["image"] for batch in batches]
+        chosen = Subset(self._source(split), records)
+        parts = [batch["image"] for batch in self.batches(chosen, transform, keep=False)]
         return np.concatenate(parts)[: len(records)]
 
     def _source(self, split: str) -> Source:
         return {TRAIN: self.train, TEST: self.test}[split]
 
-    def _rows(
-        self, subject: Subject, split: str, layers: tuple[str, ...]
-    ) -> tuple[Iterator[tuple[dict[str, np.ndarray], np.ndarray]], list[np.ndarray]]:
-        """Return rows as they are computed, and a list that fills with their record numbers."""
-        source, index = self._source(split), []
-        said = f"{subject.name}, {split}"
-        bar = tqdm(None, said, len(source), unit="image", leave=False, disable=None)
+    def _columns(
+        self, extractor: FeatureExtractor, split: str, layers: tuple[str, ...]
+    ) -> Iterator[Columns]:
+        """Yield the features of each batch as they are computed."""
+        source = self._source(split)
+        shown = f"{extractor.name}, {split}"
+        with tqdm(None, shown, len(source), unit="image", leave=False, disable=None) as bar:
+            batches = self.batches(source, extractor.transform)
+            for _, columns in extracted(extractor.apply(layers), batches):
+                yield columns
+                bar.update(len(columns[INDEX]))
 
-        def noting() -> Iterator[Batch]:
-            with bar:
-                for batch in self.batches(source, subject.transform):
-                    index.append(batch["index"][batch["weight"] > 0])
-                    yield batch
-                    bar.update(len(index[-1]))
-
-        return features.extracted_rows(subject.apply(layers), noting()), index
-
-    def _found(
-        self, keep: FeatureCache, subject: Subject, split: str, layers: Iterable[str]
-    ) -> dict[str, Entry]:
-        """Return those of some layers that are kept."""
-        entries = {layer: keep.find(self._key(subject, split, layer)) for layer in layers}
-        return {layer: entry for layer, entry in entries.items() if entry is not None}
-
-    def _sizes(
-        self, split: str, layers: Iterable[str], widths: Mapping[str, int]
-    ) -> dict[tuple[str, str], int]:
-        """Return the bytes of {(split, layer)}, from values per record."""
-        records = len(self._source(split))
-        return {(split, layer): entry_bytes(records, widths[layer]) for layer in layers}
-
-    def _computed(
-        self, keep: FeatureCache, keys: Mapping[str, Key], rows: Rows, index: list[np.ndarray]
-    ) -> dict[str, Entry]:
-        """Return the features of all rows: layers that have a key are kept, others in memory."""
-        if not keys:
-            return self._in_memory(rows, index)
-        aside: deque[tuple[dict[str, np.ndarray], np.ndarray]] = deque()
-
-        def split_rows() -> Rows:
-            for layers, labels in rows:
-                others = {name: values for name, values in layers.items() if name not in keys}
-                aside.append((others, labels))
-                yield {name: layers[name] for name in keys}, labels
-
-        written = keep.write(keys, split_rows(), index)
-        # Popping leaves the pieces to `joined`, which frees them as it goes.
-        held = self._in_memory((aside.popleft() for _ in range(len(aside))), index)
-        return {**written, **held}
-
-    def _in_memory(self, rows: Rows, index: list[np.ndarray]) -> dict[str, Entry]:
-        sets = features.joined(rows)
-        records = np.concatenate(index)
-        return {layer: Entry(data, records) for layer, data in sets.items()}
-
-    def _key(self, subject: Subject, split: str, layer: str) -> dict[str, Any]:
+    def _key(self, extractor: FeatureExtractor, split: str, layer: str) -> dict[str, Any]:
         return {
-            "subject": subject.fingerprint(),
+            "extractor": extractor.fingerprint(),
             "layer": layer,
-            "transform": repr(subject.transform),
-            "batch_size": self._reading.batch_size,
+            "transform": repr(extractor.transform),
+            "batch_size": self._batch_size,
             "split": split,
             "drawn": self._drawn if split == TRAIN else None,
             "records": len(self._source(split)),
             "fingerprint": self._source(split).fingerprint,
             **_computer(),
         }
-
-    def _batches(
-        self, source: Source, transform: Transform, batch_size: int, *, keep: bool
-    ) -> Iterable[Batch]:
-        return pipeline.eval_batches(
-            source,
-            transform,
-            batch_size=batch_size,
-            cache=self._cache if keep else None,
-            bad_records=self._bad[source.split] if keep else None,
-            **self._how(),
-        )
-
-    def _how(self) -> dict[str, Any]:
-        how = dataclasses.asdict(self._reading)
-        del how["batch_size"]
-        return how
 
 
 def _computer() -> dict[str, Any]:
@@ -323,7 +264,7 @@ def check_labels(train: Source, test: Source) -> int | None:
     """Return the number of classes; None where one of the sources is unlabelled.
 
     Raises:
-        ValueError: the two sources do not have the same classes.
+        InputError: the two sources do not have the same classes.
     """
     if train.num_classes is None or test.num_classes is None:
         return None
@@ -335,30 +276,9 @@ def check_labels(train: Source, test: Source) -> int | None:
     return train.num_classes
 
 
-class Selection:
-    """Some records of a source, renumbered from 0."""
-
-    def __init__(self, source: Source, rows: np.ndarray):
-        self._source, self._rows = source, rows
-        self.name, self.split = source.name, source.split
-        self.class_names, self.num_classes = source.class_names, source.num_classes
-        self.fingerprint = source.fingerprint
-        self.labels = None if source.labels is None else source.labels[rows]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def record_name(self, index: int) -> str:
-        return self._source.record_name(int(self._rows[index]))
-
-    def __getitem__(self, index: int) -> Record:
-        record = self._source[int(self._rows[index])]
-        return Record(**{**record, "index": index})
-
-
 def thinned(source: Source, most: int, seed: int) -> Source:
     """Return at most so many records of a source, drawn by seed; 0: all of them."""
     if not most or most >= len(source):
         return source
     rows = np.sort(np.random.default_rng(seed).choice(len(source), most, replace=False))
-    return Selection(source, rows)
+    return Subset(source, rows)

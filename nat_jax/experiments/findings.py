@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from nat_jax import config as configs
-from nat_jax.evaluate import judge
+from nat_jax.evaluate.evaluator import environment
 from nat_jax.experiments import claims
 from nat_jax.experiments.claims import Arm, Claim
 from nat_jax.experiments.members import EXPERIMENTS, Member, Planned, values_of
@@ -72,7 +72,7 @@ def find(
             "config": configs.to_dict(config),
             **({"data": good[0]["data"]} if good else {}),
         },
-        "run": {**judge.environment(), "seconds": sum(r["seconds"] or 0 for r in good)},
+        "run": {**environment(), "seconds": sum(r["seconds"] or 0 for r in good)},
         "claims": shown,
         "sweeps": {
             "fig2_period": _sweep(by_member, "fig2_period", periods),

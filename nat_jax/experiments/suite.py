@@ -22,7 +22,7 @@ from nat_jax.evaluate.probe_data import TEST, TRAIN
 from nat_jax.experiments import findings, pages
 from nat_jax.experiments.findings import Record
 from nat_jax.experiments.members import Planned, plan
-from nat_jax.report.rows import current
+from nat_jax.report.rows import KEYS, current
 from nat_jax.training import metrics
 from nat_jax.training import workdir as workdirs
 from nat_jax.training.setup import Sources, make_model, open_sources
@@ -123,7 +123,7 @@ def _train(run: Planned, folder: Path, inputs: Mapping[str, Any]) -> Record:
 
 def _measured(config: ConfigDict, folder: Path) -> dict[str, Any]:
     """Read a finished run's accuracies, and those on the last convolution during training."""
-    saved = workdirs.read_json(folder / "judged.json")
+    result = workdirs.read_json(folder / "results" / "pretrain.json")
     last_conv = make_model(config, jax.default_backend()).last_conv
     prefix = f"eval/{last_conv}/"
     curve = [
@@ -131,8 +131,11 @@ def _measured(config: ConfigDict, folder: Path) -> dict[str, Any]:
         for row in metrics.read_rows(folder)
         if any(key.startswith(prefix) for key in row)
     ]
-    data = {split: saved["protocol"][split] for split in (TRAIN, TEST)}
-    rows = current(saved["rows"])
+    data = {split: result["protocol"][split] for split in (TRAIN, TEST)}
+    rows = [
+        {**{key: row[key] for key in KEYS}, "value": row["mean"]}
+        for row in current(result["table"])
+    ]
     return {"rows": rows, "curve": curve, "data": data, "last_conv": last_conv}
 
 

@@ -3,7 +3,7 @@
 from nat_jax.report.charts import curves
 from nat_jax.report.page import write_report
 from nat_jax.report.pictures import filters, neighbours, stacked
-from nat_jax.report.tables import markdown_table, network_name, text_table
+from nat_jax.report.tables import markdown_table, network_name, probe_name, text_table
 
 __all__ = [
     "curves",
@@ -11,6 +11,7 @@ __all__ = [
     "markdown_table",
     "neighbours",
     "network_name",
+    "probe_name",
     "stacked",
     "text_table",
     "write_report",

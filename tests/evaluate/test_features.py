@@ -16,7 +16,6 @@ from nat_jax.evaluate.features import (
     padded_length,
     padded_rows,
     raw_pixels,
-    subset_per_class,
 )
 from nat_jax.evaluate.probes.linear import linear_probe
 from nat_jax.models import make_model
@@ -134,27 +133,6 @@ def test_large_images_are_pooled_as_feature_maps_are() -> None:
     assert pixels.shape == (2, 4, 4, 3)
     blocks = images.reshape(2, 4, 16, 4, 16, 3).mean(axis=(2, 4)) / 255
     np.testing.assert_allclose(pixels, blocks, rtol=1e-5)
-
-
-def test_subset_per_class() -> None:
-    data = _set(60)
-    subset = subset_per_class(data, 4, seed=1)
-    np.testing.assert_array_equal(np.bincount(subset.labels), [4, 4, 4])
-    again, other = subset_per_class(data, 4, seed=1), subset_per_class(data, 4, seed=2)
-    np.testing.assert_array_equal(subset.features, again.features)
-    assert not np.array_equal(subset.features, other.features)
-    # Every drawn row is a row of the set with its own label, none twice.
-    place = {row.tobytes(): label for row, label in zip(data.features, data.labels, strict=True)}
-    assert [place[row.tobytes()] for row in subset.features] == subset.labels.tolist()
-    assert len({row.tobytes() for row in subset.features}) == 12
-
-
-def test_subset_per_class_rejects() -> None:
-    with pytest.raises(ValueError, match="at least 21 records of every class, got 20 of class 0"):
-        subset_per_class(_set(60), 21, seed=0)
-    unlabelled = FeatureSet(np.zeros((4, 2), np.float32), np.array([-1, 0, 1, -1], np.int32))
-    with pytest.raises(ValueError, match="2 of 4 records have none"):
-        subset_per_class(unlabelled, 1, seed=0)
 
 
 NAMES = [f"train/{i % 7}/{i:04}.png" for i in range(600)]

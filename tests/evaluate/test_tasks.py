@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from nat_jax import config, evaluate, train
-from nat_jax.evaluate import draw_filters, scoring, tasks
+from nat_jax import config, evaluate
+from nat_jax.evaluate import draw_filters, protocols, tasks
 from nat_jax.evaluate.tasks import judge_task
 from nat_jax.export.loading import untrained_network
+from nat_jax.input.sources import open_source
 from nat_jax.main import TASKS
 from nat_jax.models.frontend import FRONTENDS
 
@@ -72,10 +73,10 @@ def test_a_result_has_all_that_it_depends_on_and_the_untrained_beside(trained, t
     assert list(result)[:6] == ["task", "metric", "value", "untrained", "protocol", "run"]
     assert result["metric"] == "top-1 accuracy, k=5 on z, weighted votes"
     assert [result["value"]] == values(
-        result, network="nat", features="z", probe="k=5", labels="weighted votes"
+        result, network="nat", layer="z", probe="k=5", labels="weighted votes"
     )
     assert [result["untrained"]] == values(
-        result, network="untrained", features="z", probe="k=5", labels="weighted votes"
+        result, network="untrained", layer="z", probe="k=5", labels="weighted votes"
     )
     assert result["protocol"]["k"] == [1, 5] and result["protocol"]["train"]["records"] == 200
     assert result["run"]["networks"][0]["nat"]["step"] == 7
@@ -101,28 +102,31 @@ def test_judged_twice_is_the_same_to_the_byte(trained, tmp_path, caplog):
 
 def test_features_are_computed_once_and_kept(trained, tmp_path):
     judge_task(settings("knn", trained), tmp_path)
-    kept = {file: file.stat().st_mtime_ns for file in tmp_path.glob("features_cache/*/*.f32")}
+    kept = {
+        file: file.stat().st_mtime_ns for file in tmp_path.glob("features_cache/*/features.npy")
+    }
     assert len(kept) == (1 + 2 * 2) * 2  # of two splits
     judge_task(settings("linear_probe", trained), tmp_path)
-    again = {file: file.stat().st_mtime_ns for file in tmp_path.glob("features_cache/*/*.f32")}
+    again = {
+        file: file.stat().st_mtime_ns for file in tmp_path.glob("features_cache/*/features.npy")
+    }
     assert kept == again
     judge_task(settings("knn", trained, eval__max_train=150), tmp_path)
-    assert len(list(tmp_path.glob("features_cache/*/*.f32"))) == 3 * 5  # new ones to learn on
+    assert (
+        len(list(tmp_path.glob("features_cache/*/features.npy"))) == 3 * 5
+    )  # new ones to learn on
 
 
 def test_linear_probes_of_all_layers_at_once_learn_from_fresh_crops(trained, tmp_path):
-    result = judged(
-        tmp_path, "linear_probe", trained, eval__linear_fit="sgd", eval__layers=("all",)
-    )
+    changes = dict(eval__linear_fit="sgd", eval__max_train=100, eval__baselines=())
+    result = judged(tmp_path, "linear_probe", trained, **changes, eval__layers=("all",))
     stream = result["protocol"]["stream"]
     assert "pad=1" in stream["augmentation"]
-    assert (stream["batch_size"], stream["test_views"]) == (200, 1)
+    assert (stream["batch_size"], stream["test_views"]) == (100, 1)
     assert result["protocol"]["linear_probe"]["fit"] == "sgd"
-    assert {r["features"] for r in result["table"]} == {"pixels", "conv1", "z"}
+    assert {r["layer"] for r in result["table"]} == {"conv1", "z"}
     assert result["metric"] == "top-1 accuracy, linear_probe on conv1, all"
-    still = judged(
-        tmp_path, "linear_probe", trained, eval__linear_fit="sgd", eval__fresh_crops=False
-    )
+    still = judged(tmp_path, "linear_probe", trained, **changes, eval__fresh_crops=False)
     assert "stream" not in still["protocol"]
 
 
@@ -138,7 +142,7 @@ def test_the_authors_mlp_learns_from_fresh_crops_and_is_tested_on_ten(tmp_path):
     )
     result = judged(tmp_path, "mlp_probe", data__flip=True, **changes)
     assert result["protocol"]["stream"]["test_views"] == 10
-    upright = tasks._set_up(settings("mlp_probe", **changes), tmp_path)[0].asked
+    upright = tasks._set_up(settings("mlp_probe", **changes), tmp_path)[0].records.inputs
     assert upright.test_transform.count == 5 and not upright.test_transform.both_ways
     assert "RandomCrop(size=6, resize=8)" in result["protocol"]["stream"]["augmentation"]
     assert result["protocol"]["mlp_probe"]["init"] == "torch"
@@ -148,19 +152,18 @@ def test_the_authors_mlp_learns_from_fresh_crops_and_is_tested_on_ten(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_the_mlp_can_learn_from_one_view_from_gaussian_weights(tmp_path):
     result = judged(tmp_path, "mlp_probe", eval__fresh_crops=False, eval__mlp_init="gaussian")
     assert result["protocol"]["mlp_probe"]["init"] == "gaussian"
     assert result["protocol"]["mlp_probe"]["features"] == "cached: one view of each record"
-    assert values(result, network="untrained", features="conv1") == [result["value"]]
+    assert values(result, network="untrained", layer="conv1") == [result["value"]]
 
 
 def test_few_labels_are_fixed_splits(tmp_path):
     changes = {"eval__max_train": 0, "eval__few_labels": (0.01, 3), "eval__few_splits": (0, 4)}
     result = judged(tmp_path, "low_shot", **changes)
     assert {r["labels"] for r in result["table"]} == {"1 % of the labels", "3 per class"}
-    row = next(r for r in result["table"] if r["labels"] == "3 per class" and r["features"] == "z")
+    row = next(r for r in result["table"] if r["labels"] == "3 per class" and r["layer"] == "z")
     assert row["seeds"] == ["seed 0, split 0", "seed 0, split 4"] and row["std"] is not None
     assert len(set(row["values"])) == 2  # other records
     assert result["protocol"]["probes"]["1 % of the labels"]["knn"]["k"] == 5
@@ -216,12 +219,14 @@ def test_data_that_have_moved_are_found_where_the_command_line_says(tmp_path, ca
     old, new, other = (tmp_path / f"{name}.npz" for name in ("old", "new", "other"))
     np.savez(old, **arrays)
     np.savez(other, **{**arrays, "x_train": images[::-1]})
-    c = settings("pretrain", "", data__source=f"arrays:{old}", seeds=(0,))
-    c.batch_size, c.checkpoint.every_epochs, c.eval.labels_per_class = 100, 1.0, (0,)
-    train.train_and_evaluate(c, tmp_path / "run")
+    bundle = untrained_network(settings("knn", data__source=f"arrays:{old}"), 0)
+    data = open_source(f"arrays:{old}", "train").fingerprint
+    trained = dataclasses.replace(bundle, run={"seed": 0, "step": 7, "data": data})
+    trained.save(tmp_path / "bundle")
 
     def asked(source):
-        return judged(tmp_path / "run", "knn", "", data__source=f"arrays:{source}")
+        bundle = str(tmp_path / "bundle")
+        return judged(tmp_path / "run", "knn", bundle, data__source=f"arrays:{source}")
 
     with caplog.at_level("INFO", "nat_jax"):
         asked(other)
@@ -315,7 +320,7 @@ def test_all_known_names_are_known_to_the_config():
 
     assert set(schema.KEYS["eval.linear_fit"].known()) == {"auto", *FITS}
     assert schema.KEYS["eval.mlp_init"].known() == INITS
-    assert set(scoring.SCORED) - {"low_shot"} <= set(evaluate.PROBES)
+    assert set(protocols.PROTOCOLS) - {"low_shot", "pretrain"} <= set(evaluate.PROBES)
 
 
 @pytest.mark.parametrize("frontend", ["sobel", "highpass", "rgb"])
@@ -341,25 +346,28 @@ def test_composed_filters_do_what_the_two_do_one_after_the_other(frontend):
     assert not np.allclose(found[inside], np.roll(expected, 1, axis=1)[inside], atol=1e-2)
 
 
-@pytest.mark.slow
-def test_a_run_has_the_value_that_its_own_table_has(tmp_path):
-    c = settings("pretrain", "", steps=0, epochs=1.0, seeds=(0, 3))
-    c.checkpoint.every_epochs, c.eval.labels_per_class = 1.0, (0,)
-    train.train_and_evaluate(c, tmp_path)
-    own = json.loads((tmp_path / "results" / "pretrain.json").read_text())
-    result = judged(tmp_path, "knn", "", seeds=(0, 3))
+def test_a_run_has_the_value_that_its_own_table_has(two_seeds, tmp_path):
+    own = json.loads((two_seeds / "results" / "pretrain.json").read_text())
+    run = tmp_path / "run"
+    shutil.copytree(two_seeds, run)
+
+    def asked(**changes):
+        c = settings("knn", "", eval__max_train=0, eval__knn_k=20, **changes)
+        return json.loads(judge_task(c, run).read_text())
+
+    result = asked(seeds=(0, 3))
     assert (result["value"], result["untrained"]) == (own["value"], own["untrained"])
-    row = next(r for r in result["table"] if r["network"] == "nat" and r["features"] == "z")
+    row = next(r for r in result["table"] if r["network"] == "nat" and r["layer"] == "z")
     assert row["seeds"] == [0, 3] and row["std"] is not None
-    two = judged(tmp_path, "knn", "", seeds=(0, 3), eval__compare=(str(tmp_path),))
+    two = asked(seeds=(0, 3), eval__compare=(str(two_seeds),))
     beside = [r for r in two["table"] if r["network"].startswith("nat: ")]
     assert beside and all(r["seeds"] == [0] and r["std"] is None for r in beside)
-    one = judged(tmp_path, "knn", "", seeds=(3,))
-    again = next(r for r in one["table"] if r["network"] == "nat" and r["features"] == "z")
+    one = asked(seeds=(3,))
+    again = next(r for r in one["table"] if r["network"] == "nat" and r["layer"] == "z")
     assert again["values"] == row["values"][1:]
-    assert "k=5" in (tmp_path / "report.html").read_text()
+    assert "k=20" in (run / "report.html").read_text()
     with pytest.raises(ValueError, match="seeds: the run in .* has .0, 3.; got .1,."):
-        judged(tmp_path, "knn", "", seeds=(1,))
+        asked(seeds=(1,))
 
 
 def test_filters_need_no_data(trained, tmp_path):

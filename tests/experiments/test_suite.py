@@ -28,13 +28,14 @@ def trained(config, workdir):
     supervised = config.targets.kind == "labels"
     value = 0.4 + 0.01 * config.seeds[0] + (0.01 if config.optim.loss == "softmax" else 0.0)
     rows = [
-        {"features": layer, "network": network, "probe": probe, "labels": "all", "value": found}
+        {"layer": layer, "network": network, "probe": probe, "labels": "all", "mean": found}
         for network, found in (("untrained", 0.2), ("supervised" if supervised else "nat", value))
         for layer in ("z", "conv2")
         for probe in (*config.eval.probes, *(["own"] if supervised and layer == "z" else []))
     ]
     data = {split: {"records": 10_000, "source": "digits"} for split in ("train", "test")}
-    workdirs.write_json(workdir / "judged.json", {"rows": rows, "protocol": data})
+    result = {"table": rows, "protocol": data}
+    workdirs.write_json(workdir / "results" / "pretrain.json", result)
     judged = {"step": 10, "epoch": 2.0, "eval/conv2/mlp_probe/all": 0.35}
     (workdir / "metrics.jsonl").write_text(json.dumps(judged) + "\n")
     print("a table")

@@ -48,7 +48,7 @@ def knn(
         Accuracy in [0, 1].
 
     Raises:
-        ValueError: k or temperature out of range, or sets that do not fit (see `check_sets`).
+        InputError: k or temperature out of range, or sets that do not fit (see `check_sets`).
     """
     del seed
     swept = knn_sweep(train, test, num_classes=num_classes, ks=(k,), temperatures=(temperature,))
@@ -76,7 +76,7 @@ def knn_sweep(
         The accuracy in [0, 1] by (k, temperature).
 
     Raises:
-        ValueError: as `knn`, or nothing to sweep.
+        InputError: as `knn`, or nothing to sweep.
     """
     check_sets(train, test, num_classes)
     if not ks or not temperatures:
@@ -118,7 +118,7 @@ def nearest(queries: np.ndarray, database: np.ndarray, k: int) -> tuple[np.ndarr
         (cosine float32[Q, k], row int32[Q, k]), most similar first, ties by smaller row.
 
     Raises:
-        ValueError: k > N, dimensions that differ, or values that are not finite.
+        InputError: k > N, dimensions that differ, or values that are not finite.
     """
     _check_k(k, len(database))
     if queries.shape[1:] != database.shape[1:]:

@@ -51,7 +51,7 @@ def lbfgs_probe(
         Accuracy in [0, 1].
 
     Raises:
-        ValueError: an option out of range, or sets that do not fit (see `check_sets`).
+        InputError: an option out of range, or sets that do not fit (see `check_sets`).
     """
     del seed
     check_sets(train, test, num_classes)

@@ -7,73 +7,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 from nat_jax.errors import InputError
-from nat_jax.evaluate.features import FeatureSet, check_sets
+from nat_jax.evaluate.features import FeatureBatch, TrainEpoch
 from nat_jax.evaluate.probes import sgd
-from nat_jax.evaluate.stream import FeatureBatch, TrainEpoch
 
 INITS = ("torch", "gaussian")
 _GAUSSIAN_DEVIATION = 0.01
-
-
-def mlp_probe(
-    train: FeatureSet,
-    test: FeatureSet,
-    *,
-    num_classes: int,
-    seed: int = 0,
-    hidden: int = 4096,
-    epochs: int = 100,
-    batch_size: int = 256,
-    learning_rate: float = 0.1,
-    decay_start: int = 20,
-    decay: float = 0.3,
-    momentum: float = 0.9,
-    weight_decay: float = 1e-8,
-    dropout: float = 0.5,
-    init: str = "torch",
-) -> float:
-    """Train the authors' transfer MLP on features and return top-1 accuracy (test.lua, test.sh).
-
-    FC-BN-ReLU-dropout-FC-BN-ReLU-FC, cross-entropy, SGD with `learning_rate` for `decay_start`
-    epochs and ``learning_rate / (1 + decay (e - decay_start))`` after; momentum
-    ``m = .9 m + .1 g``; kernels shrink by ``1 - weight_decay`` each step (which float32 rounds to 1
-    at the authors' 1e-8). Here features are cached, hence without crops and flips, and tested with
-    one view; `mlp_probe_stream` has both. Every epoch leaves out the incomplete last batch.
-
-    Args:
-        train: features float32[N, F] to fit.
-        test: features to classify.
-        num_classes: labels are 0 .. num_classes - 1.
-        seed: of the initialisation, the order and the dropout masks.
-        hidden: width of both hidden layers.
-        epochs: passes over the training set.
-        batch_size: min(batch_size, N) is used.
-        learning_rate: of the first `decay_start` epochs.
-        decay_start: epochs of constant rate.
-        decay: of the rate afterwards.
-        momentum: m = momentum * m + (1 - momentum) * gradient.
-        weight_decay: per step, on kernels, independent of the learning rate.
-        dropout: rate after the first hidden layer.
-        init: "torch", the authors' code: weights and biases uniform in +-1/sqrt(fan_in), batch-norm
-            scales in [0, 1]; "gaussian", the paper's words (it gives no deviation): weights
-            N(0, 0.01^2), biases 0, scales 1.
-
-    Returns:
-        Accuracy in [0, 1].
-
-    Raises:
-        ValueError: an option out of range, sets that do not fit (see `check_sets`), or weights
-            that diverge.
-    """
-    check_sets(train, test, num_classes)
-    _check(hidden, epochs, batch_size, momentum, dropout, init)
-    net = Mlp(train.features.shape[1], hidden, num_classes, float(dropout), init)
-    recipe = _recipe(epochs, learning_rate, decay_start, decay, momentum, weight_decay)
-    state = sgd.fit(net, train, recipe, batch_size=batch_size, seed=seed)
-    return sgd.accuracy(net, state, test)
 
 
 def mlp_probe_stream(
@@ -92,17 +34,22 @@ def mlp_probe_stream(
     dropout: float = 0.5,
     init: str = "torch",
 ) -> dict[str, float]:
-    """Train the MLP of `mlp_probe` on every layer of a stream: the authors' whole protocol.
+    """Train the authors' transfer MLP on every layer of a stream (test.lua, test.sh).
+
+    FC-BN-ReLU-dropout-FC-BN-ReLU-FC, cross-entropy, SGD with `learning_rate` for `decay_start`
+    epochs and ``learning_rate / (1 + decay (e - decay_start))`` after; momentum
+    ``m = .9 m + .1 g``; kernels shrink by ``1 - weight_decay`` each step (which float32 rounds to 1
+    at the authors' 1e-8).
 
     Theirs is one layer, conv5 of the frozen network in evaluation mode; in each epoch fresh crops
     and flips in batches of 256 without the incomplete last one; and ten crops of each test image,
-    whose logits are summed. All of that is in the two streams (see `stream.featured`). Two things
-    of theirs are left out on purpose: an incomplete last batch of test images is judged as well
-    (they judged 49,984 of 50,000), and each crop is standardised on its own, as in training, not
+    whose logits are summed. All of that is in the two streams (see `features.featured`). Two things
+    of theirs are left out on purpose: an incomplete last batch of test images is scored as well
+    (they scored 49,984 of 50,000), and each crop is standardised on its own, as in training, not
     the ten of an image together.
 
     Args:
-        train_epoch: gives the batches of an epoch, features float[B, F].
+        train_epoch: returns the batches of an epoch, features {layer: float[B, F]}.
         test: batches with features float[B, V, F] for V crops of each record, or [B, F] for one.
         num_classes: labels are 0 .. num_classes - 1.
         seed: of the initialisation and the dropout masks.
@@ -114,50 +61,36 @@ def mlp_probe_stream(
         momentum: m = momentum * m + (1 - momentum) * gradient.
         weight_decay: per step, on kernels, independent of the learning rate.
         dropout: rate after the first hidden layer.
-        init: "torch" or "gaussian".
+        init: "torch", the authors' code: weights and biases uniform in +-1/sqrt(fan_in), batch-norm
+            scales in [0, 1]; "gaussian", the paper's words (it states no deviation): weights
+            N(0, 0.01^2), biases 0, scales 1.
 
     Returns:
         {layer: accuracy in [0, 1]}.
 
     Raises:
-        ValueError: an option out of range, an empty stream, labels out of range, or weights that
+        InputError: an option out of range, an empty stream, labels out of range, or weights that
             diverge.
     """
-    _check(hidden, epochs, 1, momentum, dropout, init)
-    trained = sgd.fit_stream(
-        lambda features: Mlp(features, hidden, num_classes, float(dropout), init),
-        train_epoch,
-        _recipe(epochs, learning_rate, decay_start, decay, momentum, weight_decay),
-        num_classes=num_classes,
-        seed=seed,
-    )
-    return sgd.accuracy_stream(trained, test, num_classes=num_classes)
-
-
-def _check(
-    hidden: int, epochs: int, batch_size: int, momentum: float, dropout: float, init: str
-) -> None:
     sgd.check_options(
         "mlp_probe",
-        at_least_1={"hidden": hidden, "epochs": epochs, "batch_size": batch_size},
+        at_least_1={"hidden": hidden, "epochs": epochs},
         below_1={"momentum": momentum, "dropout": dropout},
     )
     if init not in INITS:
         raise InputError(f"mlp_probe: unknown init {init!r}; known: {', '.join(INITS)}")
+    trained = sgd.fit(
+        lambda features: Mlp(features, hidden, num_classes, dropout, init, momentum, weight_decay),
+        train_epoch,
+        epochs,
+        lambda epoch: learning_rate / (1 + decay * max(epoch - decay_start, 0)),
+        num_classes=num_classes,
+        seed=seed,
+    )
+    return sgd.accuracy(trained, test, num_classes=num_classes)
 
 
-def _recipe(
-    epochs: int,
-    learning_rate: float,
-    decay_start: int,
-    decay: float,
-    momentum: float,
-    weight_decay: float,
-) -> sgd.Recipe:
-    def rate(epoch: int) -> float:
-        return learning_rate / (1 + decay * max(epoch - decay_start, 0))
-
-    return sgd.Recipe(epochs, rate, momentum, weight_decay)
+mlp_probe = sgd.in_memory("mlp_probe", mlp_probe_stream)
 
 
 class Mlp(NamedTuple):
@@ -168,6 +101,8 @@ class Mlp(NamedTuple):
     classes: int
     dropout: float
     start: str
+    momentum: float = 0.9
+    weight_decay: float = 0.0
 
     def init(self, key: jax.Array) -> tuple[nnx.State, nnx.State]:
         """Return fresh parameters and batch statistics."""
@@ -182,21 +117,18 @@ class Mlp(NamedTuple):
         logits = module(features, key)
         return logits, nnx.state(module, nnx.BatchStat)
 
-    def descend(
-        self, params: nnx.State, trace: nnx.State, grads: nnx.State, rates: jax.Array
-    ) -> tuple[nnx.State, nnx.State]:
-        """Return (params, trace) after ``m = mu m + (1 - mu) g``, ``w = (w - lr m) (1 - decay)``.
+    def optimizer(self, rate: jax.Array | float) -> optax.GradientTransformation:
+        """Return ``m = mu m + (1 - mu) g``, ``w = w (1 - decay) - rate m``; biases do not decay."""
+        return optax.chain(
+            optax.ema(self.momentum, debias=False),
+            optax.scale(-rate),
+            optax.add_decayed_weights(-self.weight_decay, _kernels),
+        )
 
-        Only kernels, the leaves of rank 2, decay.
-        """
-        learning_rate, momentum, weight_decay = rates
-        trace = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, trace, grads)
 
-        def move(w: jax.Array, m: jax.Array) -> jax.Array:
-            w = w - learning_rate * m
-            return w * (1 - weight_decay) if w.ndim >= 2 else w
-
-        return jax.tree.map(move, params, trace), trace
+def _kernels(params: nnx.State) -> nnx.State:
+    """Return whether each parameter is a kernel: those of rank 2."""
+    return jax.tree.map(lambda w: w.ndim >= 2, params)
 
 
 Init = Callable[..., jax.Array]

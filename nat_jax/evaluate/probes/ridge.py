@@ -1,6 +1,7 @@
 """Ridge regression on one-hot labels: a linear probe in one pass over the features."""
 
 import functools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -49,19 +50,17 @@ def ridge_probe(
         Accuracy in [0, 1].
 
     Raises:
-        ValueError: l2 out of range, or sets that do not fit (see `check_sets`).
+        InputError: l2 out of range, or sets that do not fit (see `check_sets`).
     """
     del seed
     check_sets(train, test, num_classes)
     if not l2 > 0:
         raise InputError(f"linear_probe by ridge: expected l2 above 0, got {l2}")
     fit = solve(train, num_classes, l2)
-    right, start = 0, 0
-    for part in row_chunks(test.features, _CHUNK_BYTES):
-        rows = padded_length(len(part))
-        outputs = np.asarray(_outputs(padded_rows(part, rows), *fit))[: len(part)]
-        right += int(np.sum(outputs.argmax(axis=1) == test.labels[start : start + len(part)]))
-        start += len(part)
+    right = 0
+    for part, labels, count in _chunks(test):
+        outputs = np.asarray(_outputs(part, *fit))
+        right += int(np.sum(outputs.argmax(axis=1)[:count] == labels[:count]))
     return right / len(test)
 
 
@@ -76,7 +75,7 @@ class Fit(NamedTuple):
 
 def solve(train: FeatureSet, num_classes: int, l2: float) -> Fit:
     """Fit the map of `ridge_probe`."""
-    mean, scale = _moments(train.features)
+    mean, scale = _moments(train)
     share = np.bincount(train.labels, minlength=num_classes) / len(train)
     if len(train) <= train.features.shape[1]:
         kernel = _dual(train, mean, scale, share, l2)
@@ -85,21 +84,29 @@ def solve(train: FeatureSet, num_classes: int, l2: float) -> Fit:
     return Fit(mean, scale, kernel.astype(np.float32), share.astype(np.float32))
 
 
-def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _chunks(data: FeatureSet) -> Iterator[tuple[np.ndarray, np.ndarray, np.int32]]:
+    """Yield padded features [P, F] and labels [P] of consecutive records, and how many they are."""
+    start = 0
+    for part in row_chunks(data.features, _CHUNK_BYTES):
+        labels, rows = data.labels[start : start + len(part)], padded_length(len(part))
+        yield padded_rows(part, rows), padded_rows(labels, rows), np.int32(len(part))
+        start += len(part)
+
+
+def _moments(train: FeatureSet) -> tuple[np.ndarray, np.ndarray]:
     """Return each feature's mean and one over its deviation (0 where it is constant)."""
-    shift = features[0].astype(np.float32)  # near the mean, as sums of large numbers lose digits
-    mean = (shift + _sums(features, shift)[0] / len(features)).astype(np.float32)
-    variance = _sums(features, mean)[1] / len(features)
+    shift = train.features[0].astype(np.float32)  # near the mean, as large sums lose digits
+    mean = (shift + _sums(train, shift)[0] / len(train)).astype(np.float32)
+    variance = _sums(train, mean)[1] / len(train)
     return mean, np.asarray(inverse_deviation(mean, variance.astype(np.float32)))
 
 
-def _sums(features: np.ndarray, shift: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sums float64[F] of ``features - shift`` and of its squares."""
+def _sums(train: FeatureSet, shift: np.ndarray) -> np.ndarray:
+    """Return the sums float64[2, F] of ``features - shift`` and of its squares."""
     total = np.zeros((2, len(shift)))
-    for part in row_chunks(features, _CHUNK_BYTES):
-        rows = padded_length(len(part))
-        total += np.asarray(_chunk_sums(padded_rows(part, rows), np.int32(len(part)), shift))
-    return total[0], total[1]
+    for part, _, count in _chunks(train):
+        total += np.asarray(_chunk_sums(part, count, shift))
+    return total
 
 
 @jax.jit
@@ -116,19 +123,8 @@ def _primal(
     """Solve (X^T X / N + l2) W = X^T Y / N, for X [N, F] with N > F."""
     gram = np.zeros((len(mean), len(mean)))
     against = np.zeros((len(mean), len(share)))
-    start = 0
-    for part in row_chunks(train.features, _CHUNK_BYTES):
-        labels = train.labels[start : start + len(part)]
-        start += len(part)
-        rows = padded_length(len(part))
-        more, with_labels = _products(
-            padded_rows(part, rows),
-            padded_rows(labels, rows),
-            np.int32(len(part)),
-            mean,
-            scale,
-            num_classes=len(share),
-        )
+    for chunk in _chunks(train):
+        more, with_labels = _products(*chunk, mean, scale, num_classes=len(share))
         gram += np.asarray(more)
         against += np.asarray(with_labels)
     gram /= len(train)

@@ -6,9 +6,9 @@ from nat_jax.errors import InputError
 from nat_jax.input.sources.array_record import open_array_record
 from nat_jax.input.sources.arrays import open_arrays
 from nat_jax.input.sources.digits import open_digits
-from nat_jax.input.sources.first_of_class import FirstOfClass
 from nat_jax.input.sources.folder import open_folder
 from nat_jax.input.sources.source import SPLITS, Opener, Record, Source, UnreadableRecord
+from nat_jax.input.sources.subset import first_of_class
 from nat_jax.input.sources.tfds import open_tfds
 
 __all__ = ["SOURCES", "Record", "Source", "UnreadableRecord", "open_source"]
@@ -55,4 +55,4 @@ def open_source(spec: str, split: str = "train", *, per_class: int = 0) -> Sourc
         wanted = _ARGUMENTS.get(kind, "PATH")
         raise InputError(f"source {spec!r} lacks its {wanted}: write {kind}:{wanted}")
     source = SOURCES[kind](argument, split)
-    return FirstOfClass(source, per_class) if per_class and split == "train" else source
+    return first_of_class(source, per_class) if per_class and split == "train" else source

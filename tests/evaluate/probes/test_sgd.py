@@ -1,19 +1,25 @@
-"""Streams of features: weights, views, labels, ends; features too large for the device."""
+"""Streams of features: weights, views, labels; features in memory, small and large."""
 
-import dataclasses
 import re
 
 import jax
 import numpy as np
 import pytest
 
-from nat_jax.evaluate.features import FeatureSet
+from nat_jax.evaluate.features import FeatureBatch, FeatureSet, featured
 from nat_jax.evaluate.probes import sgd
-from nat_jax.evaluate.probes.linear_sgd import Linear
+from nat_jax.evaluate.probes.linear import Linear
 from nat_jax.evaluate.probes.mlp import Mlp
-from nat_jax.evaluate.stream import FeatureBatch, featured
 
-RECIPE = sgd.Recipe(4, lambda epoch: 0.1 / (1 + epoch), 0.9, 1e-4)
+SCHEDULE = 4, lambda epoch: 0.1 / (1 + epoch)
+
+
+def linear(features: int) -> Linear:
+    return Linear(features, 3, 0.9, 1e-4)
+
+
+def mlp(features: int) -> Mlp:
+    return Mlp(features, 8, 3, 0.5, "torch")
 
 
 def _points(rows: int, seed: int) -> FeatureSet:
@@ -29,53 +35,59 @@ def _batch(data: FeatureSet, weight: np.ndarray | None = None, layer: str = "a")
     return FeatureBatch({layer: data.features}, data.labels, weight)
 
 
-def _fit(*batches: FeatureBatch, net=lambda features: Linear(features, 3), classes: int = 3):
-    return sgd.fit_stream(net, lambda epoch: batches, RECIPE, num_classes=classes, seed=0)
+def _fit(*batches: FeatureBatch, make=linear, classes: int = 3):
+    return sgd.fit(make, lambda epoch: batches, *SCHEDULE, num_classes=classes, seed=0)
 
 
-@pytest.mark.parametrize("net", [Linear(2, 3), Mlp(2, 16, 3, 0.5, "torch")])
-def test_features_too_large_for_the_device(net, monkeypatch: pytest.MonkeyPatch) -> None:
-    train, test = _points(300, 0), _points(300, 1)
-    resident = sgd.fit(net, train, RECIPE, batch_size=64, seed=5)
+@pytest.mark.parametrize("make", [linear, mlp])
+def test_features_too_large_for_the_device(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = _points(300, 0)
+
+    def trained() -> sgd.State:
+        epochs = sgd.shuffled(train, 64, seed=5)
+        ((_, state),) = sgd.fit(make, epochs, *SCHEDULE, num_classes=3, seed=5).values()
+        return state
+
+    resident = trained()
     monkeypatch.setattr(sgd, "_RESIDENT_BYTES", 1000)
-    epochs = []
-    monkeypatch.setattr(sgd, "_epoch", lambda *args, **rest: epochs.append(args))
-    gathered = sgd.fit(net, train, RECIPE, batch_size=64, seed=5)
-    assert not epochs
-    for a, b in zip(*(map(np.asarray, _leaves(x)) for x in (resident, gathered)), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-4)
-    assert sgd.accuracy(net, resident, test) == pytest.approx(
-        sgd.accuracy(net, gathered, test), abs=1.5 / 300
-    )
+    monkeypatch.setattr(sgd, "_take", None)  # would gather on the device
+    for a, b in zip(_leaves(resident), _leaves(trained()), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def _leaves(state: sgd.State) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
 
 
-def test_an_epoch_visits_each_record_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    epoch = sgd._epoch
-
-    def recorded(state, features, labels, order, steps, key, rates, **rest):
-        calls.append((np.asarray(order)[: int(steps)].copy(), np.asarray(rates)))
-        return epoch(state, features, labels, order, steps, key, rates, **rest)
-
-    monkeypatch.setattr(sgd, "_epoch", recorded)
-    sgd.fit(Linear(2, 3), _points(150, 0), RECIPE, batch_size=32, seed=0)
-    for number, (order, rates) in enumerate(calls):
-        assert order.shape == (4, 32)  # the 22 records left over wait for another epoch
-        assert len(np.unique(order)) == 128 and order.max() < 150
-        np.testing.assert_array_equal(rates, RECIPE.rates(number))
-    assert len(calls) == 4 and not np.array_equal(calls[0][0], calls[1][0])
+def test_an_epoch_visits_each_record_once() -> None:
+    data = FeatureSet(np.arange(150, dtype=np.float32)[:, None], np.arange(150) % 3)
+    orders = []
+    for number in (0, 1, 0):
+        batches = list(sgd.shuffled(data, 32, seed=0)(number))
+        assert [len(batch.labels) for batch in batches] == [32] * 4  # 22 records are left over
+        seen = np.concatenate([next(iter(b.features.values()))[:, 0] for b in batches]).astype(int)
+        assert len(np.unique(seen)) == 128 and seen.max() < 150
+        np.testing.assert_array_equal(np.concatenate([b.labels for b in batches]), seen % 3)
+        orders.append(seen.tolist())
+    assert orders[0] == orders[2] != orders[1]
 
 
-def test_a_long_stream_says_how_far_it_is(caplog: pytest.LogCaptureFixture) -> None:
-    batch, recipe = _batch(_points(12, 0)), dataclasses.replace(RECIPE, epochs=20)
+def test_every_record_is_scored_once_in_order() -> None:
+    data = FeatureSet(np.arange(150, dtype=np.float32)[:, None], np.arange(150) % 3)
+    (batch,) = sgd.in_order(data)
+    (features,) = batch.features.values()
+    np.testing.assert_array_equal(features[batch.weight > 0, 0], np.arange(150))
+
+
+def test_a_long_stream_logs_its_progress(caplog, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = _batch(_points(12, 0))
     with caplog.at_level("INFO", "nat_jax"):
-        sgd.fit_stream(lambda dim: Linear(dim, 3), lambda _: [batch], recipe, num_classes=3, seed=0)
-    assert [record.args[0] for record in caplog.records] == list(range(2, 21, 2))
-    assert re.fullmatch(r"epoch 20 of 20, loss on a \d\.\d{3}", caplog.messages[-1])
+        _fit(batch)
+        assert not caplog.messages
+        monkeypatch.setattr(sgd, "_SECONDS", -1.0)
+        _fit(batch)
+    assert [record.args[0] for record in caplog.records] == [1, 2, 3, 4]
+    assert re.fullmatch(r"epoch 4 of 4, loss on a \d\.\d{3}", caplog.messages[-1])
 
 
 def test_records_of_weight_0_teach_nothing() -> None:
@@ -87,7 +99,7 @@ def test_records_of_weight_0_teach_nothing() -> None:
     changed = FeatureSet(train.features, labels)
     states = [
         _leaves(_fit(_batch(data, weight))["a"][1])
-        for data, weight in ((train, counted), (changed, counted), (train, np.ones(64)))
+        for data, weight in ((train, counted), (changed, counted), (train, np.ones(64, np.float32)))
     ]
     for a, b in zip(states[0], states[1], strict=True):
         np.testing.assert_array_equal(a, b)
@@ -96,12 +108,12 @@ def test_records_of_weight_0_teach_nothing() -> None:
 
 def test_records_of_weight_0_are_not_judged() -> None:
     trained, test = _fit(_batch(_points(300, 0))), _points(30, 1)
-    right = sgd.accuracy_stream(trained, [_batch(test)], num_classes=3)["a"]
+    right = sgd.accuracy(trained, [_batch(test)], num_classes=3)["a"]
     wrong = FeatureSet(test.features, (test.labels + 1) % 3)
     weight = np.zeros(30, np.float32)
     both = [_batch(test), _batch(wrong, weight)]
-    assert sgd.accuracy_stream(trained, both, num_classes=3)["a"] == right > 0.7
-    judged = sgd.accuracy_stream(trained, [_batch(test), _batch(wrong)], num_classes=3)
+    assert sgd.accuracy(trained, both, num_classes=3)["a"] == right > 0.7
+    judged = sgd.accuracy(trained, [_batch(test), _batch(wrong)], num_classes=3)
     assert judged["a"] < right - 0.2
 
 
@@ -115,8 +127,8 @@ def test_logits_are_summed_over_views() -> None:
     expected = np.mean(logits.sum(axis=0).argmax(axis=1) == test.labels)
 
     def judged(features: np.ndarray) -> float:
-        batch = FeatureBatch({"a": features}, test.labels, np.ones(200))
-        return sgd.accuracy_stream(trained, [batch], num_classes=3)["a"]
+        batch = FeatureBatch({"a": features}, test.labels, np.ones(200, np.float32))
+        return sgd.accuracy(trained, [batch], num_classes=3)["a"]
 
     assert judged(views) == pytest.approx(expected)
     assert judged(views) > judged(views[:, 0]) + 0.1
@@ -125,14 +137,10 @@ def test_logits_are_summed_over_views() -> None:
 
 def test_a_layer_does_not_depend_on_the_others() -> None:
     train = _points(128, 0)
-
-    def net(features: int) -> Mlp:
-        return Mlp(features, 8, 3, 0.5, "torch")
-
-    alone = _fit(_batch(train), net=net)
+    alone = _fit(_batch(train), make=mlp)
     both = FeatureBatch({"b": train.features[:, ::-1], "a": train.features}, train.labels, None)
-    beside = _fit(both._replace(weight=np.ones(128)), net=net)
-    for a, b in zip(_leaves(alone["a"][1]), _leaves(beside["a"][1]), strict=True):
+    together = _fit(both._replace(weight=np.ones(128, np.float32)), make=mlp)
+    for a, b in zip(_leaves(alone["a"][1]), _leaves(together["a"][1]), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
@@ -155,11 +163,11 @@ def test_streams_reject() -> None:
         _fit(_batch(broken))
     trained = _fit(_batch(train))
     with pytest.raises(ValueError, match="no record of weight 1"):
-        sgd.accuracy_stream(trained, [_batch(train, np.zeros(30))], num_classes=3)
+        sgd.accuracy(trained, [_batch(train, np.zeros(30))], num_classes=3)
     with pytest.raises(ValueError, match="test labels: .* 30 of 30 have none"):
-        sgd.accuracy_stream(trained, [_batch(unlabelled)], num_classes=3)
+        sgd.accuracy(trained, [_batch(unlabelled)], num_classes=3)
     with pytest.raises(ValueError, match="diverged"):
-        sgd.accuracy_stream(trained, [_batch(broken)], num_classes=3)
+        sgd.accuracy(trained, [_batch(broken)], num_classes=3)
 
 
 def test_images_become_features_view_by_view() -> None:

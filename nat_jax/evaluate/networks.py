@@ -1,4 +1,4 @@
-"""The networks that a task judges: the one that the config names, the same untrained, others."""
+"""The networks of a task: the one that the config names, the same untrained, and others."""
 
 import dataclasses
 import logging
@@ -10,7 +10,6 @@ from ml_collections import ConfigDict
 
 from nat_jax import config as configs
 from nat_jax.errors import InputError
-from nat_jax.evaluate import judge
 from nat_jax.export import Bundle
 from nat_jax.export.bundle import is_bundle
 from nat_jax.export.loading import (
@@ -20,45 +19,58 @@ from nat_jax.export.loading import (
     task_config,
     untrained_network,
 )
+from nat_jax.report.rows import NAT, SUPERVISED
 from nat_jax.training import workdir as workdirs
 
 logger = logging.getLogger(__name__)
 
+_ORIGIN = ("seed", "step", "data")  # of a network, in a result
+
 
 @dataclasses.dataclass(frozen=True)
-class Contenders:
-    """Networks by the names that tables give them.
+class Networks:
+    """Networks by the names that tables have for them.
 
     Attributes:
-        networks: "untrained" first, then the one that is judged, then those beside it.
-        judged: the name of that one.
-        beside: where those beside it come from, by their names.
+        all: "untrained" first, then the one that is evaluated, then those it is compared with.
+        evaluated: the name of that one.
+        folders: where those that it is compared with come from, by their names.
         settings: the task's config: model and data of that one, ``eval`` of the command line.
     """
 
-    networks: Mapping[str, Bundle]
-    judged: str
-    beside: Mapping[str, str]
+    all: Mapping[str, Bundle]
+    evaluated: str
+    folders: Mapping[str, str]
     settings: ConfigDict
+
+    @property
+    def network(self) -> Bundle:
+        """The one that is evaluated."""
+        return self.all[self.evaluated]
 
     def describe(self) -> dict[str, dict[str, Any]]:
         """Return which weights these are, and how they were trained, for the result."""
         return {
             name: {
                 "fingerprint": network.fingerprint(),
-                **_plain(network.run),
-                **({"folder": self.beside[name]} if name in self.beside else {}),
+                **{key: network.run[key] for key in _ORIGIN if key in network.run},
+                **({"folder": self.folders[name]} if name in self.folders else {}),
                 "config": workdirs.training(network.config),
             }
-            for name, network in self.networks.items()
+            for name, network in self.all.items()
         }
 
 
+def trained_name(config: ConfigDict) -> str:
+    """Return how rows name the network of a config: by what it was trained with."""
+    return SUPERVISED[config.optim.loss] if config.targets.kind == "labels" else NAT
+
+
 def seeds_of(config: ConfigDict, workdir: Path) -> tuple[int, ...]:
-    """Return the seeds to judge: those of the config that the run has; of a bundle, its own.
+    """Return the seeds to evaluate: those of the config that the run has; of a bundle, its own.
 
     Raises:
-        ValueError: the run has none of them.
+        InputError: the run has none of them.
     """
     where = _where(config, workdir)
     if is_bundle(where):
@@ -77,24 +89,25 @@ def seeds_of(config: ConfigDict, workdir: Path) -> tuple[int, ...]:
     return common
 
 
-def find_contenders(config: ConfigDict, workdir: Path, seed: int) -> Contenders:
+def load_networks(config: ConfigDict, workdir: Path, seed: int) -> Networks:
     """Load the networks of a task, for one seed.
 
     Args:
-        config: ``network`` names the one that is judged, see ``loading.network_of``;
+        config: ``network`` names the one that is evaluated, see ``loading.network_of``;
             ``eval.compare`` the folders of others, of whose seeds the first is taken.
         workdir: the task's folder.
         seed: which of a run's seeds.
 
     Raises:
-        ValueError: there is no such network, or one beside it takes other images or is named twice.
+        InputError: there is no such network, or one of the others takes other images or is named
+            twice.
         BundleError, CheckpointError: see ``loading.load_network``.
     """
     network = network_of(config, workdir, seed=seed)
     settings = task_config(config, network)
-    name = UNTRAINED if not network.run["step"] else judge.trained_name(settings)
-    networks = {UNTRAINED: network if name == UNTRAINED else _untrained(network), name: network}
-    beside: dict[str, str] = {}
+    name = UNTRAINED if not network.run["step"] else trained_name(settings)
+    found = {UNTRAINED: network if name == UNTRAINED else _untrained(network), name: network}
+    folders: dict[str, str] = {}
     for folder in config.eval.compare:
         other = load_network(folder)
         if (other.model.image_size, other.resize) != (network.model.image_size, network.resize):
@@ -103,9 +116,9 @@ def find_contenders(config: ConfigDict, workdir: Path, seed: int) -> Contenders:
                 f"with data.resize = {network.resize}, as the one that is judged; {folder} takes "
                 f"{other.model.image_size} with {other.resize}"
             )
-        named = _name(other, config, folder, networks)
-        networks[named], beside[named] = other, str(folder)
-    return Contenders(networks, name, beside, settings)
+        named = _name(other, config, folder, found)
+        found[named], folders[named] = other, str(folder)
+    return Networks(found, name, folders, settings)
 
 
 def _where(config: ConfigDict, workdir: Path) -> Path:
@@ -120,7 +133,7 @@ def _untrained(network: Bundle) -> Bundle:
 
 def _name(network: Bundle, config: ConfigDict, folder: str, taken: Mapping[str, Bundle]) -> str:
     """Name a network by its kind, with as much of its path as tells it from the others."""
-    kind = judge.trained_name(task_config(config, network)) if network.run["step"] else UNTRAINED
+    kind = trained_name(task_config(config, network)) if network.run["step"] else UNTRAINED
     if kind not in taken:
         return kind
     place = Path(folder).expanduser().resolve()
@@ -129,7 +142,3 @@ def _name(network: Bundle, config: ConfigDict, folder: str, taken: Mapping[str, 
         if name not in taken:
             return name
     raise InputError(f"eval.compare: expected each folder once; got {folder} again")
-
-
-def _plain(run: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: run[key] for key in ("seed", "step", "data") if key in run}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nat_jax.input.sources import open_source
-from nat_jax.input.sources.first_of_class import FirstOfClass
+from nat_jax.input.sources.subset import first_of_class
 
 
 def test_it_takes_the_first_of_each_class_in_order():
@@ -47,7 +47,7 @@ class Hidden:
 
 def test_labels_that_are_not_known_are_read():
     np.testing.assert_array_equal(
-        FirstOfClass(Hidden(), 3).labels, open_source("digits", per_class=3).labels
+        first_of_class(Hidden(), 3).labels, open_source("digits", per_class=3).labels
     )
 
 
@@ -55,4 +55,4 @@ def test_what_cannot_be_taken_is_refused():
     with pytest.raises(ValueError, match=r"data.per_class: expected at most \d+, the records of c"):
         open_source("digits", per_class=1000)
     with pytest.raises(ValueError, match="data.per_class: expected labelled records; digits has"):
-        FirstOfClass(Hidden(classes=False), 3)
+        first_of_class(Hidden(classes=False), 3)
