@@ -64,7 +64,7 @@ def guarded(function: Callable) -> Callable:
                 startup.exit_process(startup.EXIT_LOST_PEER)
             from nat_jax.assign import AssignmentError
 
-            if isinstance(error, UserError | AssignmentError):
+            if isinstance(error, flags.Error | UserError | AssignmentError):
                 print(f"nat_jax: {startup.message_prefix()}{error}", file=sys.stderr)
                 startup.exit_process(2, at_once=getattr(error, "leaves_a_thread", False))
             if startup.message_prefix():  # Python's own end would wait for the other processes
