@@ -105,7 +105,7 @@ def _write(
 ) -> None:
     partial = folder.with_name(f".{folder.name}.partial")
     busy = f"another process is writing {partial}; wait for it, or choose another"
-    with atomic_files.kept_for_us(partial, "features.to", busy):
+    with atomic_files.locked_folder(partial, "features.to", busy):
         progress = workdirs.read_json(partial / _PROGRESS)
         if progress is None or progress["asked"] != protocol:
             for leftover in partial.iterdir():

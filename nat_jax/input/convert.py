@@ -93,7 +93,7 @@ def convert(spec: str, to: str | None, *, shard_mb: int = 1024) -> Path:
     folder = Path(to).expanduser()
     begun = time.monotonic()
     busy = f"another process is converting into {folder}; wait for it"
-    with atomic_files.kept_for_us(folder, "convert.to", busy):
+    with atomic_files.locked_folder(folder, "convert.to", busy):
         try:
             manifest = _begin(folder, spec, sources, shard_mb)
             written = _write_shards(folder, manifest, sources)

@@ -70,7 +70,7 @@ def publish(partial: Path, path: Path) -> None:
 
 
 @contextlib.contextmanager
-def kept_for_us(folder: Path, key: str, busy: str) -> Iterator[None]:
+def locked_folder(folder: Path, key: str, busy: str) -> Iterator[None]:
     """Create a folder and lock it for this process; the lock ends with the process.
 
     Args:

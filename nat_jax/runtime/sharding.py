@@ -47,11 +47,11 @@ def make_mesh(
     """
     devices = devices or jax.devices()
     count = len(devices)
-    asked = f"mesh.data = {data}, mesh.model = {model}"
+    given = f"mesh.data = {data}, mesh.model = {model}"
     if min(data, model) < -1 or 0 in (data, model) or data == model == -1:
         raise InputError(
             "mesh: expected numbers of devices, one of which may be -1 for all that the other "
-            f"leaves; got {asked}"
+            f"leaves; got {given}"
         )
     if data == -1:
         data = count // model
@@ -61,13 +61,13 @@ def make_mesh(
         fit = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
         raise InputError(
             f"mesh: expected mesh.data * mesh.model to be the number of devices, {count}; got "
-            f"{asked}. Set --config.mesh.data=-1 and --config.mesh.model to one of: {fit}"
+            f"{given}. Set --config.mesh.data=-1 and --config.mesh.model to one of: {fit}"
         )
     rows = np.array(_in_order(devices)).reshape(data, model)
     if any(len({device.process_index for device in row}) > 1 for row in rows):
         raise InputError(
             "mesh.model: expected the devices along it to belong to one process, as each process "
-            f"has images of its own; got {asked}. Set mesh.model to a divisor of the number of "
+            f"has images of its own; got {given}. Set mesh.model to a divisor of the number of "
             "devices of each process"
         )
     return Mesh(rows, ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))

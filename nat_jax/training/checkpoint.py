@@ -156,7 +156,7 @@ class Checkpoints:
 
         Args:
             abstract_state: the state's pytree with a ``jax.ShapeDtypeStruct`` at every leaf,
-                whose sharding says where the leaf shall live.
+                whose sharding the leaf gets.
             expect: entries that the checkpoint's ``meta`` must equal.
 
         Returns:
@@ -189,7 +189,7 @@ class Checkpoints:
 
         Args:
             abstract: by their names at the state's top level, pytrees with a
-                ``jax.ShapeDtypeStruct`` at every leaf, whose sharding says where it shall live.
+                ``jax.ShapeDtypeStruct`` at every leaf, whose sharding it gets.
 
         Returns:
             The parts by name, the step they were saved at, and the ``meta`` saved with them.

@@ -49,7 +49,7 @@ SOLVER_SECONDS = "time/solver_seconds"
 def resolve(placement: str, platform: str) -> str:
     """Return "device" or "host" for ``assign.placement`` on the devices of a platform.
 
-    "auto" is the host beside accelerators. A round of an auction there is a handful of small
+    "auto" is the host if there are accelerators. A round of an auction there is a handful of small
     operations that wait for each other, and a problem of 256 takes a thousand rounds: tens of
     milliseconds of launches on a GPU, by the arithmetic of docs/assignment.md, against a few on a
     CPU; it has not been timed on a GPU. Without a CPU backend, which ``JAX_PLATFORMS`` can leave
