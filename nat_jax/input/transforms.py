@@ -199,7 +199,7 @@ class Transform:
 
     @property
     def draws(self) -> int:
-        """Random numbers for each image: crop's, two of a shift, one of a flip, jitter's."""
+        """Random numbers for each image, those of crop, shift (2), flip (1) and color jitter."""
         return self._flip_draw + self.flip + (self.colors.draws if self.colors else 0)
 
     @property
