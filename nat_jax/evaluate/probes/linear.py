@@ -107,7 +107,7 @@ def linear_probe_stream(
         l2: penalty, 0 or more.
 
     Returns:
-        {layer: accuracy in [0, 1]}.
+        A dict of accuracies in [0, 1] by layer.
 
     Raises:
         InputError: an option out of range, an empty stream, labels out of range, or weights that

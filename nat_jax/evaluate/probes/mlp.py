@@ -66,7 +66,7 @@ def mlp_probe_stream(
             N(0, 0.01^2), biases 0, scales 1.
 
     Returns:
-        {layer: accuracy in [0, 1]}.
+        A dict of accuracies in [0, 1] by layer.
 
     Raises:
         InputError: an option out of range, an empty stream, labels out of range, or weights that
