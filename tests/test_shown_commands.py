@@ -98,6 +98,8 @@ class Place:
             arguments += SHORT
         if command == DEMO:
             arguments += SHORT_DEMO
+        if "task=mlp_probe" in command:
+            arguments += ["--config.eval.mlp_epochs=5"]
         self._printed[command] = self.call(arguments)
         return self._printed[command]
 
