@@ -23,7 +23,7 @@ from nat_jax.export.loading import untrained_network
 from nat_jax.input import pipeline
 from nat_jax.input.bad_records import BadRecords
 from nat_jax.input.reader import ImageCache
-from nat_jax.models.frozen import Network
+from nat_jax.models.frozen import FrozenModel
 from nat_jax.report.rows import Row
 from nat_jax.runtime import consistency, preemption, sharding, startup
 from nat_jax.runtime.preemption import Preempted, StopOnSignal
@@ -141,9 +141,9 @@ def _train(run: Run, evaluator: Evaluator, folder: Path, began: float) -> TrainS
             checkpoints.close()
 
 
-def _network(run: Run, state: TrainState) -> Network:
+def _network(run: Run, state: TrainState) -> FrozenModel:
     """Return the network with its weights on the host; all processes must call this."""
-    return Network(run.step.model, *sharding.to_host((state.params, state.batch_stats)))
+    return FrozenModel(run.step.model, *sharding.to_host((state.params, state.batch_stats)))
 
 
 def _log_health(run: Run) -> None:
@@ -165,7 +165,7 @@ def _log_health(run: Run) -> None:
         logger.info("seed %d: %s", run.seed, sentence)
 
 
-def _judge_run(run: Run, evaluator: Evaluator, trained: Network) -> list[Row]:
+def _judge_run(run: Run, evaluator: Evaluator, trained: FrozenModel) -> list[Row]:
     """Score the baselines, the untrained and the trained network, and draw the pictures.
 
     Nothing here waits for another process.

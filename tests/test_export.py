@@ -381,7 +381,7 @@ def test_fingerprints_follow_weights_and_definition(untrained):
     model = models.make_model(**{**untrained.arguments, "frontend": "rgb"})
     assert model.spec == untrained.model.spec  # so that the front end alone differs
     parts = (untrained.params, untrained.batch_stats)
-    assert nat_jax.models.frozen.Network(model, *parts).fingerprint() != untrained.fingerprint()
+    assert nat_jax.models.frozen.FrozenModel(model, *parts).fingerprint() != untrained.fingerprint()
 
 
 def settings_like(network: Bundle):

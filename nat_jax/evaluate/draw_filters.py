@@ -8,13 +8,13 @@ import numpy as np
 
 from nat_jax import report
 from nat_jax.models.frontend import kernel_of
-from nat_jax.models.frozen import Network
+from nat_jax.models.frozen import FrozenModel
 from nat_jax.report.rows import UNTRAINED
 
 _PICTURE = "filters_composed.png"
 
 
-def composed(network: Network) -> np.ndarray:
+def composed(network: FrozenModel) -> np.ndarray:
     """Return the first layer's kernels joined with the front end's: what they see of an image.
 
     Both are linear, so one kernel does what the two do one after the other; at the image's border,
@@ -37,12 +37,14 @@ def composed(network: Network) -> np.ndarray:
     return product
 
 
-def first_kernel(network: Network) -> np.ndarray:
+def first_kernel(network: FrozenModel) -> np.ndarray:
     """Return the first layer's kernels float32[kh, kw, Cin, Cout]."""
     return np.asarray(network.params["conv1"]["map"]["kernel"], np.float32)
 
 
-def draw_filters(networks: Mapping[str, Network], evaluated: str, workdir: Path) -> dict[str, Any]:
+def draw_filters(
+    networks: Mapping[str, FrozenModel], evaluated: str, workdir: Path
+) -> dict[str, Any]:
     """Draw the raw and the composed filters of some networks, one below the other.
 
     Args:

@@ -29,7 +29,7 @@ from nat_jax.input import transforms
 from nat_jax.input.reader import ImageCache
 from nat_jax.input.sources import Source
 from nat_jax.models import Model
-from nat_jax.models.frozen import Network, resolve_layers
+from nat_jax.models.frozen import FrozenModel, resolve_layers
 from nat_jax.report.rows import PATCHES, PIXELS, UNTRAINED, Row, aggregate, headline
 from nat_jax.training import workdir as workdirs
 
@@ -132,14 +132,14 @@ class Evaluator:
             **stated,
         }
 
-    def extractors(self, networks: Mapping[str, Network]) -> list[FeatureExtractor]:
+    def extractors(self, networks: Mapping[str, FrozenModel]) -> list[FeatureExtractor]:
         """Return the extractors of ``eval.baselines`` and of some networks."""
         baselines = {"pixels": self._pixels, "patches": self._patches}
         chosen = [baselines[name]() for name in self.inputs.settings.baselines]
         return chosen + [self.extractor(name, network) for name, network in networks.items()]
 
     def extractor(
-        self, name: str, network: Network, layers: tuple[str, ...] = ()
+        self, name: str, network: FrozenModel, layers: tuple[str, ...] = ()
     ) -> FeatureExtractor:
         """Return the extractor of a network's layers, by default those of ``eval.layers``.
 
@@ -203,7 +203,7 @@ class Evaluator:
         return headline(table, PROTOCOLS[self._task].headline(self.inputs), network)
 
     def score_run(
-        self, workdir: Path, trained: Network, untrained: Callable[[], Network], run: Result
+        self, workdir: Path, trained: FrozenModel, untrained: Callable[[], FrozenModel], run: Result
     ) -> list[Row]:
         """Score the baselines, the untrained and the trained network, and draw the pictures.
 
@@ -229,7 +229,7 @@ class Evaluator:
         workdirs.write_json(path, {**key, "rows": rows})
         return rows
 
-    def _draw(self, folder: Path, network: Network) -> None:
+    def _draw(self, folder: Path, network: FrozenModel) -> None:
         """Draw the first layer's filters and some test images' nearest neighbours."""
         folder.mkdir(parents=True, exist_ok=True)
         kernel = jax.device_get(network.params["conv1"]["map"]["kernel"])

@@ -22,7 +22,7 @@ from nat_jax import models
 from nat_jax.errors import UserError
 from nat_jax.input.decode import open_picture
 from nat_jax.input.transforms import Transform, decode_and_crop, eval_transform
-from nat_jax.models.frozen import Network, resolve_layers
+from nat_jax.models.frozen import FrozenModel, resolve_layers
 from nat_jax.runtime import atomic_files
 
 FORMAT = 1  # of bundle.json; raised when its meaning changes
@@ -36,7 +36,7 @@ class BundleError(UserError, RuntimeError):
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Bundle(Network):
+class Bundle(FrozenModel):
     """A frozen network with its image preprocessing and its provenance.
 
     Attributes:

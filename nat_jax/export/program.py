@@ -13,13 +13,13 @@ import numpy as np
 from flax import traverse_util
 from jax import export
 
-from nat_jax.models.frozen import Network, layer_outputs, resolve_layers
+from nat_jax.models.frozen import FrozenModel, layer_outputs, resolve_layers
 
 PROGRAM = "features.stablehlo"
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 
-def program(network: Network, layers: Sequence[str], max_features: int | None = None) -> bytes:
+def program(network: FrozenModel, layers: Sequence[str], max_features: int | None = None) -> bytes:
     """Return the program: ``jax.export.deserialize(bytearray).call(weights, images)``.
 
     It takes {name: float32[...]}, the arrays of ``weights.npz``, and uint8[B, S, S, 3] for any B;

@@ -16,7 +16,7 @@ from nat_jax.runtime import sharding
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Network:
+class FrozenModel:
     """A network with its weights.
 
     Attributes:
@@ -79,7 +79,7 @@ def layer_outputs(
     batch_stats: Params,
     images: jax.Array,
 ) -> dict[str, jax.Array]:
-    """Return some layers' outputs; see ``Network.extractor``."""
+    """Return some layers' outputs; see ``FrozenModel.extractor``."""
     outputs, _ = model.apply(params, batch_stats, images)
     chosen = {name: outputs[name] for name in layers}
     if max_features is None:

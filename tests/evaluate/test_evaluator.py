@@ -9,7 +9,7 @@ from nat_jax.evaluate import retrieval
 from nat_jax.evaluate.evaluator import Evaluator
 from nat_jax.input.reader import ImageCache
 from nat_jax.input.sources import Record
-from nat_jax.models.frozen import Network
+from nat_jax.models.frozen import FrozenModel
 
 
 class Blocks:
@@ -41,10 +41,10 @@ class Blocks:
 
 
 @pytest.fixture(scope="module")
-def network() -> Network:
+def network() -> FrozenModel:
     model = models.make_model("convnet", dim=4, image_size=8, frontend="rgb", widths=(6,), pools=1)
 
-    return Network(model, *model.init(jax.random.key(0)))
+    return FrozenModel(model, *model.init(jax.random.key(0)))
 
 
 def evaluator(network, train, test, **changes):
@@ -143,7 +143,7 @@ def test_a_trained_network_is_scored_once(network, tmp_path, monkeypatch):
     monkeypatch.setitem(evaluate.PROBES, "knn", mean)
     judged = evaluator(network, Blocks("train", 60), Blocks("test", 12), layers=("z",))
     moved = jax.tree.map(lambda x: x + np.float32(0.1), network.params)
-    other = Network(network.model, moved, network.batch_stats)
+    other = FrozenModel(network.model, moved, network.batch_stats)
 
     def rows(trained):
         return judged.score_run(tmp_path, trained, lambda: network, {"seed": 0})
