@@ -21,6 +21,15 @@ import pytest  # noqa: E402
 _FIRST = ("test_multi_device.py", "test_training.py", "test_train.py", "test_tasks.py")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Compile with fewer passes over the machine code, unless slow tests are to run too.
+
+    Compiling is most of what the quick tests do, and halves so. What XLA itself optimises stays.
+    """
+    if config.option.markexpr == "not slow":
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in _FIRST)
 

@@ -2,7 +2,8 @@
 
     python tests/golden.py
 
-trains again and renews the files, for a change that is meant to change results.
+trains again and renews the files, for a change that is meant to change results;
+``python tests/golden.py --to FOLDER CASE...`` writes some cases elsewhere.
 """
 
 import json
@@ -11,7 +12,7 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,14 +129,15 @@ def machine() -> dict[str, str]:
     }
 
 
-def _renew(case: str) -> None:
+def save(case: str, folder: Path) -> None:
+    """Train and write ``CASE.npz``."""
     import numpy as np
 
-    with tempfile.TemporaryDirectory() as folder:
-        outcome = train(case, Path(folder))
-    FOLDER.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as workdir:
+        outcome = train(case, Path(workdir))
+    folder.mkdir(exist_ok=True)
     np.savez_compressed(
-        FOLDER / f"{case}.npz",
+        folder / f"{case}.npz",
         machine=json.dumps(machine()),
         losses=np.asarray(outcome.losses),
         rows=outcome.rows.astype(np.int16),
@@ -143,20 +145,26 @@ def _renew(case: str) -> None:
     )
 
 
-def _renew_all() -> None:
-    for case in CASES:
-        _renew(case)
+def save_in_process(cases: Iterable[str], folder: Path) -> None:
+    """Train in a new process, with XLA's default settings or on the case's 8 devices."""
+    cases = list(cases)
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    if cases == [EIGHT_DEVICES]:
+        environment |= EIGHT_DEVICES_ENVIRONMENT
+    command = [sys.executable, __file__, "--to", str(folder), *cases]
+    subprocess.run(command, env=environment, check=True)
+
+
+def main(arguments: list[str]) -> None:
+    if arguments[:1] == ["--to"]:
+        for case in arguments[2:]:
+            save(case, Path(arguments[1]))
+        return
+    save_in_process(CASES, FOLDER)
+    save_in_process([EIGHT_DEVICES], FOLDER)
     (FOLDER / "alexnet.json").write_text(json.dumps(alexnet_shapes(), indent=1) + "\n")
-    subprocess.run(
-        [sys.executable, __file__, EIGHT_DEVICES],
-        env=os.environ | EIGHT_DEVICES_ENVIRONMENT,
-        check=True,
-    )
 
 
 if __name__ == "__main__":
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    if sys.argv[1:]:
-        _renew(sys.argv[1])
-    else:
-        _renew_all()
+    main(sys.argv[1:])
