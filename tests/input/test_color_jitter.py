@@ -1,16 +1,11 @@
 """Random colour jitter: each change alone equals Pillow's; together they are one affine map."""
 
-import dataclasses
-
 import numpy as np
 import pytest
-from faulty_records import SIZE, Faulty
 from pictures import noise
 from PIL import Image, ImageEnhance
 
-from nat_jax.input import transforms
 from nat_jax.input.color_jitter import ColorJitter
-from nat_jax.input.reader import GREY, ImageCache, ImageReader
 
 LAST = 1 - 2**-53
 ALONE = {"brightness": 1, "contrast": 2, "saturation": 3}
@@ -97,48 +92,9 @@ def test_the_strength_bounds_the_changes():
     )
 
 
-def test_values_are_cut_off_not_wrapped():
-    white = np.full((1, 2, 2, 3), 250, np.uint8)
-    assert (jittered(ColorJitter(1.0), white, numbers(1, brightness=LAST)) == 255).all()
-    assert (jittered(ColorJitter(1.0), white, numbers(1, brightness=0.0)) == 50).all()
-
-
 @pytest.mark.parametrize("settings", [{"strength": -0.1}, {"strength": 1.5}, {"grayscale": 2.0}])
 def test_settings_out_of_range_are_refused(settings: dict[str, float]):
     with pytest.raises(
         ValueError, match=r"ColorJitter: expected a (strength|grayscale) in \[0, 1\], got"
     ):
         ColorJitter(**settings)
-
-
-@pytest.mark.parametrize("views", [1, 2])
-@pytest.mark.parametrize("crop", ["random_crop", "random_resized_crop"])
-def test_each_view_of_a_batch_has_colours_of_its_own(views: int, crop: str):
-    """Kept in memory or decoded anew; the rest of the transform draws what it drew without.
-
-    A bad record is grey all the same, and what is kept stays as it is.
-    """
-    plain = transforms.train_transform(image_size=SIZE, crop=crop)
-    jitter = ColorJitter(0.5, 0.2)
-    colored = dataclasses.replace(plain, colors=jitter)
-    assert colored.draws == plain.draws + jitter.draws
-    uniform = np.random.default_rng(0).random((views, 8, colored.draws))
-    indices = np.arange(8)
-    cache = ImageCache()
-
-    def batch(transform: transforms.Transform, uniform: np.ndarray) -> np.ndarray:
-        reader = ImageReader(Faulty(8, "broken", 3), transform, views=views, cache=cache)
-        found = reader.batch(indices, uniform)
-        assert found["weight"].tolist() == [1, 1, 1, 0, 1, 1, 1, 1]
-        return found["image"].reshape(8, views, SIZE, SIZE, 3)
-
-    before = batch(plain, uniform[..., : plain.draws])
-    after = batch(colored, uniform)
-    for view in range(views):
-        expected = jittered(jitter, before[:, view], uniform[view, :, plain.draws :])
-        expected[3] = GREY
-        np.testing.assert_array_equal(after[:, view], expected)
-    np.testing.assert_array_equal(batch(plain, uniform[..., : plain.draws]), before)
-    assert not np.array_equal(before, after)
-    if views == 2:
-        assert not np.array_equal(after[:, 0], after[:, 1])

@@ -44,16 +44,17 @@ def test_ctrl_c_is_not_for_the_workers():
 
 
 @pytest.mark.slow
-def test_a_fault_in_a_worker_process_is_reported_with_its_record():
-    with pytest.raises(BadRecordError, match=r"record 17 of faulty: KeyError\('oops'\)"):
-        batches(Faulty(40, "raises", 17), workers=2)
-
-
-@pytest.mark.slow
-def test_a_hanging_worker_process_is_killed_and_reported_with_its_record():
+@pytest.mark.parametrize(
+    ("fault", "error", "message"),
+    [
+        ("raises", BadRecordError, r"record 17 of faulty: KeyError\('oops'\)"),
+        ("hangs", Stalled, r"record 17 \(17\.png\): reading it has taken more than 2 s"),
+    ],
+)
+def test_a_fault_in_a_worker_is_reported_with_its_record(fault, error, message):
     begun = time.monotonic()
-    with pytest.raises(Stalled, match=r"record 17 \(17\.png\): reading it has taken more than 2 s"):
-        batches(Faulty(40, "hangs", 17), workers=2, timeout=2.0)
+    with pytest.raises(error, match=message):
+        batches(Faulty(40, fault, 17), workers=2, timeout=2.0)
     assert time.monotonic() - begun < 60
 
 

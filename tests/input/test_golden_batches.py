@@ -149,7 +149,7 @@ def test_worker_processes_give_the_same_and_count_bad_records() -> None:
     assert bad.summary().startswith("1 of 50 records are bad: 11.png: not an image")
 
 
-@pytest.mark.parametrize("name", ["shift_views", "digits"])
+@pytest.mark.parametrize("name", ["shift_views", "whole_png", "digits"])
 def test_images_on_the_device_give_the_same(name: str) -> None:
     transform, kind, own = TRAIN[name]
     source = open_source("digits") if kind == "digits" else Album(kind, 50)

@@ -1,10 +1,11 @@
+"""Batches: order, resuming, views, what is kept in memory, bad records, faults of a source."""
+
 import io
 import logging
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from nat_jax.input import transforms
 from nat_jax.input.bad_records import Bad, BadRecordError, BadRecords, TooManyBadRecords
 from nat_jax.input.pipeline import eval_batches, steps_per_epoch, train_batches
 from nat_jax.input.reader import Batch, ImageCache
-from nat_jax.input.sources import Record, Source, UnreadableRecord, open_source
+from nat_jax.input.sources import Record, Source, UnreadableRecord
 
 SIZE = 6
 PLAIN = transforms.eval_transform(image_size=SIZE)
@@ -81,28 +82,17 @@ def same(left: list[Batch], right: list[Batch]) -> bool:
     )
 
 
-def pixels(batches: Iterable[Batch]) -> dict[int, bytes]:
-    """Map each record to its pixels; meant for one epoch."""
-    return {
-        int(i): x.tobytes() for b in batches for i, x in zip(b["index"], b["image"], strict=True)
-    }
-
-
 def visits_once(order: list[int], count: int) -> bool:
     return len(set(order)) == len(order) and set(order) <= set(range(count))
 
 
 def test_steps_per_epoch_drops_the_remainder():
-    assert steps_per_epoch(37, 4) == 9
-    assert steps_per_epoch(4, 4) == 1
+    found = [steps_per_epoch(*x) for x in ((37, 4), (4, 4), (2**31 - 1, 256))]
+    assert found == [9, 1, 8388607]
     with pytest.raises(ValueError, match=r"batch_size=8 .* 7 records; give at most 7, .*size=4$"):
         steps_per_epoch(7, 8)
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
         steps_per_epoch(7, 0)
-
-
-def test_more_records_than_int32_can_number_are_refused():
-    assert steps_per_epoch(2**31 - 1, 256) == 8388607
     with pytest.raises(ValueError, match="expected at most 2147483647, as their numbers are int32"):
         steps_per_epoch(2**31, 256)
 
@@ -132,7 +122,7 @@ def test_each_epoch_visits_each_record_at_most_once_and_drops_others():
     assert not visits_once([0, 1, 39], 39)
 
 
-def test_the_order_depends_on_seed_and_epoch_alone():
+def test_order_and_augmentation_depend_on_seed_and_epoch_alone():
     def order(**options) -> list[int]:
         return indices(train(Fake(36), **{"num_steps": 18, "seed": 3, **options}))
 
@@ -143,13 +133,15 @@ def test_the_order_depends_on_seed_and_epoch_alone():
     assert order(seed=4) != wanted
     assert wanted[:36] != wanted[36:]
 
+    def pixels(**options) -> dict[int, bytes]:
+        batches = train(Fake(36), **{"num_steps": 9, **options})
+        rows = [zip(b["index"].tolist(), b["image"], strict=True) for b in batches]
+        return {index: image.tobytes() for row in rows for index, image in row}
 
-def test_resuming_gives_the_tail_bit_for_bit():
-    whole = train(Fake(21), num_steps=13)
-    for start in (0, 1, 5, 6, 12, 13):
-        assert same(train(Fake(21), start_step=start, num_steps=13), whole[start:])
-    assert not same(train(Fake(21), start_step=4, num_steps=13), whole[5:])
-    assert not same(train(Fake(21), start_step=5, num_steps=13, seed=1), whole[5:])
+    first = pixels()
+    assert pixels(batch_size=12, num_steps=3) == first
+    for other in (pixels(start_step=9, num_steps=18), pixels(seed=1)):
+        assert sum(first[i] == other[i] for i in range(36)) < 10
 
 
 @pytest.mark.parametrize("cached", [False, True])
@@ -158,6 +150,8 @@ def test_any_number_of_processes_goes_on_where_another_stopped(cached: bool):
         return ImageCache() if cached else None
 
     whole = train(Fake(40), batch_size=8, num_steps=12, views=2, cache=cache())
+    other_seed = train(Fake(40), batch_size=8, num_steps=12, views=2, seed=1)
+    assert not same(other_seed, whole) and not same(whole[1:], whole[:-1])
     # A run of 4 processes, resumed in the middle of its first epoch by 2, then by 1, then by 4.
     for start, stop, count in ((0, 3, 4), (3, 6, 2), (6, 9, 1), (9, 12, 4)):
         shards = [
@@ -179,29 +173,15 @@ def test_any_number_of_processes_goes_on_where_another_stopped(cached: bool):
             for parts in zip(*shards, strict=True)
         ]
         assert same(together, whole[start:stop])
+    assert train(Fake(40), batch_size=8, start_step=12, num_steps=12) == []
     for epoch in (whole[:5], whole[5:10]):
         assert visits_once(indices(epoch), 40)
-
-
-def test_augmentation_depends_on_seed_epoch_and_record_alone():
-    first, second = (pixels(train(Fake(36), start_step=e * 9, num_steps=e * 9 + 9)) for e in (0, 1))
-    assert pixels(train(Fake(36), batch_size=12, num_steps=3)) == first
-    other_seed = pixels(train(Fake(36), num_steps=9, seed=1))
-    for other in (second, other_seed):
-        assert sum(first[i] == other[i] for i in range(36)) < 10
-
-
-def test_equal_images_are_augmented_differently():
-    source = Fake(36, damaged={i: picture(0) for i in range(36)})
-    assert len(set(pixels(train(source, num_steps=9)).values())) > 15
-    assert len(set(pixels(train(source, PLAIN, num_steps=9)).values())) == 1
 
 
 RESIZED = transforms.train_transform(image_size=SIZE, crop="random_resized_crop")
 
 
-@pytest.mark.parametrize("cached", [False, True])
-@pytest.mark.parametrize("transform", [RANDOM, RESIZED])
+@pytest.mark.parametrize(("transform", "cached"), [(RANDOM, True), (RESIZED, False)])
 def test_views_are_independent_images_of_one_record(transform, cached: bool):
     options = {"num_steps": 9, "cache": ImageCache() if cached else None}
     one = train(Fake(36), transform, **options)
@@ -216,18 +196,6 @@ def test_views_are_independent_images_of_one_record(transform, cached: bool):
         assert np.array_equal(b["image"], c["image"][:, :2])
         equal += sum(np.array_equal(x[0], x[1]) for x in b["image"])
     assert equal < 8  # of 36
-
-
-def test_ten_crops_come_with_each_record():
-    transform = transforms.eval_transform(image_size=SIZE, resize=8, ten_crops=True)
-    source = Fake(5, {i: picture(i, 8, 11) for i in range(5)})
-    passed = list(eval_batches(source, transform, batch_size=4))
-    assert [b["image"].shape for b in passed] == [(4, 10, SIZE, SIZE, 3)] * 2
-    image = picture(4, 8, 11)
-    corners = [image[:6, :6], image[:6, 5:], image[2:, :6], image[2:, 5:], image[1:7, 2:8]]
-    expected = corners + [corner[:, ::-1] for corner in corners]
-    assert np.array_equal(passed[1]["image"][0], expected)
-    assert (passed[1]["image"][1:] == 128).all()
 
 
 def test_cached_images_are_read_once_for_training_and_evaluation():
@@ -254,64 +222,30 @@ def test_the_cache_keeps_to_its_bound_and_tells_transforms_and_sources_apart():
     assert next(eval_batches(source, smaller, batch_size=4, cache=cache))["image"].shape[1] == 3
 
 
-def test_images_before_a_random_crop_of_their_own_size_are_not_cached():
-    source = Fake(8, {i: png(picture(i, 8 + i, 9)) for i in range(8)})
-    transform = transforms.train_transform(image_size=SIZE, resize=8)
-    train(source, transform, num_steps=6, cache=ImageCache())
-    assert set(source.reads.values()) == {3}
-
-
-@pytest.mark.parametrize(
-    ("batch_size", "process_count"), [(4, 1), (5, 1), (40, 1), (8, 2), (40, 4)]
-)
-def test_evaluation_sees_every_record_exactly_once_in_order(batch_size: int, process_count: int):
+@pytest.mark.parametrize(("batch_size", "count"), [(4, 1), (5, 1), (8, 2), (40, 4)])
+def test_evaluation_sees_every_record_exactly_once_in_order(batch_size: int, count: int):
+    options = {"batch_size": batch_size, "process_count": count}
     shards = [
-        list(
-            eval_batches(
-                Fake(20),
-                PLAIN,
-                batch_size=batch_size,
-                process_index=process,
-                process_count=process_count,
-            )
-        )
-        for process in range(process_count)
+        list(eval_batches(Fake(20), PLAIN, process_index=process, **options))
+        for process in range(count)
     ]
-    local = batch_size // process_count
-    assert len({len(shard) for shard in shards}) == 1
-    rows = [
-        (int(i), int(label), float(weight), str(name), image)
-        for parts in zip(*shards, strict=True)
-        for b in parts
-        for i, label, weight, name, image in zip(
-            b["index"], b["label"], b["weight"], b["name"], b["image"], strict=True
-        )
-    ]
-    assert all(len(b["index"]) == local for shard in shards for b in shard)
-    assert len(rows) == -(-20 // batch_size) * batch_size
-    for position, (i, label, weight, name, image) in enumerate(rows):
-        if position < 20:
-            assert (i, label, weight, name) == (position, position % 3, 1, f"{position}.png")
-            assert np.array_equal(image, picture(position))
-        else:
-            assert (i, label, weight, name) == (-1, -1, 0, "") and (image == 128).all()
-
-
-def test_evaluation_refuses_randomness_and_nothing():
-    with pytest.raises(ValueError, match="must not be random"):
-        eval_batches(Fake(4), RANDOM, batch_size=2)
-    with pytest.raises(ValueError, match="fake has no records in its train split"):
-        eval_batches(Fake(0), PLAIN, batch_size=2)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        eval_batches(Fake(4), PLAIN, batch_size=0)
+    assert all(len(b["index"]) == batch_size // count for shard in shards for b in shard)
+    parts = [b for step in zip(*shards, strict=True) for b in step]
+    found = {key: np.concatenate([b[key] for b in parts]) for key in parts[0]}
+    rest = -20 % batch_size
+    assert found["index"].tolist() == [*range(20), *[-1] * rest]
+    assert found["label"].tolist() == [*np.arange(20) % 3, *[-1] * rest]
+    assert found["weight"].tolist() == [1] * 20 + [0] * rest
+    assert found["name"].tolist() == [f"{i}.png" for i in range(20)] + [""] * rest
+    assert np.array_equal(found["image"][:20], [picture(i) for i in range(20)])
+    assert (found["image"][20:] == 128).all()
 
 
 UNREADABLE = UnreadableRecord("5.png", 2, "no permission")
 BROKEN = {2: b"not an image", 5: UNREADABLE, 9: png(picture(9))[:60], 11: np.zeros((0, 3, 3), "u1")}
 
 
-@pytest.mark.parametrize("cached", [False, True])
-@pytest.mark.parametrize("resize", [0, 7])
+@pytest.mark.parametrize(("cached", "resize"), [(False, 7), (True, 0)])
 def test_bad_records_keep_their_place(cached: bool, resize: int, caplog):
     transform = transforms.train_transform(image_size=SIZE, resize=resize, pad=0 if resize else 2)
     options = {"num_steps": 30, "views": 2, "cache": ImageCache() if cached else None}
@@ -332,23 +266,6 @@ def test_bad_records_keep_their_place(cached: bool, resize: int, caplog):
     )
     warnings = [r for r in caplog.records if r.levelno == logging.WARNING]
     assert sorted(r.args[0] for r in warnings) == ["11.png", "2.png", "5.png", "9.png"]
-
-
-def test_a_text_and_a_cut_jpeg_among_the_images_of_a_folder(tmp_path: Path):
-    for i in range(230):
-        (tmp_path / f"{i:03d}.png").write_bytes(png(picture(i)))
-    file = io.BytesIO()
-    Image.fromarray(picture(0, 40, 40)).save(file, "JPEG")
-    (tmp_path / "text.jpg").write_text("not an image")
-    (tmp_path / "cut.jpg").write_bytes(file.getvalue()[:-30])
-    source = open_source(f"folder:{tmp_path}")
-    bad = BadRecords(len(source))
-    found = train(source, batch_size=len(source), num_steps=1, bad_records=bad)[0]
-    assert visits_once(found["index"].tolist(), len(source)) and len(found["index"]) == 209
-    weightless = {source[int(i)]["name"] for i in found["index"][found["weight"] == 0]}
-    assert weightless == {"text.jpg", "cut.jpg"}
-    assert "cut.jpg: cannot be decoded: image file is truncated" in bad.summary()
-    assert "text.jpg: not an image" in bad.summary()
 
 
 def test_bad_records_in_evaluation_are_masked_and_counted_again_from_the_cache():
@@ -380,31 +297,23 @@ def test_few_records_may_have_one_bad_one():
         bad.add(Bad(4, "4.png", "empty"))
     with pytest.raises(TooManyBadRecords, match=r"2 of 7 records are bad: 4\.png: empty; 5\.png"):
         bad.add(Bad(5, "5.png", "empty"))
-
-
-def test_a_long_list_of_bad_records_is_cut():
-    bad = BadRecords(1000)
+    many = BadRecords(1000)
     for i in range(8):
-        bad.add(Bad(i, f"{i}.png", "empty"))
-    assert bad.summary().endswith("4.png: empty; and 3 more")
-
-
-@pytest.mark.parametrize("cached", [False, True])
-def test_the_first_bad_record_can_stop_a_run(cached: bool):
-    options = {"num_steps": 10, "on_bad_record": "error", "cache": ImageCache() if cached else None}
-    with pytest.raises(BadRecordError, match=r"bad record 17 \(17\.png\): not an image"):
-        train(Fake(40, {17: b"x"}), **options)
-    assert len(train(Fake(40), **options)) == 10
+        many.add(Bad(i, f"{i}.png", "empty"))
+    assert many.summary().endswith("4.png: empty; and 3 more")
 
 
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
         (KeyError("oops"), r"record 5 of fake: KeyError\('oops'\)"),
-        ({"index": 4, "name": "5.png", "label": 0, "image": picture(5)}, r"says it is number 4"),
+        ({"index": 4, "name": "5.png", "label": 0, "image": picture(5)}, "says it is number 4"),
+        ({"index": 5, "name": "5.png", "label": 0, "image": None}, r"5 \(5\.png\): TypeError"),
+        ({"index": 5, "name": "5.png", "label": 0, "image": b"x"}, r"bad record 5 \(5\.png\): not"),
     ],
 )
-def test_a_fault_in_a_source_ends_the_run_with_the_record(fault, message: str):
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_fault_in_a_source_ends_the_run_with_the_record(fault, message: str, cached: bool):
     class Faulty(Fake):
         def __getitem__(self, index: int) -> Record:
             if index == 5:
@@ -413,27 +322,11 @@ def test_a_fault_in_a_source_ends_the_run_with_the_record(fault, message: str):
                 return fault
             return super().__getitem__(index)
 
-    order = indices(train(Fake(40), num_steps=10))
-    steps_before = order.index(5) // 4
-    stream = train_batches(
-        Faulty(40), RANDOM, batch_size=4, seed=0, start_step=0, num_steps=1000, threads=3
-    )
-    for _ in range(steps_before):
-        next(stream)
+    steps_before = indices(train(Fake(40), num_steps=10)).index(5) // 4
+    options = {"cache": ImageCache() if cached else None, "on_bad_record": "error"}
+    assert len(train(Faulty(40), num_steps=steps_before, **options)) == steps_before
     with pytest.raises(BadRecordError, match=message):
-        next(stream)
-
-
-def test_a_fault_in_a_transform_names_the_record():
-    class Picky(transforms.WholeImage):
-        def regions(self, height, width, uniform):
-            if width == 7:
-                raise ZeroDivisionError("oops")
-            return super().regions(height, width, uniform)
-
-    source = Fake(12, {6: picture(6, 6, 7)})
-    with pytest.raises(BadRecordError, match=r"record 6 \(6\.png\): ZeroDivisionError\('oops'\)"):
-        train(source, transforms.Transform(Picky(SIZE)), num_steps=3)
+        train(Faulty(40), num_steps=steps_before + 1, **options)
 
 
 @pytest.mark.parametrize(
@@ -461,24 +354,31 @@ def test_wrong_arguments_are_refused_before_the_first_batch(options, message: st
     assert not source.reads
 
 
-def workers() -> list[str]:
-    return [t.name for t in threading.enumerate() if t.name.startswith("grain-prefetch")]
+@pytest.mark.parametrize(
+    ("transform", "count", "batch_size", "message"),
+    [
+        (RANDOM, 4, 2, "must not be random"),
+        (PLAIN, 0, 2, "fake has no records in its train split"),
+        (PLAIN, 4, 0, "batch_size must be at least 1, got 0"),
+    ],
+)
+def test_evaluation_refuses_randomness_and_nothing(transform, count, batch_size, message):
+    with pytest.raises(ValueError, match=message):
+        eval_batches(Fake(count), transform, batch_size=batch_size)
 
 
-def without_workers(seconds: float = 20.0) -> bool:
-    end = time.monotonic() + seconds
-    while workers() and time.monotonic() < end:
-        time.sleep(0.01)
-    return not workers()
+def test_threads_end_with_the_stream():
+    def workers() -> list[str]:
+        return [t.name for t in threading.enumerate() if t.name.startswith("grain-prefetch")]
 
-
-@pytest.mark.parametrize("taken", [3, 40])
-def test_threads_end_with_the_stream(taken: int):
     stream = train_batches(
         Fake(40), RANDOM, batch_size=4, seed=0, start_step=0, num_steps=50, threads=4
     )
-    for _ in range(taken):
+    for _ in range(3):
         next(stream)
-    assert workers() and not without_workers(0.1)
+    assert workers()
     stream.close()
-    assert without_workers()
+    end = time.monotonic() + 20
+    while workers() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not workers()

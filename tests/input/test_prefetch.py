@@ -1,5 +1,5 @@
-import multiprocessing
-import os
+"""Batches made ahead of time: order, bounds, and workers that hang or die."""
+
 import pickle
 import threading
 import time
@@ -90,9 +90,6 @@ def test_a_fault_comes_after_what_was_good(where: str):
     assert wait_for(lambda: not fetchers())
 
 
-# Workers that hang.
-
-
 def test_a_record_that_takes_too_long_ends_the_run_by_name():
     log, release = WorkLog(), threading.Event()
 
@@ -149,9 +146,6 @@ def test_a_suspended_process_is_not_stalled(monkeypatch):
     assert list(run(make, log=log, timeout=0.5)) == [0]
 
 
-# Workers that die.
-
-
 def test_shared_memory_that_is_too_small_is_reported_before_it_overflows(tmp_path: Path):
     check_shared_memory(2, 8, 1000, str(tmp_path))
     check_shared_memory(2, 8, 1 << 60, str(tmp_path / "missing"))
@@ -178,57 +172,10 @@ def test_the_message_has_the_likely_cause_of_death(code: str, message: str):
         list(run(make))
 
 
-def test_other_faults_are_not_taken_for_a_death():
-    def make(step: int) -> None:
-        raise RuntimeError("another")
-
+def test_another_fault_is_not_taken_for_a_death():
     with pytest.raises(RuntimeError, match="another") as info:
-        list(run(make))
+        list(run(lambda step: (_ for _ in ()).throw(RuntimeError("another"))))
     assert not isinstance(info.value, WorkerDied)
-
-
-# The log of what is being read.
-
-
-def test_a_record_is_under_way_until_its_block_ends():
-    log = WorkLog()
-    assert log.under_way() == []
-    with log.reading(0):
-        (reading,) = log.under_way()
-        assert (reading.record, reading.process) == (0, os.getpid())
-    assert log.under_way() == []
-    with pytest.raises(KeyError), log.reading(3):
-        raise KeyError
-    assert log.under_way() == []
-
-
-def test_the_longest_comes_first():
-    log, go_on, begun = WorkLog(), threading.Event(), threading.Barrier(2)
-
-    def read(index: int) -> None:
-        with log.reading(index):
-            begun.wait()
-            go_on.wait()
-
-    for index in (7, 5, 6):
-        threading.Thread(target=read, args=(index,)).start()
-        begun.wait()
-    assert [reading.record for reading in log.under_way()] == [7, 5, 6]
-    go_on.set()
-
-
-def _die_while_reading(log: WorkLog) -> None:
-    with log.reading(41):
-        os._exit(3)
-
-
-def test_a_dead_process_leaves_its_entry():
-    log = WorkLog()
-    worker = multiprocessing.get_context("spawn").Process(target=_die_while_reading, args=(log,))
-    worker.start()
-    worker.join()
-    (reading,) = log.under_way()
-    assert (worker.exitcode, reading.record, reading.process) == (3, 41, worker.pid)
 
 
 def test_the_folder_ends_with_the_log_and_not_with_a_copy():
