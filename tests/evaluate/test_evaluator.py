@@ -73,33 +73,6 @@ def test_scores_depend_on_the_labels(network):
     assert all(row["value"] < 0.9 for row in rows_of(network, shuffled, Blocks("test", 12)))
 
 
-class Reordered(Blocks):
-    """The same records in another order."""
-
-    def __init__(self, split: str, count: int):
-        super().__init__(split, count)
-        self._order = np.random.default_rng(1).permutation(count)
-        self.labels, self._images = self.labels[self._order], self._images[self._order]
-
-    def record_name(self, index: int) -> str:
-        return super().record_name(int(self._order[index]))
-
-
-def test_few_labels_are_the_same_records_in_any_order(network, monkeypatch):
-    subsets = []
-
-    @functools.wraps(evaluate.PROBES["knn"])
-    def noted(train, test, **options):
-        subsets.append({features.tobytes() for features in train.features})
-        return 0.5
-
-    monkeypatch.setitem(evaluate.PROBES, "knn", noted)
-    few = {"labels_per_class": (4,), "layers": ("conv1",)}
-    rows_of(network, Blocks("train", 60), Blocks("test", 12), **few)
-    rows_of(network, Reordered("train", 60), Blocks("test", 12), **few)
-    assert subsets[0] == subsets[1] and len(subsets[0]) == 12
-
-
 def test_neighbours_are_those_of_the_good_records(network):
     train = Blocks("train", 30, broken=3)
     judged = evaluator(network, train, Blocks("test", 12))

@@ -14,7 +14,6 @@ from nat_jax.evaluate import draw_filters, protocols, tasks
 from nat_jax.evaluate.tasks import judge_task
 from nat_jax.export.loading import untrained_network
 from nat_jax.input.sources import open_source
-from nat_jax.main import TASKS
 from nat_jax.models.frontend import FRONTENDS
 
 
@@ -54,18 +53,6 @@ def judged(workdir, *arguments, **changes):
 def values(result, **wanted):
     rows = result["table"]
     return [r["mean"] for r in rows if all(r[key] == value for key, value in wanted.items())]
-
-
-def test_every_task_is_one_of_the_entry_point():
-    assert set(tasks.TASKS) == {
-        "knn",
-        "linear_probe",
-        "mlp_probe",
-        "low_shot",
-        "retrieval",
-        "filters",
-    }
-    assert set(tasks.TASKS) < set(TASKS)
 
 
 def test_a_result_has_all_that_it_depends_on_and_the_untrained_beside(trained, tmp_path):
@@ -209,6 +196,9 @@ def test_others_in_folders_of_one_name_are_told_apart(trained, tmp_path):
     assert values(result, network="nat: bundle") == values(result, network="nat: b/bundle")
     with pytest.raises(ValueError, match="eval.compare: expected each folder once; got .*a/bundle"):
         judged(tmp_path / "run", "knn", trained, eval__compare=(folders[0],) * 9)
+    untrained_network(settings("knn", data__image_size=10), 0).save(tmp_path / "larger")
+    with pytest.raises(ValueError, match="eval.compare: expected a network for images of 8 pixels"):
+        judged(tmp_path / "run", "knn", trained, eval__compare=(str(tmp_path / "larger"),))
 
 
 def test_data_that_have_moved_are_found_where_the_command_line_says(tmp_path, caplog):
@@ -237,12 +227,6 @@ def test_data_that_have_moved_are_found_where_the_command_line_says(tmp_path, ca
         asked(other)
 
 
-def test_others_must_take_the_same_images(trained, tmp_path):
-    untrained_network(settings("knn", data__image_size=10), 0).save(tmp_path / "larger")
-    with pytest.raises(ValueError, match="eval.compare: expected a network for images of 8 pixels"):
-        judge_task(settings("knn", trained, eval__compare=(str(tmp_path / "larger"),)), tmp_path)
-
-
 def unlabelled(folder):
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -266,29 +250,6 @@ def test_retrieval_needs_no_labels(trained, tmp_path):
     assert found[0]["cosine"] == sorted(found[0]["cosine"], reverse=True)
     with pytest.raises(ValueError, match=r"task knn: expected labelled records; folder:.* has no"):
         judge_task(settings("knn", trained, eval__source=source), tmp_path / "run")
-
-
-def test_a_picture_is_drawn_again_when_it_is_of_another_network(trained, tmp_path):
-    picture = tmp_path / "pictures" / "retrieval_conv1.png"
-    changes = {"eval__layers": ("conv1",), "eval__queries": 3}
-    judge_task(settings("retrieval", trained, **changes), tmp_path)
-    first = picture.read_bytes()
-    judge_task(settings("retrieval", "untrained", **changes), tmp_path)
-    assert picture.read_bytes() != first
-    judge_task(settings("retrieval", trained, **changes), tmp_path)
-    assert picture.read_bytes() == first
-
-
-def test_other_classes_are_refused(trained, tmp_path):
-    flat = tmp_path / "two"
-    for split in ("train", "test"):
-        for label in ("cat", "dog"):
-            unlabelled(flat_class := tmp_path / f"{split}_{label}")
-            (flat / split).mkdir(parents=True, exist_ok=True)
-            shutil.move(flat_class, flat / split / label)
-    c = settings("knn", trained, eval__train_source=f"folder:{flat}")
-    with pytest.raises(ValueError, match="the same classes in folder:.* and digits; got 2"):
-        judge_task(c, tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -121,17 +121,6 @@ def test_two_at_once_do_not_mix(pictures, tmp_path, monkeypatch):
     assert np.load(write_features(c, tmp_path / "run") / "test" / "z.npy").shape == (2, 4)
 
 
-def test_what_another_network_left_unfinished_is_not_used(pictures, tmp_path, monkeypatch):
-    c = settings(pictures, features__splits=("test",))
-    partial = tmp_path / "run" / "features" / ".test.partial"
-    partial.mkdir(parents=True)
-    (partial / "progress.json").write_text(json.dumps({"asked": {}, "done": 2, "names": 7}))
-    (partial / "z.npy").write_bytes(b"rubbish")
-    folder = write_features(c, tmp_path / "run") / "test"
-    assert np.load(folder / "z.npy").shape == (2, 4)
-    assert not partial.exists()
-
-
 def test_finished_features_are_kept_and_others_refused(pictures, tmp_path, monkeypatch):
     c = settings(pictures, eval__max_features=9600)
     folder = write_features(c, tmp_path / "run") / "test"
@@ -166,13 +155,6 @@ def test_a_mistake_is_one_message_and_leaves_nothing(tmp_path, changes, message)
     assert not (tmp_path / "run").exists()
 
 
-def test_training_takes_no_network():
-    c = settings("digits")
-    c.task = "pretrain"
-    with pytest.raises(ValueError, match="network: expected nothing when training"):
-        config.validate(c, dict.fromkeys(c.eval.probes))
-
-
 def peak(count: int, folder) -> int:
     """Return the bytes that Python and NumPy hold at the most while features are written."""
     folder.mkdir()
@@ -192,6 +174,7 @@ def peak(count: int, folder) -> int:
         tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_data(tmp_path, monkeypatch):
     peak(64, tmp_path / "first")  # compiles
     few, many = (peak(count, tmp_path / str(count)) for count in (256, 2048))

@@ -20,20 +20,29 @@ def by_seed(*values):
     return dict(enumerate(values))
 
 
+ABOVE, CLOSE = {}, {"rule": "close", "margin": 0.02}
+
+
 @pytest.mark.parametrize(
-    ("left", "right", "verdict"),
+    ("rule", "left", "right", "verdict"),
     [
-        ((0.50, 0.51, 0.52), (0.40, 0.41, 0.42), HOLDS),
-        ((0.40, 0.41, 0.42), (0.50, 0.51, 0.52), FAILS),
-        ((0.50, 0.40, 0.45), (0.44, 0.46, 0.43), NOISE),
-        ((0.50, 0.50, 0.50), (0.50, 0.50, 0.50), NOISE),
+        (ABOVE, (0.50, 0.51, 0.52), (0.40, 0.41, 0.42), HOLDS),
+        (ABOVE, (0.40, 0.41, 0.42), (0.50, 0.51, 0.52), FAILS),
+        (ABOVE, (0.50, 0.40, 0.45), (0.44, 0.46, 0.43), NOISE),
+        (ABOVE, (0.50, 0.50, 0.50), (0.50, 0.50, 0.50), NOISE),
+        (CLOSE, (0.50, 0.501, 0.499), (0.5, 0.5, 0.5), HOLDS),
+        (CLOSE, (0.60, 0.601, 0.599), (0.5, 0.5, 0.5), FAILS),
+        (CLOSE, (0.40, 0.401, 0.399), (0.5, 0.5, 0.5), FAILS),
+        (CLOSE, (0.50, 0.55, 0.45), (0.5, 0.5, 0.5), NOISE),
     ],
 )
-def test_above(left, right, verdict):
-    found = compare(by_seed(*left), by_seed(*right), tests=10_000)
+def test_two_arms_are_compared_by_the_seeds_that_both_have(rule, left, right, verdict):
+    left, right = by_seed(*left) | {7: 0.1}, by_seed(*right) | {8: 0.9}
+    found = compare(left, right, tests=10_000, **rule)
     assert found.verdict == verdict
     assert found.seeds == (0, 1, 2)
-    assert found.mean == pytest.approx(sum(left) / 3 - sum(right) / 3)
+    assert found.mean == pytest.approx(sum(left[i] - right[i] for i in range(3)) / 3)
+    assert compare({0: 0.5}, {1: 0.4}, tests=10_000, **rule) is None
 
 
 def test_the_noise_is_the_t_interval_of_paired_differences():
@@ -45,34 +54,12 @@ def test_the_noise_is_the_t_interval_of_paired_differences():
     assert compare(by_seed(0.31, 0.51), by_seed(0.3, 0.5), tests=10_000).verdict == HOLDS
 
 
-def test_only_seeds_that_both_have_are_compared():
-    found = compare({0: 0.5, 1: 0.6, 7: 0.1}, {0: 0.4, 1: 0.5, 8: 0.9}, tests=10_000)
-    assert found.seeds == (0, 1)
-    assert compare({0: 0.5}, {1: 0.4}, tests=10_000) is None
-    assert compare({}, {}, tests=10_000) is None
-
-
 def test_one_seed_has_the_noise_of_the_test_images():
     deviation = math.sqrt(2 * 0.25 / 10_000)
     found = compare({0: 0.5}, {0: 0.5}, tests=10_000)
     assert found.noise == pytest.approx(1.96 * deviation, rel=1e-3)
     assert compare({0: 0.52}, {0: 0.5}, tests=10_000).verdict == HOLDS
     assert compare({0: 0.52}, {0: 0.5}, tests=100).verdict == NOISE
-
-
-@pytest.mark.parametrize(
-    ("left", "verdict"),
-    [
-        ((0.50, 0.501, 0.499), HOLDS),
-        ((0.60, 0.601, 0.599), FAILS),
-        ((0.40, 0.401, 0.399), FAILS),
-        ((0.50, 0.55, 0.45), NOISE),
-    ],
-)
-def test_close(left, verdict):
-    right = by_seed(0.5, 0.5, 0.5)
-    found = compare(by_seed(*left), right, tests=10_000, rule="close", margin=0.02)
-    assert found.verdict == verdict
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.1, 57.4, math.nan, math.inf])
@@ -108,12 +95,6 @@ def test_a_claim_of_several_comparisons():
     assert claims.overall([holds, None]) == NOTHING
     assert claims.overall([fails, None]) == FAILS
     assert claims.overall([]) == NOTHING
-
-
-def test_the_spread_of_seeds():
-    assert claims.spread({1: 0.4, 0: 0.2})["values"] == [0.2, 0.4]
-    assert claims.spread({1: 0.4, 0: 0.2})["std"] == pytest.approx(math.sqrt(0.02))
-    assert claims.spread({3: 0.4}) == {"mean": 0.4, "std": None, "values": [0.4], "seeds": [3]}
 
 
 def test_every_arm_of_a_claim_is_a_member_of_the_suite():

@@ -41,11 +41,6 @@ def test_every_config_is_valid(name, scale):
     assert all(one not in found[:at] for at, one in enumerate(found)), "values that change nothing"
 
 
-def test_the_paper_s_scale_is_that_of_the_alexnet_config():
-    ours, other = scales.base("imagenet"), load(ROOT / "configs" / "alexnet.py").get_config()
-    assert config.to_dict(ours) == config.to_dict(other)
-
-
 @pytest.mark.parametrize("argument", ["cifar10,4", "cifar10,x", "cifar100", "cifar100,5"])
 def test_an_unknown_argument_is_refused(argument):
     with pytest.raises(ValueError, match="(value: expected one of 3, 1, 2|scale: unknown)"):

@@ -11,12 +11,17 @@ from processes import Run, environment
 from test_members import suite
 
 from nat_jax import main, train
-from nat_jax.experiments import claims, findings, members
+from nat_jax.experiments import claims, members
 from nat_jax.experiments.suite import run_suite
 from nat_jax.runtime.preemption import Preempted
 from nat_jax.training import workdir as workdirs
 
 PART = ("table3_imagenet", "fig2_epochs", "table1_softmax", "table1_square")
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(train, "train_and_evaluate", trained)
 
 
 def part(names=PART[2:], seeds=(0, 1), **changes):
@@ -45,8 +50,7 @@ def lines(captured):
     return [line for line in captured.out.splitlines() if line.startswith("[")]
 
 
-def test_every_run_has_a_line_and_the_result_its_verdicts(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train, "train_and_evaluate", trained)
+def test_every_run_has_a_line_and_the_result_its_verdicts(tmp_path, capsys):
     path = run_suite(part(PART), tmp_path)
     captured = capsys.readouterr()
     assert len(lines(captured)) == 7
@@ -79,15 +83,6 @@ def test_every_run_has_a_line_and_the_result_its_verdicts(tmp_path, monkeypatch,
     (tmp_path / "report.html").unlink()
     main.TASKS["report"].run(part(PART), tmp_path)
     assert (tmp_path / "report.html").read_text() == page
-
-
-def test_a_sweep_shows_the_probes_that_all_its_runs_have(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "train_and_evaluate", trained)
-    path = run_suite(part(("table3_imagenet", "fig2_period"), seeds=(0,)), tmp_path)
-    result = json.loads(path.read_text())
-    shown = {tuple(found) for found in result["sweeps"]["fig2_period"].values()}
-    assert shown == {("mlp_probe", "linear_probe")}
-    assert any(row["probe"] == "knn" for row in result["layers"])  # of the run that both share
 
 
 def test_a_failing_run_stops_no_other_and_is_tried_again(tmp_path, monkeypatch, capsys):
@@ -151,22 +146,12 @@ def test_other_probes_are_judged_again_and_other_training_is_refused(tmp_path, m
     assert len(calls) == 8
 
 
-def test_a_mistake_is_found_before_any_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "train_and_evaluate", trained)
+def test_a_mistake_is_found_before_any_run(tmp_path):
     with pytest.raises(ValueError, match=r"data.per_class: expected at most \d+"):
         run_suite(part(data__per_class=1000), tmp_path)
     with pytest.raises(ValueError, match="optim.momentum: expected at least 0"):
         run_suite(part(optim__momentum=-1.0), tmp_path)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_without_the_mlp_a_run_is_summarised_by_another_probe():
-    rows = [
-        {"layer": "z", "network": network, "probe": "knn", "labels": "all", "value": value}
-        for network, value in (("untrained", 0.2), ("nat", 0.3))
-    ]
-    record = {"rows": rows, "last_conv": "conv2", "error": None}
-    assert findings.summary(record) == "kNN on z 30.0 %, untrained 20.0 %"
 
 
 @pytest.mark.slow

@@ -59,13 +59,6 @@ def test_every_place_holds_every_number_equally_often(count: int):
     assert spread(lazy) > 2
 
 
-def test_neighbours_in_order_are_not_neighbours_in_the_data():
-    order = permutation(10_000, 3, 0)
-    assert abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.03
-    assert abs(np.corrcoef(order, np.arange(10_000))[0, 1]) < 0.03
-    assert abs(np.corrcoef(order, permutation(10_000, 3, 1))[0, 1]) < 0.03
-
-
 def test_uniform_draws_are_uniform_and_independent():
     numbers = uniform(stream(7, 2), np.arange(20_000), 3)
     assert numbers.shape == (20_000, 3) and numbers.min() >= 0 and numbers.max() < 1

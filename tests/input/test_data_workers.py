@@ -34,6 +34,7 @@ def test_a_killed_worker_is_reported_with_its_record():
     assert time.monotonic() - begun < 60
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_not_for_the_workers():
     for workers in (2, 0):
         labels = {

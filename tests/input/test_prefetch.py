@@ -128,24 +128,6 @@ def test_silence_is_a_stall_too(monkeypatch):
     release.set()
 
 
-def test_a_suspended_process_is_not_stalled(monkeypatch):
-    log, waits = WorkLog(), []
-
-    def suspended(futures: list, seconds: float) -> Any:
-        waits.append(seconds)
-        time.sleep(0.6 if len(waits) == 1 else 0)  # as if stopped by Ctrl-Z
-        return original(futures, seconds)
-
-    def make(step: int) -> int:
-        with log.reading(3):
-            time.sleep(0.9)
-        return step
-
-    original = prefetch.wait
-    monkeypatch.setattr(prefetch, "wait", suspended)
-    assert list(run(make, log=log, timeout=0.5)) == [0]
-
-
 def test_shared_memory_that_is_too_small_is_reported_before_it_overflows(tmp_path: Path):
     check_shared_memory(2, 8, 1000, str(tmp_path))
     check_shared_memory(2, 8, 1 << 60, str(tmp_path / "missing"))

@@ -329,21 +329,6 @@ def test_a_shift_brings_in_black_borders():
     assert np.array_equal(right[:, :3], image[:, 1:]) and (right[:, 3] == 0).all()
 
 
-def test_transforms_for_training_and_evaluation():
-    assert train_transform(image_size=8) == Transform(WholeImage(8), flip=True)
-    assert train_transform(image_size=8, pad=1, flip=False) == Transform(WholeImage(8), pad=1)
-    large = train_transform(image_size=224, resize=256)
-    assert large == Transform(RandomCrop(224, 256), flip=True)
-    inception = train_transform(image_size=224, crop="random_resized_crop", min_area=0.2)
-    assert inception == Transform(RandomResizedCrop(224, 0.2), flip=True)
-    assert eval_transform(image_size=8) == Transform(WholeImage(8))
-    assert eval_transform(image_size=224, resize=256) == Transform(CenterCrop(224, 256))
-    ten = eval_transform(image_size=224, resize=256, ten_crops=True)
-    assert ten == Transform(FiveCrop(224, 256), both_ways=True)
-    assert (large.size, large.count, large.draws) == (224, 1, 3)
-    assert (ten.size, ten.count, ten.draws) == (224, 10, 0)
-
-
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [

@@ -202,13 +202,6 @@ def test_several_seeds(tmp_path: Path) -> None:
     assert accuracies == [(0.0, 0.77), (4.5, 0.8), (9.5, 0.91)]
 
 
-def test_basis_targets_have_no_chance_level(finished: Path, tmp_path: Path) -> None:
-    shutil.copy(finished / "metrics.jsonl", tmp_path)
-    _put(tmp_path / "config.json", {**CONFIG, "targets": {"kind": "basis"}})
-    page = _page(tmp_path)
-    assert ">before<" in page and ">chance<" not in page
-
-
 def test_text_of_files_is_escaped(workdir: Path) -> None:
     source = "folder:<script>alert(1)</script>"
     _put(workdir / "config.json", {**CONFIG, "data": {"source": source}})
@@ -227,6 +220,12 @@ def test_a_torn_last_line_is_ignored_and_another_is_not(workdir: Path) -> None:
     path.write_text("\n".join(['{"step": 20, "ep', *lines]))
     with pytest.raises(ValueError, match=r"metrics.jsonl:1: expected a JSON object"):
         write_report(workdir)
+    path.unlink()
+    (workdir / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json: expected JSON"):
+        write_report(workdir)
+    with pytest.raises(ValueError, match="no folder"):
+        write_report(workdir / "missing")
 
 
 def test_further_results_and_their_tables_are_shown(workdir: Path) -> None:
@@ -256,11 +255,3 @@ def test_a_result_of_an_earlier_step_is_marked(workdir: Path) -> None:
     _put(workdir / "results" / "knn.json", other)
     page = _page(workdir)
     assert "on folder:new" in page and "where the run has done" not in page
-
-
-def test_rejects(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no folder"):
-        write_report(tmp_path / "missing")
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="config.json: expected JSON"):
-        write_report(tmp_path)

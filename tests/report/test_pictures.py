@@ -19,7 +19,7 @@ def _count(pixels: np.ndarray, color: tuple[int, ...]) -> int:
     return int((pixels == np.asarray(color, np.uint8)).all(axis=-1).sum())
 
 
-@pytest.mark.parametrize("shape", [(3, 3, 2, 32), (11, 11, 3, 96), (5, 5, 1, 7), (3, 3, 64, 4)])
+@pytest.mark.parametrize("shape", [(11, 11, 3, 96), (5, 5, 1, 7), (3, 3, 64, 4)])
 def test_filters_of_any_shape(shape: tuple[int, ...]) -> None:
     pixels = _pixels(filters(np.random.default_rng(0).normal(size=shape)))
     assert pixels.shape[0] < 3000
@@ -32,23 +32,10 @@ def test_a_filter_is_drawn_as_it_is() -> None:
     pixels = _pixels(filters(kernel))[56:, :88, :3]
     assert pixels[5, 5].tolist() == pixels[-5, -5].tolist() == [128, 128, 128]
     assert pixels[5, -5].tolist() == [255, 255, 255] and pixels[-5, 5].tolist() == [0, 0, 0]
-
-
-def test_colour_filters_keep_their_channels() -> None:
-    kernel = np.zeros((1, 1, 3, 1))
-    kernel[0, 0, 0, 0] = 1.0
-    assert _pixels(filters(kernel))[80, 20].tolist() == [255, 128, 128, 255]
-
-
-def test_a_filter_of_zeros_is_grey() -> None:
-    assert _pixels(filters(np.zeros((3, 3, 1, 2))))[80, 20, :3].tolist() == [128] * 3
-
-
-def test_filters_rejects() -> None:
-    with pytest.raises(ValueError, match="Cout"):
-        filters(np.zeros((3, 3, 2)))
-    with pytest.raises(ValueError, match="finite"):
-        filters(np.full((3, 3, 1, 1), np.nan))
+    red = np.zeros((1, 1, 3, 1))
+    red[0, 0, 0, 0] = 1.0
+    assert _pixels(filters(red))[80, 20].tolist() == [255, 128, 128, 255]
+    assert _pixels(filters(0 * kernel))[80, 20, :3].tolist() == [128] * 3
 
 
 def test_frames_tell_right_from_wrong() -> None:
@@ -63,18 +50,28 @@ def test_frames_tell_right_from_wrong() -> None:
     assert _count(plain, (20, 20, 20, 255)) == 6 * 128 * 128
 
 
-@pytest.mark.parametrize("shape", [(8, 8), (32, 32), (224, 160), (1, 50)])
+@pytest.mark.parametrize("shape", [(224, 160), (1, 50)])
 def test_neighbours_of_any_size(shape: tuple[int, int]) -> None:
     images = np.random.default_rng(0).integers(0, 255, (2, 4, *shape, 3)).astype(np.uint8)
     assert _pixels(neighbours(images[:, 0], images[:, 1:])).shape[0] < 450
 
 
-def test_neighbours_rejects() -> None:
-    images = np.zeros((2, 4, 8, 8, 3), np.uint8)
-    with pytest.raises(ValueError, match=r"queries \[Q, H, W, 3\]"):
-        neighbours(images[:1, 0], images)
-    with pytest.raises(ValueError, match=r"\(2, 4\), got \(2, 3\)"):
-        neighbours(images[:, 0], images, np.zeros((2, 3), bool))
+IMAGES = np.zeros((2, 4, 8, 8, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("draw", "arguments", "message"),
+    [
+        (filters, (np.zeros((3, 3, 2)),), "Cout"),
+        (filters, (np.full((3, 3, 1, 1), np.nan),), "finite"),
+        (neighbours, (IMAGES[:1, 0], IMAGES), r"queries \[Q, H, W, 3\]"),
+        (neighbours, (IMAGES[:, 0], IMAGES, np.zeros((2, 3), bool)), r"\(2, 4\), got \(2, 3\)"),
+        (stacked, ([],), "at least one picture"),
+    ],
+)
+def test_rejects(draw, arguments, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        draw(*arguments)
 
 
 def test_pictures_are_stacked_in_order() -> None:
@@ -84,5 +81,3 @@ def test_pictures_are_stacked_in_order() -> None:
     assert whole.shape[1] == max(first.shape[1], second.shape[1])
     np.testing.assert_array_equal(whole[: len(first), : first.shape[1]], first)
     np.testing.assert_array_equal(whole[-len(second) :, : second.shape[1]], second)
-    with pytest.raises(ValueError, match="at least one picture"):
-        stacked([])

@@ -38,22 +38,12 @@ def test_lines_are_ordered_and_the_best_is_marked() -> None:
     assert lines[0].cells[0].gain is None and lines[1].cells[0].gain is None
     alone = table.groups["10 per class"][0].cells[0]
     assert alone.best and alone.gain is None
-
-
-def test_z_comes_before_other_layers() -> None:
+    equal = arrange([_row("z", "nat", 0.90004), _row("z", "untrained", 0.9)])
+    assert all(line.cells[0].best for line in equal.groups["all"])  # what looks equal
     rows = [_row("conv3", "nat", 0.9), _row("conv1", "nat", 0.8), *_rows()]
-    lines = arrange(rows).groups["all"]
-    assert [line.layer for line in lines] == ["pixels", "z", "z", "conv3", "conv1"]
-
-
-def test_no_deviation_is_shown_only_where_the_seed_is_not_used() -> None:
-    rows = [_row("pixels", "raw pixels", 0.9, std=0.0), _row("z", "nat", 0.9, std=0.0)]
-    assert [line.cells[0].std for line in arrange(rows).groups["all"]] == [None, 0.0]
-
-
-def test_what_looks_equal_is_marked_alike() -> None:
-    table = arrange([_row("z", "nat", 0.90004), _row("z", "untrained", 0.9)])
-    assert all(line.cells[0].best for line in table.groups["all"])
+    layers = [line.layer for line in arrange(rows).groups["all"]]
+    assert layers == ["pixels", "z", "z", "conv3", "conv1"]
+    assert arrange([]).groups == {} and text_table([])
 
 
 def test_text_table() -> None:
@@ -79,12 +69,6 @@ def test_markdown_table() -> None:
     ]
 
 
-def test_rows_of_version_0_1_are_read() -> None:
-    old = [{"features" if k == "layer" else k: v for k, v in row.items()} for row in _rows()]
-    assert arrange(old) == arrange(_rows())
-    assert outcome(old) == outcome(_rows())
-
-
 def test_outcome_is_honest() -> None:
     assert outcome(_rows()) == "kNN on z: 76.0 % untrained → 90.0 % NAT (raw pixels 93.0 %)."
     conv = [_row("conv3", "untrained", 0.93), _row("conv3", "nat", 0.92)]
@@ -105,11 +89,6 @@ def test_rejects() -> None:
         arrange([{k: v for k, v in _rows()[0].items() if k != "mean"}])
     with pytest.raises(ValueError, match="got two"):
         arrange(_rows() + _rows()[:1])
-
-
-def test_no_rows() -> None:
-    assert arrange([]).groups == {}
-    assert text_table([])
 
 
 def test_several_networks_of_a_kind_are_told_apart() -> None:

@@ -19,9 +19,8 @@ def _reference(train: FeatureSet, l2: float) -> tuple[StandardScaler, LogisticRe
     return scaler, model.fit(scaler.transform(train.features.astype(np.float64)), train.labels)
 
 
-@pytest.mark.parametrize("l2", [1e-3, 2e-2])
-def test_coefficients_equal_scikit_learn(digits: tuple[FeatureSet, FeatureSet], l2: float) -> None:
-    train, _ = digits
+def test_coefficients_equal_scikit_learn(digits: tuple[FeatureSet, FeatureSet]) -> None:
+    train, l2 = digits[0], 2e-2
     _, model = _reference(train, l2)
     fit = module._fit(
         padded_rows(train.features, 1536),
@@ -41,42 +40,14 @@ def test_coefficients_equal_scikit_learn(digits: tuple[FeatureSet, FeatureSet], 
     assert np.abs(kernel - other.coef_).max() > 0.1
 
 
-def test_loss_equals_scikit_learn(digits: tuple[FeatureSet, FeatureSet]) -> None:
-    train, _ = digits
-    scaler, model = _reference(train, 3e-3)
-
-    def loss(kernel: np.ndarray, bias: np.ndarray) -> float:
-        log_odds = scaler.transform(train.features.astype(np.float64)) @ kernel + bias
-        shifted = log_odds - log_odds.max(axis=1, keepdims=True)
-        chosen = shifted[np.arange(len(train)), train.labels]
-        nll = np.log(np.exp(shifted).sum(axis=1)) - chosen
-        return float(nll.mean() + 0.5 * 3e-3 * np.square(kernel).sum())
-
-    def ours(max_iterations: int) -> float:
-        fit = module._fit(
-            train.features,
-            train.labels,
-            np.float32(1437),
-            np.float32(3e-3),
-            np.int32(max_iterations),
-            np.float32(3e-4),
-            num_classes=10,
-        )
-        return loss(np.asarray(fit.params["kernel"], np.float64), np.asarray(fit.params["bias"]))
-
-    least = loss(model.coef_.T, model.intercept_)
-    assert least - 1e-6 < ours(200) < least * 1.002
-    assert ours(5) > least * 1.01
-
-
 def test_defaults_converge(
     digits: tuple[FeatureSet, FeatureSet], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", logger=module.__name__)
-    lbfgs_probe(*digits, num_classes=10)
+    assert lbfgs_probe(*digits, num_classes=10) > 0.85
     assert not caplog.records
-    lbfgs_probe(*digits, num_classes=10, max_iterations=3)
-    assert "stopped after 3 of 3 iterations" in caplog.text
+    assert lbfgs_probe(*digits, num_classes=10, max_iterations=1) < 0.85
+    assert "stopped after 1 of 1 iterations" in caplog.text
 
 
 @pytest.mark.parametrize("rows", [100, 1437])
@@ -88,12 +59,6 @@ def test_accuracy_equals_scikit_learn(digits: tuple[FeatureSet, FeatureSet], row
     # One record more or less: the optima differ by the tolerance.
     ours = lbfgs_probe(train, test, num_classes=10, l2=3e-3)
     assert ours == pytest.approx(expected, abs=1.5 / 360)
-
-
-def test_needs_enough_iterations(digits: tuple[FeatureSet, FeatureSet]) -> None:
-    train, test = digits
-    assert lbfgs_probe(train, test, num_classes=10, max_iterations=1) < 0.85
-    assert lbfgs_probe(train, test, num_classes=10) > 0.85
 
 
 def test_scale_shift_and_constants_do_not_matter(digits: tuple[FeatureSet, FeatureSet]) -> None:
@@ -117,13 +82,6 @@ def test_penalty_shrinks_to_the_majority_class() -> None:
     data = FeatureSet(features, labels)
     assert lbfgs_probe(data, data, num_classes=2) == 1.0
     assert lbfgs_probe(data, data, num_classes=2, l2=1e3) == 0.7
-
-
-def test_xor_is_beyond_it() -> None:
-    rng = np.random.default_rng(0)
-    x = rng.uniform(-1, 1, (400, 2)).astype(np.float32)
-    data = FeatureSet(x, (x[:, 0] * x[:, 1] > 0).astype(np.int32))
-    assert lbfgs_probe(data, data, num_classes=2) < 0.7
 
 
 def test_rejects(digits: tuple[FeatureSet, FeatureSet]) -> None:

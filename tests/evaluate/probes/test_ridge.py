@@ -34,14 +34,6 @@ def test_equals_scikit_learn(
     assert ridge_probe(train, test, num_classes=10, l2=l2) == pytest.approx(expected)
 
 
-def test_chunks_do_not_matter(
-    digits: tuple[FeatureSet, FeatureSet], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = ridge.solve(digits[0], 10, 0.1).kernel
-    monkeypatch.setattr(ridge, "_CHUNK_BYTES", 4 * 64 * 101)
-    np.testing.assert_allclose(ridge.solve(digits[0], 10, 0.1).kernel, whole, atol=1e-6)
-
-
 def test_rejects(digits: tuple[FeatureSet, FeatureSet]) -> None:
     with pytest.raises(ValueError, match="l2 above 0, got 0"):
         ridge_probe(*digits, num_classes=10, l2=0)

@@ -1,7 +1,5 @@
 """Streams of features: weights, views, labels; features in memory, small and large."""
 
-import re
-
 import jax
 import numpy as np
 import pytest
@@ -72,24 +70,6 @@ def test_an_epoch_visits_each_record_once() -> None:
     assert orders[0] == orders[2] != orders[1]
 
 
-def test_every_record_is_scored_once_in_order() -> None:
-    data = FeatureSet(np.arange(150, dtype=np.float32)[:, None], np.arange(150) % 3)
-    (batch,) = sgd.in_order(data)
-    (features,) = batch.features.values()
-    np.testing.assert_array_equal(features[batch.weight > 0, 0], np.arange(150))
-
-
-def test_a_long_stream_logs_its_progress(caplog, monkeypatch: pytest.MonkeyPatch) -> None:
-    batch = _batch(_points(12, 0))
-    with caplog.at_level("INFO", "nat_jax"):
-        _fit(batch)
-        assert not caplog.messages
-        monkeypatch.setattr(sgd, "_SECONDS", -1.0)
-        _fit(batch)
-    assert [record.args[0] for record in caplog.records] == [1, 2, 3, 4]
-    assert re.fullmatch(r"epoch 4 of 4, loss on a \d\.\d{3}", caplog.messages[-1])
-
-
 def test_records_of_weight_0_teach_nothing() -> None:
     train = _points(64, 0)
     counted = np.ones(64, np.float32)
@@ -133,15 +113,6 @@ def test_logits_are_summed_over_views() -> None:
     assert judged(views) == pytest.approx(expected)
     assert judged(views) > judged(views[:, 0]) + 0.1
     assert judged(views[:, 0]) == judged(views[:, :1])
-
-
-def test_a_layer_does_not_depend_on_the_others() -> None:
-    train = _points(128, 0)
-    alone = _fit(_batch(train), make=mlp)
-    both = FeatureBatch({"b": train.features[:, ::-1], "a": train.features}, train.labels, None)
-    together = _fit(both._replace(weight=np.ones(128, np.float32)), make=mlp)
-    for a, b in zip(_leaves(alone["a"][1]), _leaves(together["a"][1]), strict=True):
-        np.testing.assert_array_equal(a, b)
 
 
 def test_streams_reject() -> None:
