@@ -193,39 +193,32 @@ SMALL: dict[str, dict[str, int]] = {name: {} for name in PROBES}
 SMALL |= {"knn": {"k": 3}, "mlp_probe": {"hidden": 4, "epochs": 1}}
 
 
-def _broken(kind: str) -> tuple[FeatureSet, FeatureSet, int, str]:
-    train, test, classes = _set(), _set(seed=1), 3
-    if kind == "dimension":
-        return train, _set(dim=6), classes, "5 and 6"
-    if kind == "label too large":
-        labels = FeatureSet(test.features, test.labels + 1)
-        return train, labels, classes, r"test labels: expected 0\.\.2 for 3 classes, got 20 of 60"
-    if kind == "unlabelled":
-        labels = np.where(np.arange(60) < 7, -1, train.labels).astype(np.int32)
-        return (
-            FeatureSet(train.features, labels),
-            test,
-            classes,
-            "train labels: .* 7 of 60 have none",
-        )
-    if kind == "one class":
-        return FeatureSet(train.features, 0 * train.labels), test, classes, "only class 0"
-    if kind == "num_classes":
-        return train, test, 1, "at least 2, got 1"
-    if kind == "empty":
-        return train, FeatureSet(test.features[:0], test.labels[:0]), classes, "at least one"
-    features = test.features.copy()
-    features[3, 1], features[3, 2], features[5, 0] = np.nan, np.inf, -np.inf
-    return train, FeatureSet(features, test.labels), classes, "got 3 .* in 2 of 60 rows"
+def _changed(labels=None, values: dict | None = None, rows: int = 60) -> FeatureSet:
+    good = _set()
+    for place, value in (values or {}).items():
+        good.features[place] = value
+    return FeatureSet(
+        good.features[:rows], np.int32(good.labels if labels is None else labels)[:rows]
+    )
+
+
+GOOD, NONE = _set(), np.where(np.arange(60) < 7, -1, _set().labels)
+NOT_FINITE = {(3, 1): np.nan, (3, 2): np.inf, (5, 0): -np.inf}
+BAD_SETS = {
+    "dimension": (GOOD, _set(dim=6), 3, "5 and 6"),
+    "label": (GOOD, _changed(GOOD.labels + 1), 3, r"expected 0\.\.2 for 3 classes, got 20 of 60"),
+    "unlabelled": (_changed(NONE), GOOD, 3, "train labels: .* 7 of 60 have none"),
+    "one class": (_changed(0 * GOOD.labels), GOOD, 3, "only class 0"),
+    "num_classes": (GOOD, GOOD, 1, "at least 2, got 1"),
+    "empty": (GOOD, _changed(rows=0), 3, "at least one"),
+    "nan": (GOOD, _changed(values=NOT_FINITE), 3, "got 3 .* in 2 of 60 rows"),
+}
 
 
 @pytest.mark.parametrize("name", PROBES)
-@pytest.mark.parametrize(
-    "kind",
-    ["dimension", "label too large", "unlabelled", "one class", "num_classes", "empty", "nan"],
-)
+@pytest.mark.parametrize("kind", BAD_SETS)
 def test_every_probe_rejects_bad_sets(name: str, kind: str) -> None:
-    train, test, classes, message = _broken(kind)
+    train, test, classes, message = BAD_SETS[kind]
     with pytest.raises(ValueError, match=message):
         PROBES[name](train, test, num_classes=classes, seed=0, **SMALL[name])
 

@@ -36,16 +36,6 @@ def test_patches_are_white(dictionary: PatchDictionary) -> None:
     np.testing.assert_allclose(dictionary.whitener, dictionary.whitener.T, atol=1e-5)
 
 
-def test_nearest_centroid_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    rng = np.random.default_rng(0)
-    points, centroids = rng.normal(size=(500, 6)), rng.normal(size=(20, 6))
-    distance = np.linalg.norm(points[:, None] - centroids, axis=2)
-    monkeypatch.setattr(patches, "_ROWS", 128)
-    index, nearest = nearest_centroid(points.astype(np.float32), centroids.astype(np.float32))
-    np.testing.assert_array_equal(index, distance.argmin(axis=1))
-    np.testing.assert_allclose(nearest, distance.min(axis=1), atol=1e-5)
-
-
 def _inertia(points: np.ndarray, centroids: np.ndarray) -> float:
     return float(np.square(nearest_centroid(points, centroids)[1].astype(np.float64)).sum())
 

@@ -11,7 +11,7 @@ import pytest
 
 from nat_jax.evaluate import probe_data
 from nat_jax.evaluate.probe_data import TEST, TRAIN, FeatureExtractor, ProbeData
-from nat_jax.evaluate.store import FeatureStore, check_room
+from nat_jax.evaluate.store import FeatureStore
 from nat_jax.input.reader import ImageCache
 from nat_jax.input.sources import open_source
 from nat_jax.input.transforms import eval_transform
@@ -113,16 +113,6 @@ def test_of_two_processes_that_write_the_same_the_faster_one_is_kept(tmp_path):
     assert_complete(written["z"])  # mapped, though its file is gone
 
 
-def test_the_disk_must_have_room(tmp_path, caplog, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with caplog.at_level("INFO", "nat_jax"):
-        check_room(tmp_path / "not there yet", 1000, "")
-    assert "writing 1e-06 GB of features" in caplog.text
-    with pytest.raises(ValueError, match="1e-06 GB free. Buy a disk"):
-        check_room(tmp_path, 1001, "Buy a disk")
-
-
 class Extracted:
     """Digits under a function of two layers, of 4 * 30 and 4 * 20 bytes a record."""
 
@@ -152,11 +142,6 @@ class Extracted:
         return self.data.sets(self.extractor)
 
 
-@pytest.fixture(scope="module")
-def in_memory():
-    return Extracted(None).sets()
-
-
 def assert_equal(some, others):
     for layers, expected in zip(some, others, strict=True):
         assert list(layers) == list(expected) == ["wide", "narrow"]
@@ -165,7 +150,8 @@ def assert_equal(some, others):
                 np.testing.assert_array_equal(getattr(layers[layer], name), getattr(features, name))
 
 
-def test_features_are_the_same_in_memory_on_disk_and_read_back(tmp_path, in_memory):
+def test_features_are_the_same_in_memory_on_disk_and_read_back(tmp_path):
+    in_memory = Extracted(None).sets()
     assert in_memory[0]["wide"].features.any()
     assert_equal(Extracted(tmp_path).sets(), in_memory)
     again = Extracted(tmp_path)

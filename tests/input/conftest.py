@@ -1,4 +1,4 @@
-"""Fixtures that the tests of several sources share."""
+"""Fixtures that the tests of input share."""
 
 import os
 import subprocess
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from pictures import READERS, read_jpeg_with
 from sample_files import SPLIT_TREE, write_tree
 
 
@@ -14,6 +15,12 @@ from sample_files import SPLIT_TREE, write_tree
 def no_real_cache(tmp_path: Path, monkeypatch) -> None:
     """Keep indexes of large folders out of the cache of whoever runs the tests."""
     monkeypatch.setenv("NAT_JAX_CACHE", str(tmp_path / ".cache"))
+
+
+@pytest.fixture(params=READERS)
+def jpeg_reader(request, monkeypatch) -> str:
+    read_jpeg_with(request.param, monkeypatch)
+    return request.param
 
 
 @pytest.fixture

@@ -82,16 +82,6 @@ def test_a_fifth_stays_and_a_fifth_is_grey():
     assert abs(grey - 0.2) < 0.03 and abs(same - 0.2 * 0.8) < 0.03
 
 
-def test_the_strength_bounds_the_changes():
-    grey = np.full((2000, 2, 2, 3), 100, np.uint8)
-    uniform = np.random.default_rng(0).random((2000, 6))
-    found = jittered(ColorJitter(0.5), grey, uniform)[:, 0, 0, 0]
-    assert found.min() == 60 and found.max() == 140  # brightness alone: contrast has none here
-    assert np.array_equal(
-        jittered(ColorJitter(0.5), grey, numbers(2000, hue=0.1, saturation=0.0)), grey
-    )
-
-
 @pytest.mark.parametrize("settings", [{"strength": -0.1}, {"strength": 1.5}, {"grayscale": 2.0}])
 def test_settings_out_of_range_are_refused(settings: dict[str, float]):
     with pytest.raises(

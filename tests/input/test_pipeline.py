@@ -1,6 +1,5 @@
 """Batches: order, resuming, views, what is kept in memory, bad records, faults of a source."""
 
-import io
 import logging
 import threading
 import time
@@ -8,9 +7,11 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+import faulty_records
 import numpy as np
 import pytest
-from PIL import Image
+from faulty_records import SIZE, picture
+from pictures import encode
 
 from nat_jax.input import transforms
 from nat_jax.input.bad_records import Bad, BadRecordError, BadRecords, TooManyBadRecords
@@ -18,40 +19,19 @@ from nat_jax.input.pipeline import eval_batches, steps_per_epoch, train_batches
 from nat_jax.input.reader import Batch, ImageCache
 from nat_jax.input.sources import Record, Source, UnreadableRecord
 
-SIZE = 6
 PLAIN = transforms.eval_transform(image_size=SIZE)
 RANDOM = transforms.train_transform(image_size=SIZE, pad=2)
 
 
-def picture(index: int, height: int = SIZE, width: int = SIZE) -> np.ndarray:
-    return np.random.default_rng(index).integers(0, 256, (height, width, 3), np.uint8)
-
-
-def png(image: np.ndarray) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(image).save(file, "PNG")
-    return file.getvalue()
-
-
-class Fake:
+class Fake(faulty_records.Faulty):
     """Made records; `damaged` has the images of some of them, or exceptions."""
 
     name = "fake"
-    split = "train"
-    class_names = ("a", "b", "c")
-    num_classes = 3
-    fingerprint = "0" * 64
 
     def __init__(self, count: int, damaged: dict[int, Any] | None = None):
-        self.count = count
+        super().__init__(count)
         self.damaged = damaged or {}
         self.reads: Counter[int] = Counter()
-
-    def __len__(self) -> int:
-        return self.count
-
-    def record_name(self, index: int) -> str:
-        return f"{index}.png"
 
     def __getitem__(self, index: int) -> Record:
         self.reads[index] += 1
@@ -242,7 +222,12 @@ def test_evaluation_sees_every_record_exactly_once_in_order(batch_size: int, cou
 
 
 UNREADABLE = UnreadableRecord("5.png", 2, "no permission")
-BROKEN = {2: b"not an image", 5: UNREADABLE, 9: png(picture(9))[:60], 11: np.zeros((0, 3, 3), "u1")}
+BROKEN = {
+    2: b"not an image",
+    5: UNREADABLE,
+    9: encode(picture(9), "PNG")[:60],
+    11: np.zeros((0, 3, 3), "u1"),
+}
 
 
 @pytest.mark.parametrize(("cached", "resize"), [(False, 7), (True, 0)])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from pictures import READERS, encode, noise, photographs, read_jpeg_with
+from pictures import encode, noise, photographs
 from PIL import Image
 
 from nat_jax.input.decode import SHRINKS, Picture, Pixels, open_picture
@@ -29,12 +29,6 @@ from nat_jax.input.transforms import (
 
 ROUNDING = 2  # grey levels by which two ways to scale differ: both round twice
 LAST = 1 - 2**-53  # the largest number below 1
-
-
-@pytest.fixture(params=READERS)
-def jpeg_reader(request, monkeypatch) -> str:
-    read_jpeg_with(request.param, monkeypatch)
-    return request.param
 
 
 class Watched:

@@ -50,12 +50,6 @@ def test_frames_tell_right_from_wrong() -> None:
     assert _count(plain, (20, 20, 20, 255)) == 6 * 128 * 128
 
 
-@pytest.mark.parametrize("shape", [(224, 160), (1, 50)])
-def test_neighbours_of_any_size(shape: tuple[int, int]) -> None:
-    images = np.random.default_rng(0).integers(0, 255, (2, 4, *shape, 3)).astype(np.uint8)
-    assert _pixels(neighbours(images[:, 0], images[:, 1:])).shape[0] < 450
-
-
 IMAGES = np.zeros((2, 4, 8, 8, 3), np.uint8)
 
 
