@@ -42,8 +42,6 @@ class Faulty:
                 time.sleep(1000)
             elif self.fault == "raises":
                 raise KeyError("oops")
-            elif self.fault == "broken":
-                return Record(index=index, name=f"{index}.png", label=-1, image=b"broken")
         label = -1
         if self.fault == "signals":
             blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())

@@ -1,4 +1,4 @@
-"""Whitened k-means patches: whitening, clustering against scikit-learn, and real images."""
+"""Whitened k-means patches: whitening, clustering against scikit-learn, features by hand."""
 
 import numpy as np
 import pytest
