@@ -85,6 +85,14 @@ def test_every_run_has_a_line_and_the_result_its_verdicts(tmp_path, capsys):
     assert (tmp_path / "report.html").read_text() == page
 
 
+def test_a_sweep_shows_the_probes_that_all_its_runs_have(tmp_path):
+    path = run_suite(part(("table3_imagenet", "fig2_period"), seeds=(0,)), tmp_path)
+    result = json.loads(path.read_text())
+    shown = {tuple(found) for found in result["sweeps"]["fig2_period"].values()}
+    assert shown == {("mlp_probe", "linear_probe")}
+    assert any(row["probe"] == "knn" for row in result["layers"])  # of the run that both share
+
+
 def test_a_failing_run_stops_no_other_and_is_tried_again(tmp_path, monkeypatch, capsys):
     def sometimes(config, workdir):
         if config.optim.loss == "softmax" and config.seeds == (1,):
