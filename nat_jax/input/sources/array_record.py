@@ -1,11 +1,11 @@
 """Images in array_record files: those of TensorFlow Datasets, of the task `convert`, and others."""
 
+import contextlib
 import dataclasses
 import glob
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,8 +15,6 @@ import numpy as np
 from nat_jax.errors import InputError
 from nat_jax.input.sources.examples import Fields, content, guess_fields
 from nat_jax.input.sources.metadata import (
-    FEATURES,
-    INFO,
     SplitShards,
     class_names_file,
     read_class_names,
@@ -104,13 +102,19 @@ def open_array_record(argument: str, split: str) -> ArrayRecordSource:
             "with *.array_record* files. To make them from a folder or a .zip of images: "
             "--config.task=convert --config.data.source=folder:PATH --config.convert.to=DIR"
         )
-    parents = {file.parent for file in found}
-    directory = parents.pop() if len(parents) == 1 else None
+    directory = found[0].parent if len({file.parent for file in found}) == 1 else None
     fields, known = (directory and read_metadata(directory, name)) or (None, {})
-    splits = _chosen(found, known, name, complete=path.is_dir())
+    # A pattern may choose some shards of a split: then their names alone tell what they are.
+    chosen = {key: s for key, s in known.items() if not set(found).isdisjoint(s.paths)}
+    if not all(path.is_dir() or set(found).issuperset(s.paths) for s in chosen.values()):
+        chosen = {}
+    splits = known if chosen and path.is_dir() else chosen
     if not splits:
         fields, splits = None, _split_by_names(found, name)
-    return _open_split(name, split, splits, fields, directory, may_hold_out=True)
+    num_used = sum(len(set(found).intersection(s.paths)) for s in splits.values())
+    if num_used < len(found):
+        _log.info("%s: left out %d file(s) of no split", name, len(found) - num_used)
+    return open_split(name, split, splits, fields, directory, may_hold_out=True)
 
 
 def _find(path: Path) -> list[Path]:
@@ -123,25 +127,7 @@ def _find(path: Path) -> list[Path]:
     return shards if shards or path.is_dir() else files
 
 
-def open_prepared(directory: Path, split: str, name: str) -> ArrayRecordSource:
-    """Open a folder that TensorFlow Datasets prepared, with the splits that it has.
-
-    Args:
-        directory: the folder, which holds dataset_info.json and features.json.
-        split: "train" or "test".
-        name: the specification, for messages.
-
-    Raises:
-        ValueError: a split or a shard is missing or damaged, or the records have no image.
-    """
-    metadata = read_metadata(directory, name)
-    if metadata is None:
-        raise InputError(f"{name}: no {INFO} and {FEATURES} in {directory}")
-    fields, splits = metadata
-    return _open_split(name, split, splits, fields, directory, may_hold_out=False)
-
-
-def _open_split(
+def open_split(
     name: str,
     split: str,
     splits: Mapping[str, SplitShards],
@@ -159,21 +145,22 @@ def _open_split(
         fields: how records are written; None where the first one has to tell.
         directory: the folder of the shards; None where they are in several.
         may_hold_out: a tenth may become the test split.
+
+    Raises:
+        ValueError: the split or a shard is missing or damaged, or the records have no image.
     """
     key, held_out = _choose(name, split, splits, fields, may_hold_out)
     known = splits[key]
     shards, found, _ = _open_shards(name, known, fields)
-    if fields is not None or found.label is None or directory is None:
-        class_names = known.class_names
-    else:
+    class_names = known.class_names
+    if fields is None and found.label is not None and directory is not None:
         class_names = read_class_names(directory, found.label)
         if class_names is None:
             _log.info(
-                "%s: labels are left out, because nothing says how many classes there are (neither "
-                "%s nor %s, one name a line, stands beside the shards)",
+                "%s: labels are left out, because nothing says how many classes there are (%s, "
+                "with one name a line, would)",
                 name,
-                FEATURES,
-                class_names_file(directory, found.label).name,
+                class_names_file(directory, found.label),
             )
     if class_names is None:  # a label is worth nothing where the number of classes is not known
         found = found._replace(label=None)
@@ -216,18 +203,12 @@ def _choose(
 def _open_shards(
     name: str, split: SplitShards, fields: Fields | None
 ) -> tuple[Shards, Fields, int]:
-    """Open a split's shards, compare them with what is known, and look at the first record.
+    """Open and check a split's shards, and look at the first record.
 
     Returns:
         The shards, how their records are written, and the label of the first; -1 where unknown.
-
-    Raises:
-        ValueError: a shard is missing or damaged, or a record is not one that can be used.
     """
-    there = {
-        directory: set(os.listdir(directory)) for directory in {p.parent for p in split.expected}
-    }
-    missing = [path for path in split.expected if path.name not in there[path.parent]]
+    missing = [path for path in split.expected if not path.exists()]
     if missing:
         raise InputError(
             f"{name}: {len(missing)} of {len(split.expected)} shards are missing in "
@@ -247,46 +228,16 @@ def _open_shards(
         first = _first_readable(shards)
         fields = fields or guess_fields(first)
         return shards, fields, content(first, fields).label
-    except ValueError as error:
+    except (RuntimeError, ValueError) as error:
         raise InputError(f"{name}: {shards.paths[0].name}: {error}") from error
 
 
 def _first_readable(shards: Shards) -> bytes:
     """Return one of the first records; a few damaged ones do not make a data set unusable."""
-    problem: Exception | None = None
-    for position in range(min(len(shards), _TRIED)):
-        try:
+    for position in range(min(len(shards), _TRIED) - 1):
+        with contextlib.suppress(RuntimeError):
             return shards.read(position)
-        except RuntimeError as error:
-            problem = problem or error
-    raise ValueError(f"none of the first records can be read: {problem}") from problem
-
-
-def _chosen(
-    paths: Sequence[Path], known: Mapping[str, SplitShards], name: str, *, complete: bool
-) -> dict[str, SplitShards]:
-    """Choose the splits that dataset_info.json states; none where it is about other files.
-
-    Args:
-        paths: what was found.
-        known: what the metadata states.
-        name: for messages.
-        complete: all of the data set is wanted, rather than the shards that a pattern chose.
-    """
-    found = set(paths)
-    left_out = found - {path for split in known.values() for path in split.paths}
-    if left_out == found:
-        return {}
-    if left_out:
-        _log.info("%s: left out %d file(s) that are not in dataset_info.json", name, len(left_out))
-    if complete:
-        return dict(known)
-    chosen = {key: split.only(found) for key, split in known.items()}
-    for key, split in chosen.items():
-        if 0 < len(split.paths) < len(split.expected):
-            counts = len(split.paths), len(split.expected)
-            _log.info("%s: %d of %d shards of %s", name, *counts, key)
-    return {key: split for key, split in chosen.items() if split.paths}
+    return shards.read(min(len(shards), _TRIED) - 1)
 
 
 def _split_by_names(paths: Sequence[Path], name: str) -> dict[str, SplitShards]:
@@ -309,14 +260,8 @@ def _split_by_names(paths: Sequence[Path], name: str) -> dict[str, SplitShards]:
         before = splits.get(key, SplitShards((), ()))
         expected = (*before.expected, *_complete_set(members[0]))
         splits[key] = SplitShards((*before.paths, *members), expected)
-    if "" in splits and len(splits) > 1:
-        unnamed = splits.pop("").paths
-        _log.info(
-            "%s: left out %d file(s) whose names tell no split, such as %s",
-            name,
-            len(unnamed),
-            unnamed[0].name,
-        )
+    if len(splits) > 1:
+        splits.pop("", None)
     return splits
 
 

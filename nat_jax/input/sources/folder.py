@@ -37,6 +37,7 @@ class FolderSource:
         self.num_classes = None if known.class_names is None else len(known.class_names)
         self.fingerprint = known.fingerprint
         self.labels = known.labels
+        self.sizes = known.sizes  # int64[N], bytes of each file
         self._path = path
         self._root = _root(path)
         self._index = index
@@ -63,7 +64,7 @@ class FolderSource:
                     image = file.read()
         except (OSError, zipfile.BadZipFile) as error:
             raise UnreadableRecord(name, label, str(error)) from error
-        size, kept = int(self._known.sizes[position]), self._index.kept
+        size, kept = int(self.sizes[position]), self._index.kept
         if kept is not None and self._archive is None and len(image) != size:
             reason = (
                 f"it has {len(image)} bytes, but {size} in the index of {self._root}: files were "
@@ -105,7 +106,7 @@ def _root(path: str) -> str:
 
 
 def _reopen(path: str, split: str, fingerprint: str, known: Path | bytes) -> FolderSource:
-    """Open what another process has opened: by the same index, even if the data changed since."""
+    """Open what another process has opened: by its index, without looking at the data."""
     if isinstance(known, bytes):
         return FolderSource(path, split, decode_index(known))
     try:
@@ -114,7 +115,7 @@ def _reopen(path: str, split: str, fingerprint: str, known: Path | bytes) -> Fol
         index = open_index(_root(path))
     if index.splits[split].fingerprint != fingerprint:
         raise InputError(
-            f"folder: {path} was changed after another process opened it, and its index is no "
-            f"longer in {known}; start again"
+            f"folder: {path} was changed after another process opened it, and listed again; "
+            "start again"
         )
     return FolderSource(path, split, index)
