@@ -14,12 +14,7 @@ import numpy as np
 
 from nat_jax.errors import InputError
 from nat_jax.input.sources.examples import Fields, content, guess_fields
-from nat_jax.input.sources.metadata import (
-    SplitShards,
-    class_names_file,
-    read_class_names,
-    read_metadata,
-)
+from nat_jax.input.sources.metadata import SplitShards, read_metadata
 from nat_jax.input.sources.shards import Shards
 from nat_jax.input.sources.source import Record, UnreadableRecord, split_positions
 
@@ -104,17 +99,18 @@ def open_array_record(argument: str, split: str) -> ArrayRecordSource:
         )
     directory = found[0].parent if len({file.parent for file in found}) == 1 else None
     fields, known = (directory and read_metadata(directory, name)) or (None, {})
-    # A pattern may choose some shards of a split: then their names alone tell what they are.
-    chosen = {key: s for key, s in known.items() if not set(found).isdisjoint(s.paths)}
-    if not all(path.is_dir() or set(found).issuperset(s.paths) for s in chosen.values()):
-        chosen = {}
-    splits = known if chosen and path.is_dir() else chosen
-    if not splits:
-        fields, splits = None, _split_by_names(found, name)
+    splits = {key: s for key, s in known.items() if not set(found).isdisjoint(s.paths)}
+    if splits and path.is_dir():
+        splits = known
+    elif not splits or not all(set(found).issuperset(s.paths) for s in splits.values()):
+        # Other files than the metadata is about, or some shards of a split only.
+        fields = fields if splits else None
+        class_names = next((s.class_names for s in splits.values()), None)
+        splits = _split_by_names(found, name, class_names)
     num_used = sum(len(set(found).intersection(s.paths)) for s in splits.values())
     if num_used < len(found):
         _log.info("%s: left out %d file(s) of no split", name, len(found) - num_used)
-    return open_split(name, split, splits, fields, directory, may_hold_out=True)
+    return open_split(name, split, splits, fields, may_hold_out=True)
 
 
 def _find(path: Path) -> list[Path]:
@@ -132,7 +128,6 @@ def open_split(
     split: str,
     splits: Mapping[str, SplitShards],
     fields: Fields | None,
-    directory: Path | None,
     *,
     may_hold_out: bool,
 ) -> ArrayRecordSource:
@@ -143,7 +138,6 @@ def open_split(
         split: "train" or "test".
         splits: what is known of the data set's splits.
         fields: how records are written; None where the first one has to tell.
-        directory: the folder of the shards; None where they are in several.
         may_hold_out: a tenth may become the test split.
 
     Raises:
@@ -153,15 +147,6 @@ def open_split(
     known = splits[key]
     shards, found, _ = _open_shards(name, known, fields)
     class_names = known.class_names
-    if fields is None and found.label is not None and directory is not None:
-        class_names = read_class_names(directory, found.label)
-        if class_names is None:
-            _log.info(
-                "%s: labels are left out, because nothing says how many classes there are (%s, "
-                "with one name a line, would)",
-                name,
-                class_names_file(directory, found.label),
-            )
     if class_names is None:  # a label is worth nothing where the number of classes is not known
         found = found._replace(label=None)
     fingerprint, labels, positions = known.fingerprint, known.labels, None
@@ -203,11 +188,7 @@ def _choose(
 def _open_shards(
     name: str, split: SplitShards, fields: Fields | None
 ) -> tuple[Shards, Fields, int]:
-    """Open and check a split's shards, and look at the first record.
-
-    Returns:
-        The shards, how their records are written, and the label of the first; -1 where unknown.
-    """
+    """Open and check a split's shards; return them, how records are written, and a label."""
     missing = [path for path in split.expected if not path.exists()]
     if missing:
         raise InputError(
@@ -240,7 +221,9 @@ def _first_readable(shards: Shards) -> bytes:
     return shards.read(min(len(shards), _TRIED) - 1)
 
 
-def _split_by_names(paths: Sequence[Path], name: str) -> dict[str, SplitShards]:
+def _split_by_names(
+    paths: Sequence[Path], name: str, class_names: tuple[str, ...] | None
+) -> dict[str, SplitShards]:
     """Group shards by their names; those that name no split are one called ""."""
     sets: dict[tuple[Path, str], list[Path]] = {}
     for path in paths:
@@ -259,7 +242,8 @@ def _split_by_names(paths: Sequence[Path], name: str) -> dict[str, SplitShards]:
         key = last if last in ("train", *_TEST_KEYS) else ""
         before = splits.get(key, SplitShards((), ()))
         expected = (*before.expected, *_complete_set(members[0]))
-        splits[key] = SplitShards((*before.paths, *members), expected)
+        chosen = (*before.paths, *members)
+        splits[key] = SplitShards(chosen, expected, class_names=class_names)
     if len(splits) > 1:
         splits.pop("", None)
     return splits

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from nat_jax.errors import InputError
-from nat_jax.input.sources.examples import NAME_KEYS, Fields
+from nat_jax.input.sources.examples import Fields
 from nat_jax.input.sources.source import SPLITS
 
 _log = logging.getLogger(__name__)
@@ -34,6 +34,7 @@ FEATURES = "features.json"
 MANIFEST = "conversion.json"
 MANIFEST_FORMAT = 1
 TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # TFDS's names of shards
+_NAME_KEYS = ("file_name", "filename", "image/filename")
 _PLAN = {"fingerprint", "class_names", "has_labels", "lengths"}
 _SHARD = {"sha256", "num_bytes", "unreadable"}
 
@@ -174,29 +175,19 @@ def _choose_features(
     label, classes = None, None
     if len(labels) == 1:
         count = int(features[labels[0]].get("classLabel", {}).get("numClasses", 0))
-        classes = read_class_names(directory, labels[0])
-        if classes is not None and count and len(classes) != count:
-            file = class_names_file(directory, labels[0])
-            _log.warning("%s names %d classes of %d; it is left out", file, len(classes), count)
-            classes = None
-        classes = classes or tuple(map(str, range(count))) or None
+        classes = tuple(map(str, range(count))) or None
+        file = directory / f"{labels[0].replace('/', '-')}.labels.txt"
+        if file.exists():
+            # As TFDS reads it. Other ends of lines than "\n" belong to a name.
+            lines = map(str.strip, file.read_text("utf-8").split("\n"))
+            names = tuple(line for line in lines if line)
+            if count and len(names) != count:
+                _log.warning("%s names %d classes of %d; it is left out", file, len(names), count)
+            else:
+                classes = names or None
         label = None if classes is None else labels[0]
-    names = [key for key in NAME_KEYS if kinds.get(key) == "Text"]
-    return Fields(images[0], label, names[0] if names else None), classes
-
-
-def class_names_file(directory: Path, label: str) -> Path:
-    """Return the path where TFDS keeps the names of a label's classes, one a line."""
-    return directory / f"{label.replace('/', '-')}.labels.txt"
-
-
-def read_class_names(directory: Path, label: str) -> tuple[str, ...] | None:
-    """Read the names of a label's classes; None where there are none."""
-    file = class_names_file(directory, label)
-    if not file.exists():
-        return None
-    # As TFDS reads it. Other ends of lines than "\n" belong to a name.
-    return tuple(n.strip() for n in file.read_text("utf-8").split("\n") if n.strip())
+    texts = [key for key in _NAME_KEYS if kinds.get(key) == "Text"]
+    return Fields(images[0], label, texts[0] if texts else None), classes
 
 
 def read_manifest(directory: Path) -> Json | None:
@@ -210,13 +201,11 @@ def read_manifest(directory: Path) -> Json | None:
         return None
     try:
         saved: Json = json.loads(path.read_bytes())
-        plans, shards = saved["splits"], saved["shards"].values()
-        complete = set(plans) == set(SPLITS) and {"name", "shard_mb"} <= set(saved)
-        complete &= all(set(plan) >= _PLAN for plan in plans.values())
-        if saved["format"] != MANIFEST_FORMAT or not complete:
+        entries = [(plan, _PLAN) for plan in saved["splits"].values()]
+        entries += [(shard, _SHARD) for shard in saved["shards"].values()]
+        entries += [(saved, {"name", "shard_mb"}), (saved["splits"], set(SPLITS))]
+        if saved["format"] != MANIFEST_FORMAT or any(keys - set(e) for e, keys in entries):
             raise ValueError("entries are missing")
-        if not all(set(shard) >= _SHARD for shard in shards):
-            raise ValueError("entries of shards are missing")
     except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(
             f"{path} is damaged ({error}): restore it, or delete {directory} and convert once more"

@@ -51,7 +51,7 @@ def open_tfds(argument: str, split: str) -> ArrayRecordSource:
         what = "without features.json" if _FORMAT in formats else f"as {main_format}"
         raise _not_prepared(f"{directory} is prepared {what}", data_set, data_dir)
     fields, splits = metadata
-    return open_split(name, split, splits, fields, directory, may_hold_out=False)
+    return open_split(name, split, splits, fields, may_hold_out=False)
 
 
 def _version_number(directory: Path) -> tuple[int, ...]:
