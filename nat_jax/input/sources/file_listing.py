@@ -42,14 +42,14 @@ class Stamp(NamedTuple):
     Attributes:
         times: st_mtime_ns and st_ctime_ns of every folder listed, by path below the root, or of
             the .zip.
-        links: where each linked folder leads, and None for links that lead nowhere.
+        links: where each linked folder leads.
         size: bytes of the .zip; None for a folder.
         unsettled: a path that changed too recently for `times` to show a further change; None
             where there is none.
     """
 
     times: dict[str, list[int]]
-    links: dict[str, str | None]
+    links: dict[str, str]
     size: int | None
     unsettled: str | None
 
@@ -59,7 +59,7 @@ class Stamp(NamedTuple):
         try:
             if self.unsettled or (self.size is not None and os.stat(root).st_size != self.size):
                 return False
-            if any(_target(os.path.join(root, n)) != t for n, t in self.links.items()):
+            if any(os.path.realpath(os.path.join(root, n)) != t for n, t in self.links.items()):
                 return False
             with ThreadPoolExecutor(_THREADS) as pool:
                 parts = [paths[i::_THREADS] for i in range(_THREADS)]
@@ -120,20 +120,16 @@ def list_folder(root: str, progress: Callable[[int], Any]) -> Listing:
                     name = entry.name
                     if is_hidden(name):
                         continue
-                    is_link = entry.is_symlink()
                     if entry.is_dir():
                         target = os.path.join(real, name)
-                        if is_link:
+                        if entry.is_symlink():
                             target = stamp.links[prefix + name] = os.path.realpath(entry.path)
                         below.append((f"{prefix}{name}/", target))
-                    elif not entry.is_file():
-                        if is_link:
-                            stamp.links[prefix + name] = None
-                    elif is_image(name):
+                    elif entry.is_file() and is_image(name):
                         size = entry.stat().st_size
                         files.append(File(front + encoded(name), size, len(folders)))
                     else:
-                        others += 1
+                        others += entry.is_file()
         except OSError as error:
             raise InputError(f"folder: cannot list {path}: {error}") from error
         if files and files[-1].folder == len(folders):
@@ -178,7 +174,3 @@ def times_of(status: os.stat_result) -> list[int]:
 def is_settled(now: int, times: list[int]) -> bool:
     """Return whether a change after `now` would change these times."""
     return now - max(times) >= SETTLED_NS
-
-
-def _target(path: str) -> str | None:
-    return os.path.realpath(path) if os.path.exists(path) else None
