@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -30,7 +29,6 @@ def tree(tmp_path: Path) -> Path:
 
 BUILDER = """
 import io
-import sys
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
@@ -47,15 +45,14 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(builder=self, features=features)
 
     def _split_generators(self, dl_manager):
-        splits = {"train": self._make(9), "validation": self._make(4)}
-        return splits | {key: self._make(3, -1) for key in sys.argv[2:]}
+        return {"train": self._make(9), "validation": self._make(4)}
 
-    def _make(self, count, label=None):
+    def _make(self, count):
         for i in range(count):
             file = io.BytesIO()
             Image.fromarray(np.full((6, 7, 3), i, np.uint8)).save(file, "PNG")
             file.seek(0)
-            yield i, {"image": file, "label": i % 2 if label is None else label}
+            yield i, {"image": file, "label": i % 2}
 
     def _generate_examples(self):
         raise NotImplementedError
@@ -70,25 +67,15 @@ assert "tensorflow" not in sys.modules
 
 
 @pytest.fixture(scope="session")
-def prepare(tmp_path_factory) -> Callable[..., Path]:
-    code = tmp_path_factory.mktemp("code")
+def prepared_dir(tmp_path_factory) -> Path:
+    code, data = tmp_path_factory.mktemp("code"), tmp_path_factory.mktemp("tfds")
     (code / "tiny_shapes").mkdir()
     (code / "tiny_shapes/__init__.py").touch()
     (code / "tiny_shapes/tiny_shapes_dataset_builder.py").write_text(BUILDER)
-
-    def run(*unlabelled_splits: str) -> Path:
-        data = tmp_path_factory.mktemp("tfds")
-        environment = {**os.environ, "PYTHONPATH": str(code)}
-        command = [sys.executable, "-c", PREPARE, str(data), *unlabelled_splits]
-        subprocess.run(command, check=True, env=environment, cwd=code, timeout=120)
-        return data
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def prepared_dir(prepare: Callable[..., Path]) -> Path:
-    return prepare()
+    command = [sys.executable, "-c", PREPARE, str(data)]
+    environment = {**os.environ, "PYTHONPATH": str(code)}
+    subprocess.run(command, check=True, env=environment, cwd=code, timeout=120)
+    return data
 
 
 @pytest.fixture

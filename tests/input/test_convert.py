@@ -1,12 +1,10 @@
 import fcntl
-import json
 import logging
 import os
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +14,7 @@ from sample_files import SPLIT_TREE, flip_bit, jpeg, write_tree, zip_tree
 
 from nat_jax.input import convert as conversion
 from nat_jax.input.convert import ConversionError, convert
-from nat_jax.input.sources import Record, Source, UnreadableRecord, open_source
+from nat_jax.input.sources import UnreadableRecord, open_source
 
 SPLITS = ("train", "test")
 
@@ -71,7 +69,7 @@ def test_the_same_records_labels_names_and_fingerprint(tmp_path: Path, layout: s
     assert shard_files(folder)[-1].name.startswith(f"{name}-train.array_record-00")
 
 
-@pytest.mark.parametrize("layout", ["split", "flat", "held_out"])
+@pytest.mark.parametrize("layout", ["split", "flat"])
 def test_tfds_reads_it_without_tensorflow(tmp_path: Path, monkeypatch, layout: str):
     import tensorflow_datasets as tfds
 
@@ -122,10 +120,11 @@ def test_running_again_verifies_and_changes_nothing(tmp_path: Path, logged):
     spec = layouts(tmp_path)["split"]
     folder = convert(spec, str(tmp_path / "out"), shard_mb=2)
     before = contents(folder)
+    assert str(tmp_path).encode() not in b"".join(before.values())
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     logged.clear()
     convert(spec, str(folder), shard_mb=2)
-    assert f"({len(shard_files(folder))} verified: every checksum holds)" in logged.text
+    assert f"(0 written, {len(shard_files(folder))} verified)" in logged.text
     assert "made again" not in logged.text
     assert contents(folder) == before
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
@@ -152,34 +151,31 @@ def test_whatever_is_damaged_is_named_and_made_again(tmp_path: Path, logged, dam
             word = "missing" if damage == "gone" else "damaged"
             assert f"{path} is {word}" in logged.text and "it is made again" in logged.text
             assert "1 written, " in logged.text
-        elif damage != "gone" and path.name != "SHA256SUMS":
-            assert f"{path} is damaged" in logged.text
 
 
 DAMAGED = ["{", "[]", '{"format": 9}', '{"format": 1, "splits": {}, "shards": {"a": {}}}']
 
 
-@pytest.mark.parametrize("text", [*DAMAGED, "another fingerprint", "an entry less"])
-def test_a_damaged_manifest_is_refused(tmp_path: Path, text: str):
+def test_a_damaged_manifest_is_refused(tmp_path: Path):
     spec = layouts(tmp_path)["split"]
     folder = convert(spec, str(tmp_path / "out"), shard_mb=2)
-    path, reason = folder / "conversion.json", ""
-    if text == "another fingerprint":
-        text = path.read_text().replace(open_source(spec).fingerprint, "0" * 64)
-        reason = "its checksum is not that in SHA256SUMS"
-    elif text == "an entry less":
-        (folder / "SHA256SUMS").unlink()
-        text = path.read_text().replace('"has_labels"', '"labels"')
-    path.write_text(text)
-    for reopen in (lambda: convert(spec, str(folder), shard_mb=2), lambda: reopened(folder)):
-        with pytest.raises(
-            ValueError, match=rf"conversion.json is damaged \(.*{reason}.*or delete"
+    path = folder / "conversion.json"
+    less = path.read_text().replace('"has_labels"', '"labels"')
+    for text in (*DAMAGED, less):
+        path.write_text(text)
+        for reopen in (
+            lambda: convert(spec, str(folder), shard_mb=2),
+            lambda: open_source(f"arrayrecord:{folder}"),
         ):
-            reopen()
+            with pytest.raises(ValueError, match=r"conversion.json is damaged \(.*or delete"):
+                reopen()
 
 
-def reopened(folder: Path) -> Source:
-    return open_source(f"arrayrecord:{folder}")
+def test_damaged_labels_are_refused(tmp_path: Path):
+    folder = convert(layouts(tmp_path)["split"], str(tmp_path / "out"))
+    np.save(folder / "labels-train.npy", np.zeros(3, np.int32))
+    with pytest.raises(ValueError, match=r"is damaged.*--config.task=convert\) again"):
+        open_source(f"arrayrecord:{folder}")
 
 
 # Converts in children that kill themselves, as kill -9 does, at the first, second, ... moment:
@@ -226,7 +222,7 @@ def child(moment):
 
     Path.write_bytes = write_in_halves
     for owner, name in [
-        (conversion, "_serialized"), (conversion, "Shards"), (atomic_files, "sync"),
+        (conversion, "example"), (conversion, "count_records"), (atomic_files, "sync"),
         (Path, "write_bytes"), (Path, "replace"), (Path, "unlink"), (Path, "mkdir"),
     ]:
         watch(owner, name)
@@ -292,7 +288,7 @@ def test_the_command_line_needs_no_device(tmp_path: Path):
         command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert "convert: 18 images in 2 shards (2 written)" in done.stderr
+    assert "convert: 18 images in 2 shards (2 written, 0 verified)" in done.stderr
     assert f"--config.data.source=arrayrecord:{tmp_path}/out" in done.stderr
     assert_same(spec, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir() if path.name[0] != ".") == [
@@ -304,10 +300,10 @@ def begun(tmp_path: Path, spec: str, monkeypatch) -> Path:
     """Convert until the first shard is finished."""
     write = conversion._write_shard
 
-    def stop(path: Path, *others) -> None:
+    def stop(path: Path, *others) -> dict:
         if "00000" not in path.name:
             raise KeyboardInterrupt
-        write(path, *others)
+        return write(path, *others)
 
     monkeypatch.setattr(conversion, "_write_shard", stop)
     with pytest.raises(KeyboardInterrupt):
@@ -331,43 +327,15 @@ def test_a_source_that_changed_in_between_is_refused(tmp_path: Path, monkeypatch
     folder = begun(tmp_path, spec, monkeypatch)
     before = contents(folder)
     (tmp_path / "split/train/cat/1.jpg").write_bytes(jpeg(77, width=30))
-    with pytest.raises(ValueError, match="or folder:.* has changed since .*name a new folder"):
+    changed = f"of {spec} before it changed, .*; expected .*; got .*name a new folder"
+    with pytest.raises(ValueError, match=changed):
         convert(spec, str(folder), shard_mb=2)
     assert contents(folder) == before
     other = f"folder:{write_tree(tmp_path / 'other', SPLIT_TREE[::-1])}"
-    with pytest.raises(ValueError, match="holds the conversion of another source"):
+    with pytest.raises(ValueError, match="holds a conversion of another source"):
         convert(other, str(folder), shard_mb=2)
-    with pytest.raises(
-        ValueError, match="was begun with 2; got 3. Set --config.convert.shard_mb=2"
-    ):
+    with pytest.raises(ValueError, match=r"convert.shard_mb .*, 2\); got .*, 3\). Set these"):
         convert(layouts(tmp_path / "again")["split"], str(folder), shard_mb=3)
-
-
-def test_a_shard_is_not_made_again_from_other_bytes(tmp_path: Path):
-    spec = layouts(tmp_path)["split"]
-    folder = convert(spec, str(tmp_path / "out"), shard_mb=2)
-    damaged = shard_files(folder)[-1]
-    flip_bit(damaged, 300)
-    before = contents(folder)
-    changed = tmp_path / "split" / open_source(spec)[11]["name"]
-    changed.write_bytes(bytes(len(changed.read_bytes())))  # as long as before
-    with pytest.raises(ConversionError, match=f"{damaged.name} cannot be made again: .* gives ot"):
-        convert(spec, str(folder), shard_mb=2)
-    assert contents(folder) == before
-
-
-Usage = namedtuple("Usage", "total used free")
-
-
-def test_too_little_room_is_seen_before_anything_is_written(tmp_path: Path, monkeypatch):
-    spec = layouts(tmp_path)["split"]
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6, 0, 10**6))
-    convert(spec, str(tmp_path / "fits"))
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6, 0, 10**3))
-    with pytest.raises(ValueError, match=r"about 0.0 MB more are needed in .*; 0.0 MB are free"):
-        convert(spec, str(tmp_path / "out"))
-    assert not shard_files(tmp_path / "out")
-    convert(spec, str(tmp_path / "fits"))  # nothing more is needed
 
 
 FULL = """
@@ -490,25 +458,3 @@ def test_two_processes_do_not_convert_into_one_folder(tmp_path: Path, tree: Path
         convert(f"folder:{tree}", str(tmp_path / "out"))
     os.close(handle)
     convert(f"folder:{tree}", str(tmp_path / "out"))
-
-
-def test_few_records_are_in_memory(tree: Path):
-    source = open_source(f"folder:{tree}")
-    alive, most = 0, 0
-
-    class Counting:
-        def __getitem__(self, index: int) -> Record:
-            nonlocal alive
-            alive += 1
-            return source[index % len(source)]
-
-    for _ in conversion._read(Counting(), range(1000)):
-        most = max(most, alive)
-        alive -= 1
-    assert 16 <= most <= 64
-
-
-def test_the_folder_keeps_no_path_of_the_machine(tmp_path: Path, tree: Path):
-    folder = convert(f"folder:{tree}", str(tmp_path / "out"))
-    assert str(tmp_path).encode() not in b"".join(contents(folder).values())
-    assert json.loads((folder / "conversion.json").read_text())["name"] == "tree"

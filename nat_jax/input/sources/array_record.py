@@ -1,11 +1,11 @@
 """Images in array_record files: those of TensorFlow Datasets, of the task `convert`, and others."""
 
+import contextlib
 import dataclasses
 import glob
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,14 +14,7 @@ import numpy as np
 
 from nat_jax.errors import InputError
 from nat_jax.input.sources.examples import Fields, content, guess_fields
-from nat_jax.input.sources.metadata import (
-    FEATURES,
-    INFO,
-    SplitShards,
-    class_names_file,
-    read_class_names,
-    read_metadata,
-)
+from nat_jax.input.sources.metadata import SplitShards, read_metadata
 from nat_jax.input.sources.shards import Shards
 from nat_jax.input.sources.source import Record, UnreadableRecord, split_positions
 
@@ -104,13 +97,20 @@ def open_array_record(argument: str, split: str) -> ArrayRecordSource:
             "with *.array_record* files. To make them from a folder or a .zip of images: "
             "--config.task=convert --config.data.source=folder:PATH --config.convert.to=DIR"
         )
-    parents = {file.parent for file in found}
-    directory = parents.pop() if len(parents) == 1 else None
+    directory = found[0].parent if len({file.parent for file in found}) == 1 else None
     fields, known = (directory and read_metadata(directory, name)) or (None, {})
-    splits = _chosen(found, known, name, complete=path.is_dir())
-    if not splits:
-        fields, splits = None, _split_by_names(found, name)
-    return _open_split(name, split, splits, fields, directory, may_hold_out=True)
+    splits = {key: s for key, s in known.items() if not set(found).isdisjoint(s.paths)}
+    if splits and path.is_dir():
+        splits = known
+    elif not splits or not all(set(found).issuperset(s.paths) for s in splits.values()):
+        # Other files than the metadata is about, or some shards of a split only.
+        fields = fields if splits else None
+        class_names = next((s.class_names for s in splits.values()), None)
+        splits = _split_by_names(found, name, class_names)
+    num_used = sum(len(set(found).intersection(s.paths)) for s in splits.values())
+    if num_used < len(found):
+        _log.info("%s: left out %d file(s) of no split", name, len(found) - num_used)
+    return open_split(name, split, splits, fields, may_hold_out=True)
 
 
 def _find(path: Path) -> list[Path]:
@@ -123,30 +123,11 @@ def _find(path: Path) -> list[Path]:
     return shards if shards or path.is_dir() else files
 
 
-def open_prepared(directory: Path, split: str, name: str) -> ArrayRecordSource:
-    """Open a folder that TensorFlow Datasets prepared, with the splits that it has.
-
-    Args:
-        directory: the folder, which holds dataset_info.json and features.json.
-        split: "train" or "test".
-        name: the specification, for messages.
-
-    Raises:
-        ValueError: a split or a shard is missing or damaged, or the records have no image.
-    """
-    metadata = read_metadata(directory, name)
-    if metadata is None:
-        raise InputError(f"{name}: no {INFO} and {FEATURES} in {directory}")
-    fields, splits = metadata
-    return _open_split(name, split, splits, fields, directory, may_hold_out=False)
-
-
-def _open_split(
+def open_split(
     name: str,
     split: str,
     splits: Mapping[str, SplitShards],
     fields: Fields | None,
-    directory: Path | None,
     *,
     may_hold_out: bool,
 ) -> ArrayRecordSource:
@@ -157,24 +138,15 @@ def _open_split(
         split: "train" or "test".
         splits: what is known of the data set's splits.
         fields: how records are written; None where the first one has to tell.
-        directory: the folder of the shards; None where they are in several.
         may_hold_out: a tenth may become the test split.
+
+    Raises:
+        ValueError: the split or a shard is missing or damaged, or the records have no image.
     """
     key, held_out = _choose(name, split, splits, fields, may_hold_out)
     known = splits[key]
     shards, found, _ = _open_shards(name, known, fields)
-    if fields is not None or found.label is None or directory is None:
-        class_names = known.class_names
-    else:
-        class_names = read_class_names(directory, found.label)
-        if class_names is None:
-            _log.info(
-                "%s: labels are left out, because nothing says how many classes there are (neither "
-                "%s nor %s, one name a line, stands beside the shards)",
-                name,
-                FEATURES,
-                class_names_file(directory, found.label).name,
-            )
+    class_names = known.class_names
     if class_names is None:  # a label is worth nothing where the number of classes is not known
         found = found._replace(label=None)
     fingerprint, labels, positions = known.fingerprint, known.labels, None
@@ -216,18 +188,8 @@ def _choose(
 def _open_shards(
     name: str, split: SplitShards, fields: Fields | None
 ) -> tuple[Shards, Fields, int]:
-    """Open a split's shards, compare them with what is known, and look at the first record.
-
-    Returns:
-        The shards, how their records are written, and the label of the first; -1 where unknown.
-
-    Raises:
-        ValueError: a shard is missing or damaged, or a record is not one that can be used.
-    """
-    there = {
-        directory: set(os.listdir(directory)) for directory in {p.parent for p in split.expected}
-    }
-    missing = [path for path in split.expected if path.name not in there[path.parent]]
+    """Open and check a split's shards; return them, how records are written, and a label."""
+    missing = [path for path in split.expected if not path.exists()]
     if missing:
         raise InputError(
             f"{name}: {len(missing)} of {len(split.expected)} shards are missing in "
@@ -247,49 +209,21 @@ def _open_shards(
         first = _first_readable(shards)
         fields = fields or guess_fields(first)
         return shards, fields, content(first, fields).label
-    except ValueError as error:
+    except (RuntimeError, ValueError) as error:
         raise InputError(f"{name}: {shards.paths[0].name}: {error}") from error
 
 
 def _first_readable(shards: Shards) -> bytes:
     """Return one of the first records; a few damaged ones do not make a data set unusable."""
-    problem: Exception | None = None
-    for position in range(min(len(shards), _TRIED)):
-        try:
+    for position in range(min(len(shards), _TRIED) - 1):
+        with contextlib.suppress(RuntimeError):
             return shards.read(position)
-        except RuntimeError as error:
-            problem = problem or error
-    raise ValueError(f"none of the first records can be read: {problem}") from problem
+    return shards.read(min(len(shards), _TRIED) - 1)
 
 
-def _chosen(
-    paths: Sequence[Path], known: Mapping[str, SplitShards], name: str, *, complete: bool
+def _split_by_names(
+    paths: Sequence[Path], name: str, class_names: tuple[str, ...] | None
 ) -> dict[str, SplitShards]:
-    """Choose the splits that dataset_info.json states; none where it is about other files.
-
-    Args:
-        paths: what was found.
-        known: what the metadata states.
-        name: for messages.
-        complete: all of the data set is wanted, rather than the shards that a pattern chose.
-    """
-    found = set(paths)
-    left_out = found - {path for split in known.values() for path in split.paths}
-    if left_out == found:
-        return {}
-    if left_out:
-        _log.info("%s: left out %d file(s) that are not in dataset_info.json", name, len(left_out))
-    if complete:
-        return dict(known)
-    chosen = {key: split.only(found) for key, split in known.items()}
-    for key, split in chosen.items():
-        if 0 < len(split.paths) < len(split.expected):
-            counts = len(split.paths), len(split.expected)
-            _log.info("%s: %d of %d shards of %s", name, *counts, key)
-    return {key: split for key, split in chosen.items() if split.paths}
-
-
-def _split_by_names(paths: Sequence[Path], name: str) -> dict[str, SplitShards]:
     """Group shards by their names; those that name no split are one called ""."""
     sets: dict[tuple[Path, str], list[Path]] = {}
     for path in paths:
@@ -308,15 +242,10 @@ def _split_by_names(paths: Sequence[Path], name: str) -> dict[str, SplitShards]:
         key = last if last in ("train", *_TEST_KEYS) else ""
         before = splits.get(key, SplitShards((), ()))
         expected = (*before.expected, *_complete_set(members[0]))
-        splits[key] = SplitShards((*before.paths, *members), expected)
-    if "" in splits and len(splits) > 1:
-        unnamed = splits.pop("").paths
-        _log.info(
-            "%s: left out %d file(s) whose names tell no split, such as %s",
-            name,
-            len(unnamed),
-            unnamed[0].name,
-        )
+        chosen = (*before.paths, *members)
+        splits[key] = SplitShards(chosen, expected, class_names=class_names)
+    if len(splits) > 1:
+        splits.pop("", None)
     return splits
 
 

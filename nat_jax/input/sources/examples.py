@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 _MAGIC = re.compile(
     rb"\xff\xd8\xff|\x89PNG|GIF8|BM|RIFF....WEBP|II\*\0|MM\0\*|P[2356]\s", re.DOTALL
 )
-NAME_KEYS = ("file_name", "filename", "image/filename")
 
 
 class Fields(NamedTuple):
@@ -66,8 +65,7 @@ def example(image: bytes, label: int | None, name: str) -> bytes:
 def guess_fields(record: bytes) -> Fields:
     """Find the image in a record of which nothing is known.
 
-    The image is the feature "image", or the only one whose value begins like an image file; a label
-    is the integer "label", a name the text "file_name" or "filename".
+    It is the record, the feature "image", or the only one whose value begins like an image file.
 
     Raises:
         ValueError: there is no image, or a choice of several.
@@ -84,9 +82,7 @@ def guess_fields(record: bytes) -> Fields:
         raise ValueError(
             f"{what} in a record; expected one, in a feature 'image'; its features: {found}"
         )
-    label = "label" if "label" in features and features["label"].int64_list.value else None
-    names = [key for key in NAME_KEYS if key in features and features[key].bytes_list.value]
-    return Fields(images[0], label, names[0] if names else None)
+    return Fields(images[0])
 
 
 def is_image(data: bytes = b"") -> bool:

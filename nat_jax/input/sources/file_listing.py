@@ -3,8 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from nat_jax.errors import InputError
@@ -15,12 +14,7 @@ IMAGE_SUFFIXES = frozenset(
 # A change within one tick of the file system's clock after the listing leaves the times as they
 # are; ticks are 2 s long at most (FAT).
 SETTLED_NS = 2 * 10**9
-_THREADS = 16
-# Threads pay where a file system takes time to answer, over a network; elsewhere they wait for
-# Python's lock and a listing lasts twice as long.
-_SLOW_SECONDS_PER_FILE = 25e-6
-_SECONDS_OF_TRIAL = 0.2
-_FOLDERS_PER_THREAD = 64
+_THREADS = 16  # that check the times of folders, for file systems that are slow to answer
 
 
 class File(NamedTuple):
@@ -48,28 +42,27 @@ class Stamp(NamedTuple):
     Attributes:
         times: st_mtime_ns and st_ctime_ns of every folder listed, by path below the root, or of
             the .zip.
-        links: where each linked folder leads, and None for links that lead nowhere.
+        links: where each linked folder leads.
         size: bytes of the .zip; None for a folder.
         unsettled: a path that changed too recently for `times` to show a further change; None
             where there is none.
     """
 
     times: dict[str, list[int]]
-    links: dict[str, str | None]
+    links: dict[str, str]
     size: int | None
     unsettled: str | None
 
     def holds(self, root: str) -> bool:
         """Return whether nothing was added, removed, renamed or linked elsewhere since."""
         paths = list(self.times)
-        workers = min(_THREADS, len(paths) // _FOLDERS_PER_THREAD + 1)
         try:
             if self.unsettled or (self.size is not None and os.stat(root).st_size != self.size):
                 return False
-            if any(_target(os.path.join(root, n)) != t for n, t in self.links.items()):
+            if any(os.path.realpath(os.path.join(root, n)) != t for n, t in self.links.items()):
                 return False
-            with ThreadPoolExecutor(workers) as pool:
-                parts = [paths[i::workers] for i in range(workers)]
+            with ThreadPoolExecutor(_THREADS) as pool:
+                parts = [paths[i::_THREADS] for i in range(_THREADS)]
                 return all(pool.map(lambda part: self._same(root, part), parts))
         except OSError:
             return False
@@ -97,17 +90,6 @@ class Listing(NamedTuple):
     stamp: Stamp
 
 
-class _Scanned(NamedTuple):
-    """One folder; `folders` has name and real path of each, by name."""
-
-    images: list[tuple[str, int]]
-    others: int
-    folders: list[tuple[str, str]]
-    links: dict[str, str | None]
-    times: list[int]
-    settled: bool
-
-
 def list_folder(root: str, progress: Callable[[int], Any]) -> Listing:
     """List a folder tree; links are followed, each folder is listed once.
 
@@ -118,80 +100,50 @@ def list_folder(root: str, progress: Callable[[int], Any]) -> Listing:
     Raises:
         ValueError: a folder below cannot be read, or is being changed.
     """
-    listing = Listing([], [], 0, Stamp({}, {}, None, None))
-    unsettled = None
-    others = num_seen = 0
+    folders: list[str] = []
+    files: list[File] = []
+    stamp = Stamp({}, {}, None, None)
+    others = 0
     real_root = os.path.realpath(root)
     pending, reached = [("", real_root)], {real_root}
-    ahead: dict[str, Future[_Scanned]] = {}
-    pool = None
-    start = time.perf_counter()
-    with ExitStack() as cleanup:
-        while pending:
-            prefix, real = pending.pop()
-            # Which of several links to one folder counts depends on this order, which is that of
-            # their names: so threads only prepare what comes next.
-            future = ahead.pop(prefix, None)
-            found = future.result() if future else _scan(root, prefix, real)
-            listing.stamp.times[prefix] = found.times
-            listing.stamp.links.update(found.links)
-            others += found.others
-            if found.images:
-                number, front = len(listing.folders), encoded(prefix)
-                listing.folders.append(prefix)
-                listing.files.extend(File(front + encoded(n), s, number) for n, s in found.images)
-            if not found.settled:
-                unsettled = os.path.join(root, prefix)
-            new = []
-            for name, target in found.folders:
-                if target not in reached:
-                    reached.add(target)
-                    new.append((f"{name}/", target))
-            pending += reversed(new)
-            count = len(found.images) + found.others
-            progress(count)
-            num_seen += count + 1
-            seconds = time.perf_counter() - start
-            if pool is None and seconds > max(_SECONDS_OF_TRIAL, num_seen * _SLOW_SECONDS_PER_FILE):
-                pool = ThreadPoolExecutor(_THREADS)
-                cleanup.callback(pool.shutdown, cancel_futures=True)
-                new = pending
-            if pool is not None:
-                ahead |= {p: pool.submit(_scan, root, p, r) for p, r in new}
-    return listing._replace(others=others, stamp=listing.stamp._replace(unsettled=unsettled))
-
-
-def _scan(root: str, prefix: str, real: str) -> _Scanned:
-    """List one folder, the times before the names, so that a change in between is noticed."""
-    path = os.path.join(root, prefix)
-    images: list[tuple[str, int]] = []
-    folders: list[tuple[str, str]] = []
-    links: dict[str, str | None] = {}
-    others = 0
-    try:
-        now = time.time_ns()
-        times = times_of(os.stat(path))
-        with os.scandir(path) as entries:
-            for entry in entries:
-                name = entry.name
-                if is_hidden(name):
-                    continue
-                if entry.is_dir():
-                    target = os.path.join(real, name)
-                    if entry.is_symlink():
-                        target = os.path.realpath(entry.path)
-                        links[prefix + name] = target
-                    folders.append((prefix + name, target))
-                elif not entry.is_file():
-                    if entry.is_symlink():
-                        links[prefix + name] = None
-                elif is_image(name):
-                    images.append((name, entry.stat().st_size))
-                else:
-                    others += 1
-    except OSError as error:
-        raise InputError(f"folder: cannot list {path}: {error}") from error
-    return _Scanned(images, others, sorted(folders), links, times, is_settled(now, times))
+    while pending:
+        prefix, real = pending.pop()
+        path, front = os.path.join(root, prefix), encoded(prefix)
+        before = len(files) + others
+        below: list[tuple[str, str]] = []
+        try:
+            # The times before the names, so that a change in between is noticed.
+            now = time.time_ns()
+            stamp.times[prefix] = times = times_of(os.stat(path))
+            with os.scandir(path) as entries:
+                for entry in entries:
+                    name = entry.name
+                    if is_hidden(name):
+                        continue
+                    if entry.is_dir():
+                        target = os.path.join(real, name)
+                        if entry.is_symlink():
+                            target = stamp.links[prefix + name] = os.path.realpath(entry.path)
+                        below.append((f"{prefix}{name}/", target))
+                    elif entry.is_file() and is_image(name):
+                        size = entry.stat().st_size
+                        files.append(File(front + encoded(name), size, len(folders)))
+                    else:
+                        others += entry.is_file()
+        except OSError as error:
+            raise InputError(f"folder: cannot list {path}: {error}") from error
+        if files and files[-1].folder == len(folders):
+            folders.append(prefix)
+        if not is_settled(now, times):
+            stamp = stamp._replace(unsettled=path)
+        new = []
+        for below_prefix, target in sorted(below):  # which of several links to a folder counts
+            if target not in reached:
+                reached.add(target)
+                new.append((below_prefix, target))
+        pending += reversed(new)
+        progress(len(files) + others - before)
+    return Listing(folders, files, others, stamp)
 
 
 def encoded(text: str) -> bytes:
@@ -222,7 +174,3 @@ def times_of(status: os.stat_result) -> list[int]:
 def is_settled(now: int, times: list[int]) -> bool:
     """Return whether a change after `now` would change these times."""
     return now - max(times) >= SETTLED_NS
-
-
-def _target(path: str) -> str | None:
-    return os.path.realpath(path) if os.path.exists(path) else None

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nat_jax.errors import InputError
-from nat_jax.input.sources.file_index import DamagedIndex, FileIndex, decode_index, load_index
-from nat_jax.input.sources.index_cache import open_index
+from nat_jax.input.sources.index_cache import FileIndex, open_index
 from nat_jax.input.sources.source import Record, UnreadableRecord
 from nat_jax.input.sources.zip_archive import ZipReader
 
@@ -19,9 +18,9 @@ class FolderSource:
     """Encoded image files; labels are the names of the class folders.
 
     There is no Python object for a record until it is read, so that opening takes the same time for
-    a million files as for a few. Pickling writes where the index is kept, or, where it is not, the
-    index itself. A kept index may be days old, so with one a file whose length has changed is an
-    `UnreadableRecord`: the times of folders do not show that a file was overwritten.
+    a million files as for a few. Unpickling opens the index of the same path. A kept index may be
+    days old, so with one a file whose length has changed is an `UnreadableRecord`: the times of
+    folders do not show that a file was overwritten.
 
     Args:
         path: the folder or the .zip.
@@ -37,6 +36,7 @@ class FolderSource:
         self.num_classes = None if known.class_names is None else len(known.class_names)
         self.fingerprint = known.fingerprint
         self.labels = known.labels
+        self.sizes = known.sizes  # int64[N], bytes of each file
         self._path = path
         self._root = _root(path)
         self._index = index
@@ -63,7 +63,7 @@ class FolderSource:
                     image = file.read()
         except (OSError, zipfile.BadZipFile) as error:
             raise UnreadableRecord(name, label, str(error)) from error
-        size, kept = int(self._known.sizes[position]), self._index.kept
+        size, kept = int(self.sizes[position]), self._index.kept
         if kept is not None and self._archive is None and len(image) != size:
             reason = (
                 f"it has {len(image)} bytes, but {size} in the index of {self._root}: files were "
@@ -73,8 +73,7 @@ class FolderSource:
         return {"index": index, "name": name, "label": label, "image": image}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        index = self._index.kept or self._index.block.tobytes()
-        return _reopen, (self._path, self.split, self.fingerprint, index)
+        return _reopen, (self._path, self.split, self.fingerprint)
 
 
 def open_folder(argument: str, split: str) -> FolderSource:
@@ -104,17 +103,8 @@ def _root(path: str) -> str:
     return str(Path(path).expanduser().absolute())  # notebooks change their folder
 
 
-def _reopen(path: str, split: str, fingerprint: str, known: Path | bytes) -> FolderSource:
-    """Open what another process has opened: by the same index, even if the data changed since."""
-    if isinstance(known, bytes):
-        return FolderSource(path, split, decode_index(known))
-    try:
-        index = load_index(known)
-    except DamagedIndex:  # somebody has emptied the cache
-        index = open_index(_root(path))
-    if index.splits[split].fingerprint != fingerprint:
-        raise InputError(
-            f"folder: {path} was changed after another process opened it, and its index is no "
-            f"longer in {known}; start again"
-        )
-    return FolderSource(path, split, index)
+def _reopen(path: str, split: str, fingerprint: str) -> FolderSource:
+    source = FolderSource(path, split, open_index(_root(path)))
+    if source.fingerprint != fingerprint:
+        raise InputError(f"folder: {path} was changed after another process opened it; start again")
+    return source

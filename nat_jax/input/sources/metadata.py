@@ -1,7 +1,17 @@
-"""What stands in a folder of shards: the metadata of TensorFlow Datasets, a conversion's manifest.
+"""The metadata next to shards: that of TensorFlow Datasets, and the manifest of a conversion.
 
 TFDS's own builder of a prepared folder is not used: for some kinds of features it imports
 TensorFlow, for others the code that prepared them.
+
+The manifest (conversion.json) is the state of a conversion:
+
+* format: version of the file;
+* name: what TFDS calls the data set; the shards' names begin with it;
+* shard_mb: wanted size of a shard in MiB;
+* splits: for each split fingerprint and class_names of the source, has_labels (its labels are in a
+  file of their own), and lengths (records in each shard);
+* shards: for each finished file its sha256, num_bytes (of its records together), and unreadable
+  (names of records that are empty because their files could not be read).
 """
 
 import dataclasses
@@ -14,14 +24,21 @@ from typing import Any
 import numpy as np
 
 from nat_jax.errors import InputError
-from nat_jax.input.sources.examples import NAME_KEYS, Fields
-from nat_jax.input.sources.manifest import Manifest, labels_file, read_manifest
+from nat_jax.input.sources.examples import Fields
+from nat_jax.input.sources.source import SPLITS
 
 _log = logging.getLogger(__name__)
 
-FORMAT = "array_record"
 INFO = "dataset_info.json"
 FEATURES = "features.json"
+MANIFEST = "conversion.json"
+MANIFEST_FORMAT = 1
+TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # TFDS's names of shards
+_NAME_KEYS = ("file_name", "filename", "image/filename")
+_PLAN = {"fingerprint", "class_names", "has_labels", "lengths"}
+_SHARD = {"sha256", "num_bytes", "unreadable"}
+
+Json = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +51,7 @@ class SplitShards:
         lengths: records in each of `paths`; None where nothing states them.
         fingerprint: see `Source`; None where it has to be computed from the files.
         class_names: see `Source`.
-        labels: integers [N], or None where they stand in the records alone.
+        labels: integers [N], or None where they are in the records alone.
     """
 
     paths: tuple[Path, ...]
@@ -43,15 +60,6 @@ class SplitShards:
     fingerprint: str | None = None
     class_names: tuple[str, ...] | None = None
     labels: np.ndarray | None = None
-
-    def only(self, wanted: set[Path]) -> "SplitShards":
-        """Return the shards that a pattern chose, of which less is known."""
-        kept = [i for i, path in enumerate(self.paths) if path in wanted]
-        if len(kept) == len(self.paths):
-            return self
-        paths = tuple(self.paths[i] for i in kept)
-        lengths = self.lengths and tuple(self.lengths[i] for i in kept)
-        return SplitShards(paths, self.expected, lengths, class_names=self.class_names)
 
 
 def read_metadata(directory: Path, name: str) -> tuple[Fields, dict[str, SplitShards]] | None:
@@ -76,149 +84,147 @@ def read_metadata(directory: Path, name: str) -> tuple[Fields, dict[str, SplitSh
                 "run its command (--config.task=convert) again, which goes on where it stopped"
             )
         return None
-    import tensorflow_datasets as tfds
-
-    info = read_info(directory)
-    fields, classes = _choose_features(_read_features(directory), directory, name)
-    full_name = "/".join(part for part in (info.name, info.config_name, info.version) if part)
-    # TFDS can keep other formats in the same folder.
-    template = tfds.core.ShardedFileTemplate(
-        data_dir=directory, dataset_name=info.name, filetype_suffix=FORMAT
-    )
-    splits = {}
-    for key, found in tfds.core.SplitDict.from_proto(info.splits, template).items():
-        if not found.num_examples:
-            continue
-        try:
-            names = found.filename_template.sharded_filepaths(found.num_shards)
-        except (KeyError, ValueError, IndexError) as error:
-            raise InputError(
-                f"{directory / INFO}: expected a pattern of TFDS for the names of files; "
-                f"got {found.filename_template.template!r}"
-            ) from error
-        paths = tuple(map(Path, names))
-        identity = [full_name, key, found.shard_lengths, int(found.num_bytes)]
-        fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-        split = SplitShards(paths, paths, tuple(found.shard_lengths), fingerprint, classes)
-        if manifest is not None:
-            split = _converted(split, manifest, directory, key)
-        splits[key] = split
+    info = read_json(directory / INFO)
+    try:
+        features = _flat(read_json(directory / FEATURES))
+        fields, classes = _choose_features(features, directory, name)
+        splits = {}
+        for stated in info.get("splits", ()):
+            split = _split(directory, info, stated, classes)
+            if sum(split.lengths or ()):
+                if manifest is not None:
+                    split = _converted(split, manifest, directory, stated["name"])
+                splits[stated["name"]] = split
+    except InputError:
+        raise
+    except (OSError, EOFError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise _damaged(directory, error) from error
     return fields, splits
 
 
-def read_info(directory: Path) -> Any:
-    """Read dataset_info.json as TFDS's proto DatasetInfo.
+def read_json(path: Path) -> Json:
+    """Read a JSON file that holds an object.
 
     Raises:
         ValueError: it is damaged.
     """
-    from tensorflow_datasets.core.proto import dataset_info_pb2
-
-    return _parse(directory / INFO, dataset_info_pb2.DatasetInfo())
-
-
-def _read_features(directory: Path) -> dict[str, Any]:
-    """Read features.json: TFDS's protos Feature by the keys that records have them under."""
-    from tensorflow_datasets.core.proto import feature_pb2
-
-    features: dict[str, Any] = {}
-    pending = [("", _parse(directory / FEATURES, feature_pb2.Feature()))]
-    while pending:
-        key, feature = pending.pop()
-        if feature.WhichOneof("content") == "features_dict":
-            inner = feature.features_dict.features.items()
-            pending += [(f"{key}/{k}" if key else k, f) for k, f in inner]
-        else:
-            features[key] = feature
-    return dict(sorted(features.items()))
-
-
-def _parse(path: Path, message: Any) -> Any:
-    from google.protobuf import json_format
-
     try:
-        return json_format.Parse(path.read_text(), message, ignore_unknown_fields=True)
-    except (OSError, ValueError, json_format.ParseError) as error:
+        value: Json = json.loads(path.read_text("utf-8"))
+        value.keys()
+    except (OSError, AttributeError, ValueError) as error:
+        raise _damaged(path, error) from error
+    return value
+
+
+def _damaged(path: Path, error: Exception) -> InputError:
+    return InputError(
+        f"{path} is damaged, or not of a TFDS that writes array_record "
+        f"({type(error).__name__}: {error}): copy or prepare the data set once more; if it was "
+        "converted, run that command (--config.task=convert) again"
+    )
+
+
+def shard_names(name: str, split: str, count: int, template: str = TEMPLATE) -> list[str]:
+    """Name the files of a split in order, as TFDS does."""
+    names = []
+    for i in range(count):
+        parts = {"SHARD_X_OF_Y": f"{i:05}-of-{count:05}", "SHARD_INDEX": f"{i:05}"}
+        parts |= {"NUM_SHARDS": f"{count:05}", "DATASET": name, "SPLIT": split}
+        names.append(template.format(**parts, FILEFORMAT="array_record"))
+    return names
+
+
+def _split(
+    directory: Path, info: Json, stated: Json, class_names: tuple[str, ...] | None
+) -> SplitShards:
+    lengths = tuple(map(int, stated.get("shardLengths", ())))
+    template = stated.get("filepathTemplate") or TEMPLATE
+    names = shard_names(info["name"], stated["name"], len(lengths), template)
+    paths = tuple(directory / name for name in names)
+    parts = (info["name"], info.get("configName"), info.get("version"))
+    full_name = "/".join(part for part in parts if part)
+    identity = [full_name, stated["name"], lengths, int(stated.get("numBytes", 0))]
+    fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    return SplitShards(paths, paths, lengths, fingerprint, class_names)
+
+
+def _flat(feature: Json, key: str = "") -> dict[str, Json]:
+    """Return features by the keys that records have them under."""
+    if "featuresDict" not in feature:
+        return {key: feature}
+    inner = sorted(feature["featuresDict"].get("features", {}).items())
+    return {k: f for n, v in inner for k, f in _flat(v, f"{key}/{n}" if key else n).items()}
+
+
+def _choose_features(
+    features: dict[str, Json], directory: Path, name: str
+) -> tuple[Fields, tuple[str, ...] | None]:
+    """Choose the features that are image, label and name of a file, and name the classes."""
+    kinds = {key: f.get("pythonClassName", "").rpartition(".")[2] for key, f in features.items()}
+    images, labels = (
+        [preferred] if kinds.get(preferred) == kind else [k for k in kinds if kinds[k] == kind]
+        for preferred, kind in (("image", "Image"), ("label", "ClassLabel"))
+    )
+    dtypes = {key: features[key].get("image", {}).get("dtype") or "uint8" for key in images}
+    if list(dtypes.values()) != ["uint8"]:
+        found = ", ".join(f"{k}: {kind} {dtypes.get(k, '')}".rstrip() for k, kind in kinds.items())
         raise InputError(
-            f"{path} is damaged, or not of a TFDS that writes array_record ({error}): copy or "
-            "prepare the data set once more"
-        ) from error
+            f"{name}: expected one Image feature of uint8, or several of which one is called "
+            f"'image'; got {found}. Other images are read from files (folder:PATH, arrays:PATH)"
+        )
+    label, classes = None, None
+    if len(labels) == 1:
+        count = int(features[labels[0]].get("classLabel", {}).get("numClasses", 0))
+        classes = tuple(map(str, range(count))) or None
+        file = directory / f"{labels[0].replace('/', '-')}.labels.txt"
+        if file.exists():
+            # As TFDS reads it. Other ends of lines than "\n" belong to a name.
+            lines = map(str.strip, file.read_text("utf-8").split("\n"))
+            names = tuple(line for line in lines if line)
+            if count and len(names) != count:
+                _log.warning("%s names %d classes of %d; it is left out", file, len(names), count)
+            else:
+                classes = names or None
+        label = None if classes is None else labels[0]
+    texts = [key for key in _NAME_KEYS if kinds.get(key) == "Text"]
+    return Fields(images[0], label, texts[0] if texts else None), classes
 
 
-def _converted(split: SplitShards, manifest: Manifest, directory: Path, key: str) -> SplitShards:
-    """Put in what only the manifest knows: the source's own fingerprint, classes and labels."""
+def read_manifest(directory: Path) -> Json | None:
+    """Read the state of a conversion; None where there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = directory / MANIFEST
+    if not path.exists():
+        return None
     try:
-        plan = manifest["splits"][key]
-        labels = np.load(labels_file(directory, key)) if plan["has_labels"] else None
-        if labels is not None and labels.shape != (sum(split.lengths or ()),):
-            raise ValueError(f"{labels.shape} labels")
-    except (OSError, EOFError, ValueError, KeyError) as error:
+        saved: Json = json.loads(path.read_bytes())
+        entries = [(plan, _PLAN) for plan in saved["splits"].values()]
+        entries += [(shard, _SHARD) for shard in saved["shards"].values()]
+        entries += [(saved, {"name", "shard_mb"}), (saved["splits"], set(SPLITS))]
+        if saved["format"] != MANIFEST_FORMAT or any(keys - set(e) for e, keys in entries):
+            raise ValueError("entries are missing")
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
         raise InputError(
-            f"the conversion in {directory} is damaged ({error!r}); "
-            "run its command (--config.task=convert) again, which checks and repairs it"
+            f"{path} is damaged ({error}): restore it, or delete {directory} and convert once more"
         ) from error
+    return saved
+
+
+def labels_file(directory: Path, split: str) -> Path:
+    """Return the path of a converted split's labels."""
+    return directory / f"labels-{split}.npy"
+
+
+def _converted(split: SplitShards, manifest: Json, directory: Path, key: str) -> SplitShards:
+    """Add what only the manifest knows: the source's own fingerprint, classes and labels."""
+    plan = manifest["splits"][key]
+    labels = np.load(labels_file(directory, key)) if plan["has_labels"] else None
+    if labels is not None and labels.shape != (sum(split.lengths or ()),):
+        raise ValueError(f"{labels.shape} labels of {key}")
     names = None if plan["class_names"] is None else tuple(plan["class_names"])
     return dataclasses.replace(
         split, fingerprint=plan["fingerprint"], class_names=names, labels=labels
     )
-
-
-def _choose_features(
-    features: dict[str, Any], directory: Path, name: str
-) -> tuple[Fields, tuple[str, ...] | None]:
-    """Choose the features that are image, label and name of a file, and name the classes."""
-    kinds = {key: f.python_class_name.rpartition(".")[2] for key, f in features.items()}
-    images = [key for key, kind in kinds.items() if kind == "Image"]
-    if "image" in images:
-        images = ["image"]
-    if len(images) > 1:
-        raise InputError(
-            f"{name}: several images in each record of this data set ({', '.join(images)}), and "
-            "none of them is called 'image'"
-        )
-    if not images:
-        found = ", ".join(f"{key}: {kind}" for key, kind in kinds.items())
-        raise InputError(
-            f"{name}: no feature 'image' in this data set (it has {', '.join(kinds)}); expected "
-            f"one encoded Image; got {found}"
-        )
-    dtype = features[images[0]].image.dtype
-    if dtype not in ("", "uint8"):
-        raise InputError(
-            f"{name}: feature {images[0]!r} holds images of {dtype}; expected uint8. "
-            "Convert them, and read them with --config.data.source=arrays:PATH or folder:PATH"
-        )
-    labels = [key for key, kind in kinds.items() if kind == "ClassLabel"]
-    if "label" in labels:
-        labels = ["label"]
-    label, classes = None, None
-    if len(labels) == 1:
-        count = features[labels[0]].class_label.num_classes
-        classes = _class_names(directory, labels[0], count)
-        label = None if classes is None else labels[0]
-    names = [key for key in NAME_KEYS if kinds.get(key) == "Text"]
-    return Fields(images[0], label, names[0] if names else None), classes
-
-
-def _class_names(directory: Path, label: str, count: int) -> tuple[str, ...] | None:
-    """Name the classes, by their numbers where they have no names; None if `count` is unknown."""
-    names = read_class_names(directory, label)
-    if names is not None and count and len(names) != count:
-        file = class_names_file(directory, label)
-        _log.warning("%s names %d classes of %d; it is left out", file, len(names), count)
-        names = None
-    return names or tuple(map(str, range(count))) or None
-
-
-def class_names_file(directory: Path, label: str) -> Path:
-    """Return the path where TFDS keeps the names of a label's classes, one a line."""
-    return directory / f"{label.replace('/', '-')}.labels.txt"
-
-
-def read_class_names(directory: Path, label: str) -> tuple[str, ...] | None:
-    """Read the names of a label's classes; None where there are none."""
-    file = class_names_file(directory, label)
-    if not file.exists():
-        return None
-    # As TFDS reads it. Other ends of lines than "\n" belong to a name.
-    return tuple(n.strip() for n in file.read_text("utf-8").split("\n") if n.strip())

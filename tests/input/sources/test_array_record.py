@@ -23,7 +23,6 @@ from sample_files import (
 )
 
 from nat_jax.input.sources import Source, UnreadableRecord, open_source
-from nat_jax.input.sources import examples as records
 from nat_jax.input.sources.source import split_positions
 
 
@@ -35,24 +34,18 @@ def images(source: Source) -> list[bytes]:
     return [source[i]["image"] for i in range(len(source))]
 
 
-def test_a_folder_of_tfds_is_the_same_data_as_its_name(prepared: Path):
+def test_names_patterns_files_and_folders(prepared: Path):
     folder = prepared / "tiny_shapes/1.2.0"
     for split in ("train", "test"):
-        ours, theirs = opened(folder, split), open_source("tfds:tiny_shapes", split)
-        assert ours.fingerprint == theirs.fingerprint
-        assert ours.class_names == theirs.class_names == ("round", "square")
-        assert images(ours) == images(theirs) and labels(ours) == labels(theirs)
-
-
-def test_patterns_files_and_folders(prepared: Path):
-    folder = prepared / "tiny_shapes/1.2.0"
+        theirs = open_source("tfds:tiny_shapes", split)
+        for argument in (folder, f"{folder}/*", f"{prepared}/tiny_shapes/*/*.array_record*"):
+            ours = opened(argument, split)
+            assert ours.fingerprint == theirs.fingerprint
+            assert ours.class_names == theirs.class_names == ("round", "square")
+            assert images(ours) == images(theirs) and labels(ours) == labels(theirs)
     whole = opened(folder)
-    for argument in (f"{folder}/", f"{folder}/*", f"{prepared}/tiny_shapes/*/*.array_record*"):
-        assert opened(argument).fingerprint == whole.fingerprint
-        assert images(opened(argument)) == images(whole)
-    file = next(folder.glob("*train*"))
-    for argument in (str(file), f"{prepared}/**/*train*"):  # now there is nothing to test on
-        some = opened(argument)
+    for argument in (next(folder.glob("*train*")), f"{prepared}/**/*train*"):
+        some = opened(argument)  # now there is nothing to test on
         assert images(some) == [images(whole)[i] for i in split_positions(9, "train")]
         assert some.class_names == whole.class_names and some.fingerprint != whole.fingerprint
 
@@ -126,11 +119,9 @@ def test_the_index_is_the_position_over_shards_by_number(tmp_path: Path):
         source[-1]
 
 
-def test_a_pattern_may_leave_out_shards_that_are_there(tmp_path: Path, caplog):
+def test_a_pattern_may_leave_out_shards_that_are_there(tmp_path: Path):
     write_data_set(tmp_path / "d", {"train": [examples(2), examples(2, 2)], "test": [examples(1)]})
-    with caplog.at_level("INFO", "nat_jax"):
-        some = opened(f"{tmp_path}/d/*-00001-of-*")
-    assert "1 of 2 shards of train" in caplog.text
+    some = opened(f"{tmp_path}/d/*-00001-of-*")
     assert some.class_names == ("round", "square")
     assert len(some) + len(opened(f"{tmp_path}/d/*-00001-of-*", "test")) == 2
     assert some.fingerprint != opened(tmp_path / "d").fingerprint
@@ -153,33 +144,24 @@ def test_a_split_that_is_not_there_is_named(tmp_path: Path):
     assert len(opened(f"{tmp_path}/b/*left*", "test")) == 1
 
 
-def test_examples_without_metadata(tmp_path: Path, caplog):
+def test_examples_without_metadata(tmp_path: Path):
     contents = [
         example(image__encoded=jpeg(i), filename=b"%d.jpg" % i, label=i % 3, text=b"x", size=1.5)
         for i in range(10)
     ]
     write_shard(tmp_path / "train.array_record", contents)
     write_shard(tmp_path / "test.array_record", contents[:1])
-    with caplog.at_level("INFO", "nat_jax"):
-        source = opened(tmp_path)
-    assert "labels are left out, because nothing says how many classes there are" in caplog.text
-    assert images(source) == raw(10) and names(source) == [f"{i}.jpg" for i in range(10)]
-    assert set(labels(source)) == {-1} and source.num_classes is None
-    (tmp_path / "label.labels.txt").write_text("ant\nbee\ncat\n")
     source = opened(tmp_path)
-    assert source.class_names == ("ant", "bee", "cat") and source.num_classes == 3
-    assert labels(source) == [i % 3 for i in range(10)]
+    assert images(source) == raw(10)
+    assert set(labels(source)) == {-1} and source.num_classes is None
 
 
-def test_raw_images_of_every_kind_are_told_from_examples():
-    for kind in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM"):
-        file = io.BytesIO()
-        Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(file, kind)
-        assert records.is_image(file.getvalue()), kind
-        fields = records.guess_fields(file.getvalue())
-        assert records.content(file.getvalue(), fields).image == file.getvalue()
-    assert not records.is_image(example(image=jpeg(0)))
-    assert not records.is_image()
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM"])
+def test_raw_images_of_every_kind(tmp_path: Path, kind: str):
+    file = io.BytesIO()
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(file, kind)
+    write_shard(tmp_path / "train.array_record", [file.getvalue()] * 2)
+    assert images(opened(tmp_path)) == [file.getvalue()]
 
 
 @pytest.mark.parametrize(
@@ -317,7 +299,7 @@ def test_all_records_damaged_is_found_when_it_is_opened(tmp_path: Path):
     path = write_shard(tmp_path / "train.array_record", raw(3))
     for content in raw(3):
         flip_bit(path, path.read_bytes().index(content))
-    with pytest.raises(ValueError, match="none of the first records can be read: train.array_rec"):
+    with pytest.raises(ValueError, match="train.array_record, record 2: .*hash mismatch"):
         opened(tmp_path)
 
 
@@ -357,30 +339,20 @@ def test_a_pickled_source_reads_in_another_process(tmp_path: Path):
 
 LIMITED = """
 import resource, sys
-resource.setrlimit(resource.RLIMIT_NOFILE, (64, int(sys.argv[2])))
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 4096))
 from nat_jax.input import sources
 source = sources.open_source("arrayrecord:" + sys.argv[1])
 assert sum(source[i]["image"][:2] == b"\\xff\\xd8" for i in range(len(source))) == 100
 """
 
 
-@pytest.mark.parametrize(("hard", "fine"), [(4096, True), (300, False)])
-def test_more_shards_than_files_may_be_open(tmp_path: Path, hard: int, fine: bool):
+def test_more_shards_than_files_may_be_open(tmp_path: Path):
     for i in range(100):
         write_shard(tmp_path / f"train-{i:05}-of-00100.array_record", [jpeg(i)])
     write_shard(tmp_path / "test.array_record", [jpeg(0)])
-    command = [sys.executable, "-c", LIMITED, str(tmp_path), str(hard)]
+    command = [sys.executable, "-c", LIMITED, str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, timeout=60, capture_output=True, text=True)
-    assert (done.returncode == 0) == fine, done.stderr
-    if not fine:
-        assert "100 shards are more files than this process may open (300)" in done.stderr
-
-
-def test_shards_with_many_records_in_a_chunk_are_read_too(tmp_path: Path):
-    write_shard(tmp_path / "train.array_record", raw(30), "group_size:7")
-    write_shard(tmp_path / "test.array_record", raw(1))
-    assert images(opened(tmp_path)) == raw(30)
+    subprocess.run(command, check=True, env=environment, timeout=60)
 
 
 def test_the_fingerprint_is_the_same_elsewhere_and_differs_with_the_data(tmp_path: Path):

@@ -216,12 +216,8 @@ def test_an_archive_that_is_cut_or_overwritten_while_it_is_read_says_so(tmp_path
     os.truncate(archive, 100)
     with pytest.raises(UnreadableRecord, match=r"was changed after it was listed, start"):
         source[5]
-    pickled = pickle.dumps(source)
-    with pytest.raises(ValueError, match="was changed after it was listed; start again"):
-        pickle.loads(pickled)
-    archive.unlink()
-    with pytest.raises(ValueError, match=r"cannot open .*a\.zip: .*No such file"):
-        pickle.loads(pickled)
+    with pytest.raises(ValueError, match=r"a\.zip is neither a folder nor a readable"):
+        pickle.loads(pickle.dumps(source))
 
 
 def test_who_reads_an_archive_that_is_replaced_goes_on_with_the_old_one(tree: Path, tmp_path: Path):
@@ -248,16 +244,12 @@ def test_threads_read_at_the_same_time(tmp_path: Path, monkeypatch):
         assert list(pool.map(source.__getitem__, [0, 1, 2, 3] * 5)) == wanted[:4] * 5
 
 
-@pytest.mark.parametrize("kept", [False, True])
-def test_a_worker_does_not_read_the_directory_of_the_archive_again(
-    kept: bool, tmp_path: Path, monkeypatch
-):
-    if kept:
-        monkeypatch.setattr(index_cache, "KEPT_FROM", 1)
-        monkeypatch.setattr(file_listing, "SETTLED_NS", 0)
+def test_a_worker_does_not_read_the_directory_of_the_archive_again(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(index_cache, "KEPT_FROM", 1)
+    monkeypatch.setattr(file_listing, "SETTLED_NS", 0)
     source = open_source(f"folder:{pack(tmp_path / 'a.zip')}")
     wanted, pickled = list(source), pickle.dumps(source)
-    assert (b"a/1.jpg" in pickled) != kept
+    assert b"a/1.jpg" not in pickled
     index_cache._recent.clear()
 
     def refuse(*args: object) -> None:
