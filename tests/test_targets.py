@@ -92,7 +92,9 @@ def test_a_table_is_the_same_however_it_is_cut_up(monkeypatch):
     np.testing.assert_array_max_ulp(np.asarray(whole.rows), np.asarray(pieces.rows), maxulp=2)
 
 
-@pytest.mark.parametrize("dim", [2, 3, 24, 2048])
+@pytest.mark.parametrize(
+    "dim", [24, *(pytest.param(dim, marks=pytest.mark.slow) for dim in (2, 3, 2048))]
+)
 def test_rows_are_equal_to_two_ulp_in_every_program(dim):
     rows = jnp.arange(192)
 

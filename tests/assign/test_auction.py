@@ -159,6 +159,7 @@ def test_a_constant_in_the_prices_means_nothing() -> None:
 def test_the_value_has_the_matching_as_its_gradient() -> None:
     """The envelope theorem; the derivative of what an `eps` is made from does not count."""
 
+    @jax.jit
     def value(cost: jax.Array) -> jax.Array:
         row_ind, col_ind = auction(cost, eps=1e-6 * jnp.max(cost))
         return cost[row_ind, col_ind].sum()

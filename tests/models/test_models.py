@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,8 +20,9 @@ def small(**options) -> models.Model:
     return models.make_model("convnet", **settings)
 
 
+@functools.partial(jax.jit, static_argnums=0, static_argnames="train")
 def apply(model, *arguments, **options):
-    return jax.jit(model.apply, static_argnames="train")(*arguments, **options)
+    return model.apply(*arguments, **options)
 
 
 def test_standardise_gives_zero_mean_and_unit_deviation_per_image(images):
@@ -59,7 +62,7 @@ def test_highpass_removes_a_constant_but_not_a_spot():
 
 
 @pytest.mark.parametrize(("window", "stride"), [(2, 2), (3, 2)])
-@pytest.mark.parametrize("side", [6, 7, 13])
+@pytest.mark.parametrize("side", [6, 7])
 def test_both_forms_of_max_pooling_agree(window, stride, side):
     x = jax.random.normal(jax.random.key(0), (2, side, side, 3))
 
@@ -68,7 +71,7 @@ def test_both_forms_of_max_pooling_agree(window, stride, side):
             y = max_pool(x, window, stride, platform=platform)
             return jnp.sum(y * jnp.cos(jnp.arange(y.size).reshape(y.shape))), y
 
-        (_, y), gradient = jax.value_and_grad(f, has_aux=True)(x)
+        (_, y), gradient = jax.jit(jax.value_and_grad(f, has_aux=True))(x)
         return y, gradient
 
     for ours, reference in zip(value_and_gradient("cpu"), value_and_gradient("gpu"), strict=True):
