@@ -121,7 +121,7 @@ def steps_from(config: ConfigDict, name: str, steps_per_epoch: int) -> int:
     """
     flat = flatten(config)
     epochs, steps = flat[f"{name}epochs"], flat[f"{name}steps"]
-    if epochs < 0 or steps < 0:
+    if not 0 <= epochs < math.inf or steps < 0:
         raise InputError(f"{name}epochs and {name}steps: expected 0 or more; got {epochs}, {steps}")
     if (epochs and steps) or not (epochs or steps or name in _MAY_BE_ZERO):
         raise InputError(

@@ -81,7 +81,7 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> T
     sources = open_sources(config)
     mesh = sharding.make_mesh(config.mesh.data, config.mesh.model)
     configs.check_devices(config, mesh.shape, jax.process_count())
-    make_model(config, mesh.devices.flat[0].platform)  # mistakes in its settings come first
+    model = make_model(config, mesh.devices.flat[0].platform)
     workdirs.check(folder, config)
     shared = {
         k: v for k, v in configs.flatten(config).items() if schema.kind_of(k) != schema.PER_HOST
@@ -93,10 +93,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> T
     consistency.check_shared(folder)
     results, cache = {}, ImageCache()
     for seed in config.seeds:
+        # First, as it finds mistakes in the evaluation's settings.
+        evaluator = Evaluator(config, *sources[1:], model, seed=seed, cache=cache)
         place = workdirs.seed_folder(config, folder, seed)
         run = set_up(config, seed, place, mesh=mesh, sources=sources, cache=cache)
-        # Before training, so that mistakes in the evaluation's settings are found.
-        evaluator = Evaluator(config, *sources[1:], run.step.model, seed=seed, cache=cache)
         state = _train(run, evaluator, folder, began)
         trained = _network(run, state)
         if jax.process_index() == 0:

@@ -68,6 +68,8 @@ def test_every_config_file_is_valid(path):
         ("epochs", 0.0, "expected exactly one of epochs and steps above 0; got 0.0 and 0"),
         ("steps", 10, "expected exactly one of epochs and steps above 0; got 3.0 and 10"),
         ("checkpoint.every_epochs", 0.0, "one of checkpoint.every_epochs and checkpoint.every_st"),
+        ("epochs", float("nan"), "epochs and steps: expected 0 or more; got nan"),
+        ("optim.warmup_epochs", float("inf"), "optim.warmup_epochs and .*: expected 0 or more"),
         ("optim.warmup_steps", -1, "optim.warmup_steps: expected 0 or more"),
         ("optim.gamma", 0.1, "optim.gamma and optim.decay_start belong to schedule 'inverse'"),
         ("optim.schedule", "inverse", "optim.gamma: expected a number above 0"),

@@ -34,7 +34,7 @@ MISTAKES = [
     ),
     (
         [DIGITS, "--config.eval.beside=('a',)"],
-        "'eval.beside' is now called 'eval.compare'. Write --config.eval.compare=('a',)",
+        "'eval.beside' is now called 'eval.compare'. Write --config.eval.compare=\"('a',)\"",
     ),
     ([DIGITS, "--config.model.options.depth=3"], "Set it in a config file of your own"),
     ([DIGITS, "--config.batch_size=many"], "batch_size: expected a whole number; got 'many'"),

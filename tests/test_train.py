@@ -18,6 +18,7 @@ from project import ROOT
 from small_run import tiny
 
 from nat_jax import train
+from nat_jax.errors import InputError
 from nat_jax.evaluate.evaluator import Evaluator
 from nat_jax.input.bad_records import BadRecordError
 from nat_jax.runtime.preemption import Preempted
@@ -228,10 +229,19 @@ def test_judging_on_the_way_changes_nothing(finished, tmp_path):
         (dict(seeds=(0, -1)), "expected distinct integers in"),
     ],
 )
-def test_a_mistake_is_one_message_before_anything_is_written(tmp_path, change, message):
-    with pytest.raises(ValueError, match=message):
+def test_a_mistake_is_one_message_before_anything_is_done(tmp_path, caplog, change, message):
+    caplog.set_level("INFO", "nat_jax")
+    with pytest.raises(InputError, match=message):
         train.train_and_evaluate(tiny(**change), tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
+    assert "targets on" not in caplog.text  # what set-up logs
+
+
+def test_an_option_that_the_solver_refuses_is_one_message(tmp_path):
+    config = tiny()
+    config.assign.options.max_rounds = -1
+    with pytest.raises(InputError, match="assign.options: max_rounds must be .* got -1"):
+        train.train_and_evaluate(config, tmp_path)
 
 
 @pytest.mark.parametrize(

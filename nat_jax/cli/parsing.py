@@ -1,6 +1,7 @@
 """Parses the command line; a mistake in it or in a config file is one InputError."""
 
 import difflib
+import re
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -42,7 +43,8 @@ def parse(argv: Sequence[str]) -> Sequence[str]:
     arguments = list(argv)
     for key, value in _overrides(arguments):
         if key in RENAMED:
-            raise InputError(f"{renamed(key)}. Write --config.{RENAMED[key]}={value}")
+            quoted = value if re.fullmatch(r"[\w.,:/+-]*", value) else f'"{value}"'
+            raise InputError(f"{renamed(key)}. Write --config.{RENAMED[key]}={quoted}")
     for at, argument in enumerate(arguments):
         if argument in ("--config", "-config"):  # --config FILE is --config=FILE
             if at + 1 == len(arguments) or arguments[at + 1].startswith("-"):
