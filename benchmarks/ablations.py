@@ -20,7 +20,7 @@ CONFIG = "configs/modern/cifar10.py"
 VIEWS = 2  # of the config
 # What is undone, by name.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "nothing undone": {},
+    "all parts": {},
     "one view": {"data.views": 1},
     "D = 128": {"model.dim": 128},
     "matched in blocks of 32": {"assign.block": 32},

@@ -8,12 +8,12 @@ folder with train/ and val/. Expected by the paper: 36.0 % top-1 for the authors
 (table 3). It has not been run here; see docs/results for what has.
 
 Settings as in the authors' main.lua and imagenet.lua: plain SGD at a constant rate (5.12 on the
-paper's 1/(2n) loss is their 0.01 on a summed loss), batches of 256 matched as a whole in epochs
+paper's 1/(2n) loss is their 0.01 on a summed loss), complete batches of 256 matched in epochs
 0, 3, 6, ..., Torch 7's initialisation, shortest side 256, random crops of 224, flips. The paper
 decays the rate as l0 / (1 + gamma * max(t - t0, 0)) and does not publish l0, t0 or gamma: set
 optim.schedule = "inverse" with your own. Where the code and the paper leave a choice, we took:
 the Sobel layer's bias is zero (the authors leave it at a random constant); batch norm over the
-whole batch (they had 128 on each of 2 GPUs).
+entire batch (they had 128 on each of 2 GPUs).
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,7 @@
 
     python -m nat_jax.main --config=configs/digits.py
 
-Three seeds of 50 epochs, judged on 360 digits by other writers. D = 10 and a small convolutional
+Three seeds of 50 epochs, evaluated on 360 digits by other writers. D = 10 and a small convolutional
 network; the paper's Sobel front end and its re-matching in every third epoch. Beyond the paper:
 momentum with a cosine schedule, and crops that shift by up to a pixel.
 

@@ -31,7 +31,7 @@ _SUBMODULES = frozenset(
     }
 )
 
-# Where what was on top in version 0.1 is now; `nat_jax.records` keeps working.
+# Old names of modules that moved into packages; as attributes of nat_jax only.
 _ALIASES = {
     "checkpoint": "training.checkpoint",
     "input_pipeline": "input.pipeline",

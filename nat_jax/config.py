@@ -109,7 +109,7 @@ def steps_from(config: ConfigDict, name: str, steps_per_epoch: int) -> int:
     """Return a duration in steps, given in a config as ``<name>epochs`` or ``<name>steps``.
 
     Args:
-        config: the whole config.
+        config: the complete config.
         name: what the two keys have in common, for instance ``checkpoint.every_``; may be empty.
         steps_per_epoch: steps in one pass over the data.
 
@@ -151,7 +151,7 @@ def train_transform(config: ConfigDict, *, colors: bool = True) -> "Transform":
     """Return the transform of training images.
 
     Args:
-        config: the whole config.
+        config: the complete config.
         colors: also change their colours, which probes do not, as SimCLR's do not.
 
     Raises:

@@ -24,18 +24,24 @@ _DISTRIBUTED = flags.DEFINE_enum(
     ("auto", "on", "off"),
     "Run in several processes: auto: where a cluster names more than one; on: always; off: never.",
 )
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "HOST:PORT where process 0 waits.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "Address of process 0, HOST:PORT.")
 _NUM_PROCESSES = flags.DEFINE_integer(
     "num_processes", None, "How many processes there are.", lower_bound=1
 )
 _PROCESS_ID = flags.DEFINE_integer(
-    "process_id", None, "Which of them this is, from 0.", lower_bound=0
+    "process_id", None, "Index of this process, from 0.", lower_bound=0
 )
 _DISTRIBUTED_TIMEOUT = flags.DEFINE_float(
-    "distributed_timeout", 300.0, "Seconds in which all processes must have come.", lower_bound=1.0
+    "distributed_timeout",
+    300.0,
+    "Seconds within which all processes must connect.",
+    lower_bound=1.0,
 )
 _DISTRIBUTED_HEARTBEAT = flags.DEFINE_integer(
-    "distributed_heartbeat", 100, "Seconds of silence after which a process is dead.", lower_bound=1
+    "distributed_heartbeat",
+    100,
+    "Seconds of silence after which a process counts as dead.",
+    lower_bound=1,
 )
 _FLAGS = (
     _CONFIG,
@@ -116,7 +122,7 @@ class Task(NamedTuple):
 TASKS: dict[str, Task] = {
     "pretrain": Task(
         _pretrain,
-        "train, judge and write a report; resumes or extends a run that is there",
+        "train, evaluate and write a report; resumes or extends an existing run",
         in_several_processes=True,
     ),
     "suite": Task(
@@ -126,10 +132,10 @@ TASKS: dict[str, Task] = {
     "convert": Task(_convert, "turn data.source into array_record shards in convert.to"),
     "export": Task(_export, "make a bundle of a run's network, which nat_jax.load opens"),
     "features": Task(_features, "write the features of images as NumPy files"),
-    "knn": Task(_judge, "judge by nearest neighbours: several k, weighted and plain votes"),
-    "linear_probe": Task(_judge, "judge by logistic regression on any layers"),
-    "mlp_probe": Task(_judge, "judge by the paper's transfer: an MLP on frozen layers"),
-    "low_shot": Task(_judge, "judge by the probes with few labels"),
+    "knn": Task(_judge, "evaluate by nearest neighbours: several k, weighted and plain votes"),
+    "linear_probe": Task(_judge, "evaluate by logistic regression on any layers"),
+    "mlp_probe": Task(_judge, "evaluate by the paper's transfer: an MLP on frozen layers"),
+    "low_shot": Task(_judge, "evaluate by the probes with few labels"),
     "retrieval": Task(_judge, "draw test images and their nearest neighbours; needs no labels"),
     "filters": Task(_judge, "draw the first layer's filters"),
 }

@@ -67,7 +67,11 @@ _add(
     "",
     EVALUATION,
     Key("task", "pretrain", "what to do; --help lists the tasks"),
-    Key("network", "", "of other tasks: '' (the workdir's) | untrained | folder of run or bundle"),
+    Key(
+        "network",
+        "",
+        "network that other tasks use: '' (the workdir's) | untrained | folder of run or bundle",
+    ),
 )
 _add(
     "",
@@ -80,7 +84,7 @@ _add(
 _add(
     "data",
     PER_HOST,
-    Key("source", "digits", "folder:PATH | arrays:PATH | tfds:NAME | arrayrecord:GLOB"),
+    Key("source", "digits", "digits | folder:PATH | arrays:PATH | tfds:NAME | arrayrecord:GLOB"),
     Key("threads", 2, "decoding threads of a process", least=1),
     Key("workers", 0, "decoding processes, for many cores; 0: threads alone", least=0),
     Key("prefetch", 8, "batches that a process prepares ahead", least=1),
@@ -89,15 +93,19 @@ _add(
 _add(
     "data",
     TRAINING,
-    Key("per_class", 0, "train on the first so many images of each class; 0: on all", least=0),
+    Key("per_class", 0, "only the first N images of each class; 0: all", least=0),
     Key("image_size", 8, "side in pixels of what the network sees", least=1),
     Key("resize", 0, "shortest side before the crop; 0: scale the image to a square", least=0),
     Key("crop", "random_crop", "random_resized_crop is Inception's", "input.transforms.CROPS"),
     Key("min_area", 0.08, "smallest share of the image that random_resized_crop takes"),
     Key("pad", 0, "shift images that are not cropped by up to this many pixels", least=0),
     Key("flip", False, "mirror half of the images"),
-    Key("color_jitter", 0.0, "strength of colour changes, after SimCLR: there 0.5 on CIFAR-10"),
-    Key("grayscale", 0.0, "share of the images that lose their colours; 0.2 in SimCLR"),
+    Key(
+        "color_jitter",
+        0.0,
+        "strength of random colour changes of training images; SimCLR: 0.5 on CIFAR-10",
+    ),
+    Key("grayscale", 0.0, "probability that a training image is converted to grey; 0.2 in SimCLR"),
     Key("views", 1, "images made of each record, with one target (2: beyond the paper)", least=1),
 )
 _add(
@@ -136,13 +144,13 @@ _add(
 _add(
     "assign",
     TRAINING,
-    Key("solver", "auction", "of the assignment problems", "assign.SOLVERS"),
+    Key("solver", "auction", "solver of the assignment problems", "assign.SOLVERS"),
     Key("reassign_every_epochs", 3, "1: in every epoch; 3: the paper's; 0: never", least=0),
     Key("block", None, "images matched together; None: the batch"),
     Key(
         "storage",
         "auto",
-        "of the permutation; auto: sharded from 2**24 records",
+        "how the permutation is stored; auto: sharded from 2**24 records",
         "auto replicated sharded",
     ),
     Key("options", {}, "arguments of the solver, such as eps"),
@@ -153,7 +161,7 @@ _add(
     Key(
         "placement",
         "auto",
-        "where problems are solved; auto: on the host if the devices are GPUs or TPUs",
+        "where problems are solved: auto, device, host; auto: on the host for GPUs and TPUs",
         "auto device host",
     ),
 )
@@ -161,10 +169,14 @@ _add(
     "optim",
     TRAINING,
     Key("loss", "square", "on unit features; softmax: supervised, on logits", "losses.LOSSES"),
-    Key("learning_rate", 5.12, "on the mean over the batch"),  # the authors' 0.01 on a summed loss
-    Key("schedule", "constant", "inverse is the paper's", "optim.SCHEDULES"),
-    Key("decay_start", 0, "t0 of inverse, in steps", least=0),
-    Key("gamma", 0.0, "of inverse, per step", least=0),
+    Key(
+        "learning_rate", 5.12, "for a loss averaged over the batch"
+    ),  # the authors' 0.01 on a summed loss
+    Key(
+        "schedule", "constant", "learning-rate schedule; inverse is the paper's", "optim.SCHEDULES"
+    ),
+    Key("decay_start", 0, "step at which the decay of schedule inverse starts (t0)", least=0),
+    Key("gamma", 0.0, "decay per step of schedule inverse", least=0),
     Key("warmup_epochs", 0.0, "linear warm-up from zero"),
     Key("warmup_steps", 0, "the same in steps; at most one of the two is set"),
     Key("momentum", 0.0, "heavy-ball momentum", least=0),
@@ -182,14 +194,19 @@ _add(
     Key("source", "", "test images of this source; '': of data.source"),
     Key("train_source", "", "probes learn on images of this source; '': of eval.source"),
     Key("every_epochs", 0, "evaluate during training too; 0: at the end only", least=0),
-    Key("probes", ("knn", "linear_probe", "mlp_probe"), "what judges the features"),
+    Key("probes", ("knn", "linear_probe", "mlp_probe"), "probes that score the features"),
     Key("layers", ("z", "last_conv"), "names; last_conv: the last convolution; all: every one"),
     Key("labels_per_class", (0, 10), "labels to learn from; 0: all", least=0),
     Key("max_train", 0, "records to learn on, drawn by seed; 0: all", least=0),
     Key("max_features", 9600, "larger feature maps are average-pooled to this many", least=1),
     Key("batch_size", 256, "images per batch of feature extraction", least=1),
     Key("knn_k", 20, "neighbours that vote", least=1),
-    Key("knn_ks", (1, 5, 10, 20, 50, 100, 200), "that the task knn compares", least=1),
+    Key(
+        "knn_ks",
+        (1, 5, 10, 20, 50, 100, 200),
+        "numbers of neighbours that the task knn compares",
+        least=1,
+    ),
     Key(
         "linear_fit",
         "auto",
@@ -205,7 +222,12 @@ _add(
         "evaluate.probes.mlp.INITS",
     ),
     Key("fresh_crops", True, "tasks mlp_probe, linear_probe by sgd: augment in each epoch"),
-    Key("ten_crops", "auto", "in those: test on ten crops; auto: with data.resize", "auto on off"),
+    Key(
+        "ten_crops",
+        "auto",
+        "tasks mlp_probe, linear_probe by sgd: test on ten crops; auto: with data.resize",
+        "auto on off",
+    ),
     Key("few_labels", (0.01, 0.1, 10), "task low_shot: shares below 1, else labels per class"),
     Key("few_splits", (0, 1, 2), "task low_shot: seeds of its subsets", least=0),
     Key("baselines", ("pixels",), "raw pixels, k-means patches", "pixels patches", optional=True),
@@ -250,11 +272,11 @@ _add(
     EVALUATION,
     Key("to", "", "folder to write; '': features, in the workdir"),
     Key("source", "", "images to use; '': data.source"),
-    Key("splits", ("train", "test"), "of that source", "input.sources.SPLITS"),
+    Key("splits", ("train", "test"), "splits of features.source", "input.sources.SPLITS"),
 )
 
 # Old names of keys within the same group. On the command line an old name is an error that names
-# the new one; in saved configs and users' config files it stands for the new one.
+# the new one; in saved configs and users' config files it is still accepted.
 RENAMED = {
     "data.grey": "data.grayscale",
     "eval.beside": "eval.compare",

@@ -112,7 +112,7 @@ class Basis:
 
 
 def check_num_records(num_records: int) -> None:
-    """Check that images and rows can be numbered.
+    """Check that there are at most MAX_RECORDS records, as they are numbered in int32.
 
     Raises:
         ValueError: there are too many.

@@ -1,4 +1,4 @@
-"""The train step: forward, match, update, and their composition.
+"""The train step: forward pass, matching, update, and their composition.
 
 ::
 
@@ -68,7 +68,7 @@ class Step:
         supervised: the target of an image is the row of its class instead of a row of its own.
         solver: a key of ``assign.SOLVERS``.
         solver_options: keyword arguments of the solver, as sorted (name, value) pairs.
-        block: images matched together; None for the whole global batch.
+        block: images matched together; None for the complete global batch.
         placement: "device" or "host", where matching is solved.
         storage: "replicated" or "sharded" over "data", how the assignment is kept.
     """

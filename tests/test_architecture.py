@@ -1,6 +1,7 @@
 """The shape of the library: imports run one way, light imports stay light, no stray files."""
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from project import ROOT, project_files
+
+import nat_jax
 
 
 def order() -> dict[str, int]:
@@ -167,6 +170,11 @@ def test_tensorflow_is_imported_nowhere() -> None:
     named = re.compile(r"^\s*(import|from) tensorflow\b(?!_)", re.MULTILINE)
     assert [name for name, text in sources().items() if named.search(text)] == []
     assert named.search("def f():\n    import tensorflow as tf")
+
+
+def test_old_names_of_modules_are_attributes() -> None:
+    for old, new in nat_jax._ALIASES.items():
+        assert getattr(nat_jax, old) is importlib.import_module(f"nat_jax.{new}")
 
 
 def stray(name: str, text: str) -> list[str]:

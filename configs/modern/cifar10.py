@@ -1,4 +1,4 @@
-"""Beyond the paper: CIFAR-10 with what later methods found, still pulled to noise.
+"""Beyond the paper: CIFAR-10 with findings of later methods; targets are still noise.
 
     python -m nat_jax.main --config=configs/modern/cifar10.py
     python -m nat_jax.main --config=configs/modern/cifar10.py --config.data.source=folder:PATH

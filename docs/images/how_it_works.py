@@ -213,12 +213,12 @@ def draw(drawn: Drawn) -> Figure:
         _draw_input(figure, example)
         _title(figure, 0.622, 0.972, 4, "unit features, and the noise they own")
         _draw_pairs(_map_at(figure, 0.622, 0.724, 0.365), example, each)
-        words = "blue: features, orange: noise, lines: who owns what."
+        words = "blue: features, orange: noise, lines: owned targets."
         _note(figure, 0.622, 0.712, f"{words}\nMean cosine of the pairs {before:.2f}")
         _draw_costs(figure, example)
-        _title(figure, 0.300, 0.640, 6, "the same noise, dealt out anew")
+        _title(figure, 0.300, 0.640, 6, "the same noise, reassigned")
         _draw_pairs(_map_at(figure, 0.300, 0.392, 0.365), example, example.matched)
-        _note(figure, 0.300, 0.380, f"mean cosine {after:.2f}; no other deal has more")
+        _note(figure, 0.300, 0.380, f"mean cosine {after:.2f}, the maximum")
         _draw_pull(figure, example)
         _draw_snapshots(figure, drawn)
     return figure
@@ -264,9 +264,9 @@ def _draw_input(figure: Figure, example: Example) -> None:
     axes.axis("off")
     sides = [(0, 0), (0, 1), (1, 0.68), (1, 0.32)]
     axes.add_patch(Polygon(sides, facecolor="#e9edf2", edgecolor=GRID))
-    words = "convolutions,\nlinear layer,\nlength made 1"
+    words = "convolutions,\nlinear layer,\nnormalised\nto length 1"
     axes.text(0.47, 0.5, words, ha="center", va="center", fontsize=11, linespacing=1.4)
-    _note(figure, 0.448, 0.712, "D numbers an image,\nhere three")
+    _note(figure, 0.448, 0.712, "D = 3 numbers\nper image")
 
 
 def _map_at(figure: Figure, x: float, y: float, width: float) -> Axes:
@@ -313,7 +313,7 @@ def _ink(image: np.ndarray) -> np.ndarray:
 
 
 def _draw_costs(figure: Figure, example: Example) -> None:
-    _title(figure, 0.012, 0.640, 5, "who fits whom?")
+    _title(figure, 0.012, 0.640, 5, "cosines of images and noise")
     axes = figure.add_axes((0.032, 0.392, 0.184, 0.230))
     shown = axes.imshow(example.cosine, cmap="PuOr_r", vmin=-1, vmax=1)
     count = len(example.images)
@@ -328,7 +328,7 @@ def _draw_costs(figure: Figure, example: Example) -> None:
     bar.set_ticks([-1, 0, 1], labels=["−1", "0", "1"])
     bar.ax.tick_params(labelsize=10.5, color=FAINT, labelcolor=FAINT, length=2)
     bar.outline.set_edgecolor(GRID)
-    _note(figure, 0.012, 0.365, "cosines; boxes: owned before,\ndots: what the auction picks")
+    _note(figure, 0.012, 0.365, "boxes: owned before,\ndots: chosen by the auction")
 
 
 def _draw_pull(figure: Figure, example: Example) -> None:
@@ -362,7 +362,7 @@ def _draw_pull(figure: Figure, example: Example) -> None:
 
 def _draw_snapshots(figure: Figure, drawn: Drawn) -> None:
     last = drawn.snapshots[-1].epoch
-    words = f"{last} epochs of this: all {len(drawn.labels):,} features, coloured by digit"
+    words = f"{last} epochs of training: all {len(drawn.labels):,} features, coloured by digit"
     _title(figure, 0.012, 0.275, 8, words)
     order = np.random.default_rng(0).permutation(len(drawn.labels))  # no digit always on top
     colours = np.array(OF_DIGIT)[drawn.labels]

@@ -46,7 +46,7 @@ def columns_of_rows(owner: jax.Array, num_rows: int) -> jax.Array:
 
 
 def valid(owner: jax.Array, num_rows: int) -> jax.Array:
-    """Return `owner` without what is no row, and with one column at most for each row."""
+    """Return `owner` with invalid rows and repeated rows removed."""
     owner = jnp.where(owner < num_rows, owner, -1)
     columns = jnp.arange(owner.shape[0], dtype=jnp.int32)
     return jnp.where(columns_of_rows(owner, num_rows)[owner] == columns, owner, -1)
@@ -67,7 +67,7 @@ def _first_choices(
 
 
 def claim(cost: jax.Array, prices: jax.Array) -> jax.Array:
-    """Return an `owner` in which each row that its best column goes to has that one."""
+    """Return an `owner` in which each row holds its best column, as far as these differ."""
     n, m = cost.shape
     values = cost + prices[None]
     best = jnp.min(values, axis=1)

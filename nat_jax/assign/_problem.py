@@ -55,7 +55,7 @@ def _on_host(cost: ArrayLike) -> np.ndarray | None:
 
 
 def as_cost(cost: ArrayLike) -> jax.Array:
-    """Return `cost` as an array of real numbers of rank two or more; raise if it is none."""
+    """Return `cost` as an array of real numbers of rank two or more; raise if it is not."""
     host = _on_host(cost)
     if host is not None and host.dtype.kind not in "fiubV":  # V: the 16-bit floats of ml_dtypes
         raise TypeError(f"cost must hold real numbers, got dtype {host.dtype}")

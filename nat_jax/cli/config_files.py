@@ -9,7 +9,7 @@ from types import ModuleType
 def packaged() -> Path:
     """Return the folder of the configs that come with the library.
 
-    Beside the package in a checkout, inside it where it was installed from a wheel.
+    Next to the package in a checkout, inside it if it was installed from a wheel.
     """
     inside = Path(__file__).parents[1] / "configs"
     return inside if inside.is_dir() else Path(__file__).parents[2] / "configs"
@@ -50,10 +50,10 @@ def default_workdir(path: str) -> str:
 
 
 def resolve_path(path: str) -> str:
-    """Return the config file to load: ``path`` if it exists, else the one that came with us.
+    """Return the config file to load: ``path`` if it exists, else the packaged one.
 
-    ``configs/digits.py`` names the same file in a checkout and beside an installed wheel. A
-    ``:argument`` behind the file name is kept.
+    ``configs/digits.py`` names the same file in a checkout and in an installed wheel. A
+    ``:argument`` after the file name is kept.
     """
     file, colon, argument = path.partition(":")
     if not Path(file).exists() and Path(file).parts[:1] == ("configs",):

@@ -56,7 +56,7 @@ def text(tasks: Mapping[str, str], known: Iterable[flags.Flag]) -> str:
         [
             _TOP,
             _section("Tasks, --config.task=NAME:", list(tasks.items())),
-            _section("Configs that come with it; a file of your own works alike:", configs()),
+            _section("Configs that come with it; a file of your own works too:", configs()),
             _section(
                 "Ten keys that matter, --config.KEY=VALUE, with their defaults (nat_jax/schema.py "
                 "lists all keys):",

@@ -63,7 +63,7 @@ class Evaluator:
         """Prepare to evaluate.
 
         Args:
-            config: the whole config; ``eval``, ``data``, ``targets`` and ``optim.loss`` are read.
+            config: a run's; ``eval``, ``data``, ``targets`` and ``optim.loss`` are read.
             train: records that probes learn on.
             test: records that they are scored on.
             model: the network that is evaluated, whose layers ``eval.layers`` names.
@@ -194,8 +194,8 @@ class Evaluator:
         )
 
     def score(self, extractor: FeatureExtractor) -> Scored:
-        """Return the rows of an extractor's features, by what was drawn besides the seed."""
-        logger.info("judging %s", report.network_name(extractor.name))
+        """Return the rows of an extractor's features by draw; "" if only the seed is drawn."""
+        logger.info("evaluating %s", report.network_name(extractor.name))
         return PROTOCOLS[self._task].score(self.inputs, extractor)
 
     def headline(self, table: Sequence[Row], network: str | None = None) -> tuple[Row, Row | None]:

@@ -85,7 +85,7 @@ def seeds_of(config: ConfigDict, workdir: Path) -> tuple[int, ...]:
             f"of them, as in --config.seeds='({saved['seeds'][0]},)'"
         )
     if len(common) < len(saved["seeds"]):
-        logger.info("judging seed %s of the run's %s", common, tuple(saved["seeds"]))
+        logger.info("evaluating seed %s of the run's %s", common, tuple(saved["seeds"]))
     return common
 
 
@@ -113,7 +113,7 @@ def load_networks(config: ConfigDict, workdir: Path, seed: int) -> Networks:
         if (other.model.image_size, other.resize) != (network.model.image_size, network.resize):
             raise InputError(
                 f"eval.compare: expected a network for images of {network.model.image_size} pixels "
-                f"with data.resize = {network.resize}, as the one that is judged; {folder} takes "
+                f"with data.resize = {network.resize}, as the evaluated one; {folder} takes "
                 f"{other.model.image_size} with {other.resize}"
             )
         named = _name(other, config, folder, found)

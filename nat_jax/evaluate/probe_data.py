@@ -37,7 +37,7 @@ TRAIN, TEST = "train", "test"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeatureExtractor:
-    """What a table has a line for: a network or a baseline, as a function from images to features.
+    """A network or a baseline, as a function from images to features; a table has lines for it.
 
     Attributes:
         name: in the rows of tables.

@@ -23,7 +23,7 @@ import numpy as np
 
 from nat_jax.errors import InputError
 from nat_jax.evaluate.features import INDEX, LABEL, Columns, FeatureSet
-from nat_jax.runtime.atomic_files import sync
+from nat_jax.runtime.atomic_files import size_text, sync
 from nat_jax.training import workdir as workdirs
 
 logger = logging.getLogger(__name__)
@@ -218,10 +218,10 @@ def check_room(folder: Path, needed: int, advice: str) -> None:
     free = shutil.disk_usage(there).free
     if needed > free:
         raise InputError(
-            f"features: {_gigabytes(needed)} are to be written, but the disk of {folder} has "
-            f"{_gigabytes(free)} free. {advice}"
+            f"features: {size_text(needed)} are to be written, but the disk of {folder} has "
+            f"{size_text(free)} free. {advice}"
         )
-    logger.info("%s: writing %s of features", folder, _gigabytes(needed))
+    logger.info("%s: writing %s of features", folder, size_text(needed))
 
 
 def fingerprint(value: Any) -> str:
@@ -243,7 +243,3 @@ def _checksum(path: Path) -> int:
         while piece := file.read(_PIECE):
             value = zlib.crc32(piece, value)
     return value
-
-
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.3g} GB"

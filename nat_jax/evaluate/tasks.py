@@ -153,9 +153,9 @@ def _own_data(config: ConfigDict, networks: Networks, source: Callable[..., Sour
     except ValueError as error:
         raise InputError(
             f"{error}. The network was trained on that; say where it lies now with "
-            "--config.data.source=..., or judge on other data with --config.eval.source=..."
+            "--config.data.source=..., or evaluate on other data with --config.eval.source=..."
         ) from error
-    logger.info("judging on %s, as in training; --config.eval.source=... is for other data", own)
+    logger.info("evaluating on %s, as in training; --config.eval.source=... is for other data", own)
     return own
 
 
@@ -184,7 +184,13 @@ def _scored(seeds: Sequence[Seed], workdir: Path) -> Result:
 def _retrieved(seeds: Sequence[Seed], workdir: Path) -> Result:
     inputs, networks = seeds[0].records.inputs, seeds[0].networks
     named = {one.name: one for one in seeds[0].records.extractors(networks.all)}
-    return draw_neighbours(inputs.settings, inputs.data, named, networks.evaluated, workdir)
+    result = draw_neighbours(inputs.settings, inputs.data, named, networks.evaluated, workdir)
+    if result["value"] is not None:
+        shares = f"{result['value']:.3f} (untrained {result['untrained']:.3f})"
+        logger.info("%s: %s", result["metric"], shares)
+    for name in result["pictures"]:
+        logger.info("picture: %s", workdir / "pictures" / name)
+    return result
 
 
 def _drawn(seeds: Sequence[Seed], workdir: Path) -> Result:

@@ -171,7 +171,7 @@ def compare(
 
     Returns:
         "above" holds if the mean difference exceeds its noise, and does not hold if it is below
-        minus the noise. "close" holds if the whole interval lies within the margin, and does not
+        minus the noise. "close" holds if the entire interval lies within the margin, and does not
         hold if it lies outside. Everything else is within noise. None without a shared seed.
 
     Raises:

@@ -123,7 +123,7 @@ class Bundle(FrozenModel):
     def save(
         self, folder: str | os.PathLike[str], extras: Mapping[str, bytes] | None = None
     ) -> Path:
-        """Write the bundle, in place of one that is there.
+        """Write the bundle, replacing an existing one.
 
         Args:
             folder: where; missing, empty, or an older bundle.

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 from nat_jax.export.loading import network_of, task_config
 from nat_jax.export.program import PROGRAM, program
 from nat_jax.models.frozen import resolve_layers
+from nat_jax.runtime import atomic_files
 
 logger = logging.getLogger(__name__)
 
@@ -37,11 +38,11 @@ def export(config: ConfigDict, workdir: Path) -> Path:
     place = network.save(settings.export.to or Path(workdir) / "bundle", extras)
     size = sum(file.stat().st_size for file in place.iterdir())
     logger.info(
-        "%s: seed %d, step %d, %.1f MB; open it with nat_jax.load(%r)",
+        "%s: seed %d, step %d, %s; open it with nat_jax.load(%r)",
         place,
         network.run["seed"],
         network.run["step"],
-        size / 1e6,
+        atomic_files.size_text(size),
         str(place),
     )
     return place

@@ -59,7 +59,7 @@ _PARTIAL = re.compile(
 
 
 class ConversionError(UserError, RuntimeError):
-    """A conversion cannot go on; the message names the reason and what is kept."""
+    """A conversion cannot continue; the message has the reason."""
 
 
 def convert(spec: str, to: str | None, *, shard_mb: int = 1024) -> Path:

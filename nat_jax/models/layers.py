@@ -20,13 +20,21 @@ EPSILON = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class Conv:
-    """A convolution block: convolution, batch norm, ReLU and optionally max-pooling."""
+    """A convolution block: convolution, batch norm, ReLU and optionally max-pooling.
+
+    Attributes:
+        features: output channels.
+        kernel: side of the kernel.
+        stride: of the convolution.
+        pad: zeros at each edge.
+        pool: window and stride of the max-pooling; None: no pooling.
+    """
 
     features: int
     kernel: int
     stride: int = 1
     pad: int = 0
-    pool: tuple[int, int] | None = None  # window, stride
+    pool: tuple[int, int] | None = None
 
     def output_side(self, side: int) -> int:
         """Return the side of the output map for an input map of side ``side``."""

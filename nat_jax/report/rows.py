@@ -85,7 +85,7 @@ def headline(
 
 
 def same(rows: Iterable[Row], one: Row, **other: str) -> Row | None:
-    """Return the row that agrees with one in all keys but for those that are stated."""
+    """Return the row that agrees with `one` in all keys except for those in `other`."""
     wanted = {**{key: one[key] for key in KEYS}, **other}
     return next((r for r in rows if all(r[key] == wanted[key] for key in KEYS)), None)
 

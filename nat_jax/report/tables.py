@@ -172,7 +172,7 @@ def _unique(items: Iterable[Any]) -> list[Any]:
 
 
 def text_table(rows: Sequence[Row]) -> str:
-    """Return the table for a terminal: accuracy in percent, the best of each column starred."""
+    """Return the table for a terminal: percent, the best of a column within a group starred."""
     table = arrange(rows)
     printed = [("features", "network", *(probe_name(p) + " " for p in table.probes))]
     titles = {}
@@ -182,7 +182,7 @@ def text_table(rows: Sequence[Row]) -> str:
             cells = (_text(cell, bool(table.spread)) for cell in line.cells)
             printed.append((layer_name(line), network_name(line.network), *cells))
     widths = [max(map(len, column)) for column in zip(*printed, strict=True)]
-    text = [f"Top-1 accuracy in percent{table.spread} (* best of its column)", ""]
+    text = [f"Top-1 accuracy in percent{table.spread} (* best of its column within a group)", ""]
     for number, words in enumerate(printed):
         if number in titles:
             text += ["", titles[number]]
@@ -203,7 +203,7 @@ def _text(cell: Cell | None, spreads: bool) -> str:
 
 
 def markdown_table(rows: Sequence[Row]) -> str:
-    """Return the table as Markdown; the best of each column bold."""
+    """Return the table as Markdown; the best of a column within a group bold."""
     table = arrange(rows)
     lines = [
         [

@@ -112,3 +112,12 @@ def sums_text(sums: dict[str, str]) -> bytes:
 def as_json(value: Any) -> bytes:
     """Return a value as the bytes of a JSON file."""
     return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def size_text(count: float) -> str:
+    """Return a number of bytes with three digits and its unit, such as "1.39 MB"."""
+    for unit in ("B", "kB", "MB"):
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.0f} GB" if count >= 100 else f"{count:.3g} GB"

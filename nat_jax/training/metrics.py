@@ -236,7 +236,9 @@ class Progress:
         scores = {k.split("/", 1)[1]: v for k, v in row.items() if k.startswith("eval/")}
         if scores:
             shown = [f"{k.removesuffix('/all')} {v:.3f}" for k, v in scores.items() if "/all" in k]
-            self._line(f"step {step}/{self._total}  judged: " + "  ".join(shown or ["few labels"]))
+            self._line(
+                f"step {step}/{self._total}  evaluated: " + "  ".join(shown or ["few labels"])
+            )
             return
         if self._bar is None:
             self._line(f"step {step}/{self._total}  {_summary(row)}{self._eta(step)}")

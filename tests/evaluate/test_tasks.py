@@ -207,7 +207,7 @@ def test_data_that_have_moved_are_found_where_the_command_line_says(tmp_path, ca
 
     with caplog.at_level("INFO", "nat_jax"):
         asked(other)
-    assert f"judging on arrays:{old}, as in training; --config.eval.source=..." in caplog.text
+    assert f"evaluating on arrays:{old}, as in training; --config.eval.source=..." in caplog.text
     old.rename(new)
     assert asked(new)["protocol"]["train"]["source"] == f"arrays:{new}"
     with pytest.raises(ValueError, match="old.npz.* say where it lies now with --config.data.so"):

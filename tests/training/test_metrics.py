@@ -144,7 +144,7 @@ def test_lines_where_there_is_no_terminal(clock: list[float]) -> None:
         "step 50/110  loss 0.2500  cosine 0.100 -> 0.456  moved 62%  5,210 img/s  data 3%  "
         "match 12%",
         "step 70/110  loss 0.2000  ETA 0:01:20",
-        "step 70/110  judged: z/knn 0.877",
+        "step 70/110  evaluated: z/knn 0.877",
     ]
 
 
@@ -158,7 +158,7 @@ def test_bar_keeps_the_last_cosines_and_starts_where_the_run_does() -> None:
     last = stream.getvalue().split("\r")[-1]
     assert "100/100" in last and "loss 0.1250" in last and "cosine 0.100 -> 0.456" in last
     assert "40/100" in stream.getvalue()
-    assert "judged: z/knn 0.877\n" in stream.getvalue()
+    assert "evaluated: z/knn 0.877\n" in stream.getvalue()
 
 
 def test_a_terminal_gets_the_bar() -> None:

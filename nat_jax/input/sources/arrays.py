@@ -87,6 +87,10 @@ class ArraySource:
 def open_arrays(argument: str, split: str) -> ArraySource:
     """Open `arrays:PATH`: an .npz file, or a folder of idx files named as MNIST's.
 
+    Keys of an .npz file: `x_train`, `y_train` and perhaps `x_test`, `y_test`; `train_images` and so
+    on; or one set as `x`, `y`, as `image`, `label` or as `images`, `labels`, of which a tenth is
+    held out.
+
     Raises:
         ValueError: nothing is there, or it is not of the expected form.
     """

@@ -15,12 +15,13 @@ _log = logging.getLogger(__name__)
 
 
 class FolderSource:
-    """Encoded image files; labels are the names of the class folders.
+    """Encoded image files; labels are integers, and `class_names` has the names of the classes.
 
     There is no Python object for a record until it is read, so that opening takes the same time for
-    a million files as for a few. Unpickling opens the index of the same path. A kept index may be
-    days old, so with one a file whose length has changed is an `UnreadableRecord`: the times of
-    folders do not show that a file was overwritten.
+    a million files as for a few. A pickle holds the path, and unpickling opens its index: the kept
+    file, or a new listing if it is not kept. A kept index may be days old, so with one a file whose
+    length has changed is an `UnreadableRecord`: the times of folders do not show that a file was
+    overwritten.
 
     Args:
         path: the folder or the .zip.

@@ -12,7 +12,7 @@ OTHER_SPLIT = -2
 
 
 class Layout(NamedTuple):
-    """What the names of the folders tell.
+    """The labels, class names and test split that follow from the names of the folders.
 
     Attributes:
         labels: for each split int32[folders]: the class of each folder, -1 where the split is
