@@ -222,6 +222,15 @@ def unlabelled(folder):
     return f"folder:{folder}"
 
 
+def test_retrieval_names_its_pictures_and_its_result(trained, tmp_path, caplog):
+    with caplog.at_level("INFO", "nat_jax"):
+        result = judged(tmp_path, "retrieval", trained, eval__queries=2)
+    shares = f"in z: {result['value']:.3f} (untrained {result['untrained']:.3f})"
+    assert shares in caplog.text
+    for name in result["pictures"]:
+        assert f"picture: {tmp_path / 'pictures' / name}" in caplog.text
+
+
 def test_retrieval_needs_no_labels(trained, tmp_path):
     source = unlabelled(tmp_path / "flat")
     result = judged(tmp_path / "run", "retrieval", trained, eval__source=source, eval__queries=2)
