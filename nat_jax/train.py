@@ -95,6 +95,10 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> T
     for seed in config.seeds:
         # First, as it finds mistakes in the evaluation's settings.
         evaluator = Evaluator(config, *sources[1:], model, seed=seed, cache=cache)
+        source = evaluator.inputs.data.unlabelled
+        if source is not None and seed == config.seeds[0]:
+            skipped = "probes are skipped, nearest neighbours are still drawn"
+            logger.info("no labels in %s (%s): %s", source.name, source.split, skipped)
         place = workdirs.seed_folder(config, folder, seed)
         run = set_up(config, seed, place, mesh=mesh, sources=sources, cache=cache)
         state = _train(run, evaluator, folder, began)

@@ -145,9 +145,13 @@ def test_mistakes_are_found_before_training(tmp_path, changes, message):
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_records_without_classes_are_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [({}, ".* has none"), ({"y_train": np.arange(300) % 11 - 1}, "28 of 300 records .* have none")],
+)
+def test_records_without_classes_are_refused(tmp_path, labels, message):
     images = np.zeros((300, 8, 8, 3), np.uint8)
-    np.savez(tmp_path / "images.npz", x_train=images)
+    np.savez(tmp_path / "images.npz", x_train=images, x_test=images[:1], **labels)
     changes = {"data__source": f"arrays:{tmp_path / 'images.npz'}"}
-    with pytest.raises(ValueError, match="'labels' needs a class for every record; .* has none"):
+    with pytest.raises(ValueError, match=f"'labels' needs a class for every record; {message}"):
         train.train_and_evaluate(digits(**changes), tmp_path / "run")

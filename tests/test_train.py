@@ -142,7 +142,10 @@ def test_images_without_labels_and_a_broken_one_among_them(tmp_path, caplog):
     broken = folder / "020.jpg"
     broken.write_bytes(broken.read_bytes()[:100])
     changes = dict(data__source=f"folder:{folder}", batch_size=16, epochs=2.0)
+    caplog.set_level("INFO", "nat_jax")
     state = train.train_and_evaluate(tiny(**changes), tmp_path / "run")
+    assert f"no labels in folder:{folder} (train)" in caplog.text
+    assert caplog.text.index("no labels in") < caplog.text.index("targets on")  # before training
     np.testing.assert_array_equal(np.sort(state.assignment), np.arange(len(state.assignment)))
     assert "1 of 58 records are bad: " in caplog.text and "020.jpg" in caplog.text
     assert not (tmp_path / "run/results/pretrain.json").exists()

@@ -22,7 +22,7 @@ from nat_jax.errors import InputError
 from nat_jax.evaluate import features, retrieval
 from nat_jax.evaluate.networks import trained_name
 from nat_jax.evaluate.patches import PatchDictionary, learn_patches
-from nat_jax.evaluate.probe_data import TRAIN, FeatureExtractor, ProbeData
+from nat_jax.evaluate.probe_data import TRAIN, FeatureExtractor, ProbeData, check_learnable
 from nat_jax.evaluate.protocols import PROTOCOLS, Scored, TaskInputs
 from nat_jax.evaluate.store import FeatureStore, fingerprint
 from nat_jax.input import transforms
@@ -99,6 +99,8 @@ class Evaluator:
         self.trained = trained_name(config)
         self._task, self._size = task, data.image_size
         self._transform = transforms.eval_transform(image_size=data.image_size, resize=data.resize)
+        if task in PROTOCOLS and (settings.probes or task != "pretrain"):
+            check_learnable(train, test)
         self.protocol()  # finds what does not fit
 
     @property
@@ -118,9 +120,10 @@ class Evaluator:
         elif self.has_labels or self._task == "pretrain":
             stated = PROTOCOLS[self._task].state(self.inputs)
         else:
-            without = data.train if data.train.num_classes is None else data.test
+            assert data.unlabelled is not None
             raise InputError(
-                f"task {self._task}: expected labelled records; {without.name} has no classes. "
+                f"task {self._task}: expected labelled records; {data.unlabelled.name} has no "
+                "classes. "
                 "Name a source that has with --config.eval.source=..., or run retrieval, filters "
                 "or features, which need none"
             )
@@ -223,8 +226,6 @@ class Evaluator:
         if self.has_labels:
             networks = {UNTRAINED: untrained(), self.trained: trained}
             rows = [row for one in self.extractors(networks) for row in self.score(one)[""]]
-        else:
-            logger.info("no labels: probes are skipped, neighbours are still drawn")
         self._draw(workdir / "pictures", trained)
         workdirs.write_json(path, {**key, "rows": rows})
         return rows

@@ -33,6 +33,7 @@ from nat_jax.input.sources.subset import Subset
 from nat_jax.input.transforms import Transform
 
 TRAIN, TEST = "train", "test"
+_SHOWN = 5  # names of classes in a message
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,13 +85,20 @@ class ProbeData:
         Raises:
             InputError: the two sources do not have the same classes.
         """
+        self.num_classes = count_classes(train, test)
+        if self.num_classes is not None:
+            train, test = labelled(train), labelled(test)
         self.train, self.test = thinned(train, max_train, seed), test
-        self.num_classes = check_labels(train, test)
         self._drawn = {"max": max_train, "seed": seed} if self.train is not train else None
         self._batch_size, self._reading = batch_size, reading
         self._cache, self._store = cache, store
         # One count over all passes, so that a bad record is reported once.
         self._bad = {source.split: BadRecords(len(source)) for source in (self.train, test)}
+
+    @property
+    def unlabelled(self) -> Source | None:
+        """The source that has no classes; None if both have."""
+        return next((s for s in (self.train, self.test) if s.num_classes is None), None)
 
     def describe(self) -> dict[str, Any]:
         """Return what results must share to be compared."""
@@ -260,20 +268,59 @@ def _computer() -> dict[str, Any]:
     }
 
 
-def check_labels(train: Source, test: Source) -> int | None:
+def count_classes(train: Source, test: Source) -> int | None:
     """Return the number of classes; None where one of the sources is unlabelled.
 
     Raises:
         InputError: the two sources do not have the same classes.
     """
-    if train.num_classes is None or test.num_classes is None:
+    if train.class_names is None or test.class_names is None:
         return None
-    if train.num_classes != test.num_classes or train.class_names != test.class_names:
+    if train.class_names != test.class_names:
+        only = {*train.class_names} ^ {*test.class_names}
         raise InputError(
             f"eval: expected the same classes in {train.name} and {test.name}; got "
-            f"{train.num_classes} and {test.num_classes} ({train.class_names}, {test.class_names})"
+            f"{train.num_classes} and {test.num_classes}, and in one of them only: "
+            f"{_some_of(only) or 'none, but in another order'}"
         )
     return train.num_classes
+
+
+def check_learnable(train: Source, test: Source) -> None:
+    """Check that the training records are of several classes, and of all those of the test records.
+
+    Raises:
+        InputError: they are not, as far as the sources know it without reading the records.
+    """
+    names = train.class_names
+    if names is None or test.class_names is None or train.labels is None:
+        return
+    advice = "To train without scores, set --config.eval.probes='()'"
+    learned = {*np.unique(train.labels).tolist()} - {-1}
+    asked = set() if test.labels is None else {*np.unique(test.labels).tolist()} - {-1}
+    if unseen := asked - learned:
+        raise InputError(
+            f"eval: {test.name} has test records of {len(unseen)} class(es) without a training "
+            f"record: {_some_of(names[i] for i in unseen)}. Spell every class alike in both "
+            f"splits, or give each of them training images. {advice}"
+        )
+    if len(learned) < 2:
+        raise InputError(
+            f"eval: expected training records of at least 2 classes in {train.name}; all are of "
+            f"{_some_of(names[i] for i in learned)}. {advice}"
+        )
+
+
+def _some_of(names: Iterable[str]) -> str:
+    first = sorted(names)
+    return ", ".join(first[:_SHOWN]) + (f" and {len(first) - _SHOWN} more" * (len(first) > _SHOWN))
+
+
+def labelled(source: Source) -> Source:
+    """Return the records that have a label, as far as the source knows without reading them."""
+    if source.labels is None or (source.labels >= 0).all():
+        return source
+    return Subset(source, np.flatnonzero(source.labels >= 0))
 
 
 def thinned(source: Source, most: int, seed: int) -> Source:

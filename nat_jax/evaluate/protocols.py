@@ -204,7 +204,8 @@ def _check_labels(inputs: TaskInputs) -> None:
             if per_class > counts.min():
                 raise InputError(
                     f"eval.labels_per_class: asks for {per_class} records of every class of "
-                    f"{train.name}; class {counts.argmin()} has {counts.min()}. "
+                    f"{train.name}; class {(train.class_names or ())[counts.argmin()]} has "
+                    f"{counts.min()}. "
                     "Set --config.eval.labels_per_class='(0,)' for all labels only"
                 )
         records = per_class * inputs.num_classes or len(train)

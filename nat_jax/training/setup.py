@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -153,6 +154,12 @@ def _check_classes(config: ConfigDict, train: Source) -> None:
         raise InputError(
             f"targets.kind: 'labels' needs a class for every record; {train.name} has none. Train "
             "without labels: --config.targets.kind=sphere"
+        )
+    if train.labels is not None and (without := int(np.sum(train.labels < 0))):
+        raise InputError(
+            f"targets.kind: 'labels' needs a class for every record; {without} of {len(train)} "
+            f"records of {train.name} have none. Leave these out, or train without labels: "
+            "--config.targets.kind=sphere"
         )
     if config.model.dim != train.num_classes:
         raise InputError(

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from nat_jax import config, evaluate, models
+from nat_jax.errors import InputError
 from nat_jax.evaluate import retrieval
 from nat_jax.evaluate.evaluator import Evaluator
 from nat_jax.input.reader import ImageCache
@@ -101,8 +102,32 @@ def test_sources_of_other_classes_are_refused(network):
         evaluator(network, Blocks("train", 60), other)
 
 
+def test_classes_that_cannot_be_learned_are_named_at_once(network):
+    train, test = Blocks("train", 60), Blocks("test", 12)
+    train.labels = np.arange(60) % 2
+    with pytest.raises(InputError, match=r"blocks has .* 1 class\(es\) .* training record: blue"):
+        evaluator(network, train, test)
+    evaluator(network, train, test, probes=(), labels_per_class=(0,))
+    test.labels = train.labels[:12]
+    assert evaluator(network, train, test, labels_per_class=(0,)).has_labels
+    train.labels = test.labels = np.zeros(60, int)
+    with pytest.raises(InputError, match="at least 2 classes in blocks; all are of red"):
+        evaluator(network, train, test)
+
+
+def test_records_without_a_label_are_left_out(network):
+    train, test = Blocks("train", 60), Blocks("test", 12)
+    expected = rows_of(network, train, test)
+    train, test = Blocks("train", 66), Blocks("test", 15)
+    train.labels[60:], test.labels[12:] = -1, -1
+    judged = evaluator(network, train, test)
+    described = judged.protocol()
+    assert (described["train"]["records"], described["test"]["records"]) == (60, 12)
+    assert len(judged.score(judged.extractor("nat", network))[""]) == len(expected)
+
+
 def test_too_few_labels_are_found_at_once(network):
-    with pytest.raises(ValueError, match="asks for 21 records of every class of blocks; class 0"):
+    with pytest.raises(ValueError, match="asks for 21 records of every class of blocks; class red"):
         evaluator(network, Blocks("train", 60), Blocks("test", 12), labels_per_class=(21,))
     with pytest.raises(ValueError, match="eval.knn_k: expected at most 6.*--config.eval.knn_k=6"):
         evaluator(network, Blocks("train", 60), Blocks("test", 12), labels_per_class=(2,), knn_k=7)

@@ -3,6 +3,7 @@
 import functools
 import gzip
 import hashlib
+import logging
 import math
 import struct
 import zipfile
@@ -15,10 +16,14 @@ import numpy as np
 from nat_jax.errors import InputError
 from nat_jax.input.sources.source import Opener, Record, split_positions
 
+_log = logging.getLogger(__name__)
+
 # The names under which .npz files keep (train images, train labels, test images, test labels).
 _NPZ_LAYOUTS = (
     ("x_train", "y_train", "x_test", "y_test"),
+    ("x_train", "y_train", "x_val", "y_val"),
     ("train_images", "train_labels", "test_images", "test_labels"),
+    ("train_images", "train_labels", "val_images", "val_labels"),
     ("x", "y", None, None),
     ("image", "label", None, None),
     ("images", "labels", None, None),
@@ -36,7 +41,7 @@ class ArraySource:
     Args:
         name, split, class_names: see `Source`.
         images: uint8 [N, H, W] or [N, H, W, 1|3|4].
-        labels: integers [N], or None when unlabelled.
+        labels: integers [N], -1 for a record without a label; None when unlabelled.
         reopen: `(opener, argument)` that opens the same source again; pickling keeps only this.
     """
 
@@ -63,6 +68,8 @@ class ArraySource:
         digest.update(np.ascontiguousarray(self.images).data)
         if self.labels is not None:
             digest.update(self.labels.astype("<i8").data)
+            if self.class_names != tuple(map(str, range(self.num_classes or 0))):
+                digest.update(str(self.class_names).encode())
         return digest.hexdigest()
 
     def __len__(self) -> int:
@@ -87,9 +94,11 @@ class ArraySource:
 def open_arrays(argument: str, split: str) -> ArraySource:
     """Open `arrays:PATH`: an .npz file, or a folder of idx files named as MNIST's.
 
-    Keys of an .npz file: `x_train`, `y_train` and perhaps `x_test`, `y_test`; `train_images` and so
-    on; or one set as `x`, `y`, as `image`, `label` or as `images`, `labels`, of which a tenth is
-    held out.
+    Keys of an .npz file: `x_train`, `y_train` and perhaps `x_test`, `y_test`, or `x_val`, `y_val`
+    where the former are missing or have no labels; `train_images` and so on; or one set as `x`,
+    `y`, as `image`, `label` or as `images`, `labels`, of which a tenth is held out.
+
+    The labels that occur, in rising order, are the classes; -1 stands for no label.
 
     Raises:
         ValueError: nothing is there, or it is not of the expected form.
@@ -99,18 +108,20 @@ def open_arrays(argument: str, split: str) -> ArraySource:
         raise InputError(f"arrays: no such file or folder: {path}")
     train, test = _read_idx_folder(path) if path.is_dir() else _read_npz(path)
     images, labels = train
-    if test is not None:
-        known = [y for _, y in (train, test) if y is not None]
-        images, labels = train if split == "train" else test
-    else:
-        known = [] if labels is None else [labels]
+    known = [y[y >= 0] for part in (train, test) if part is not None and (y := part[1]) is not None]
+    images, labels = test if test is not None and split == "test" else train
+    if test is None:
         positions = split_positions(len(images), split)
         images = images[positions]
         labels = None if labels is None else labels[positions]
     class_names = None
-    if labels is not None:
-        num_classes = max(int(y.max()) for y in known) + 1
-        class_names = tuple(str(c) for c in range(num_classes))
+    if labels is not None and labels.max() >= 0:
+        values = np.unique(np.concatenate(known))
+        if without := int(np.sum(labels < 0)):
+            counts = f"{without} of {len(labels)} records of {path} ({split})"
+            _log.info("arrays: %s have no label (-1); probes leave them out", counts)
+        labels = np.where(labels < 0, -1, np.searchsorted(values, labels))
+        class_names = tuple(map(str, values.tolist()))
     return ArraySource(
         f"arrays:{argument}", split, images, labels, class_names, (open_arrays, argument)
     )
@@ -120,7 +131,10 @@ def _read_npz(path: Path) -> tuple[Parts, Parts | None]:
     try:
         with np.load(path, allow_pickle=False) as file:
             keys = tuple(file.files)
-            for x, y, x_test, y_test in _NPZ_LAYOUTS:
+            # A test split with labels before one without.
+            for x, y, x_test, y_test in sorted(
+                _NPZ_LAYOUTS, key=lambda names: -sum(name in keys for name in names[2:])
+            ):
                 if x in keys:
                     test = None
                     if x_test is not None and x_test in keys:
@@ -165,8 +179,12 @@ def _checked(
             f"arrays: {y_name} in {path} is {y.dtype}{list(y.shape)}; expected one integer label "
             f"for each of the {len(x)} images of {x_name}"
         )
-    if y.min() < 0:
-        raise InputError(f"arrays: {y_name} in {path} has labels below 0 (lowest {y.min()})")
+    y = y.astype(np.int64)
+    if y.min() < -1:
+        raise InputError(
+            f"arrays: {y_name} in {path} has labels below -1, which stands for no label (lowest "
+            f"{y.min()})"
+        )
     return x, y
 
 

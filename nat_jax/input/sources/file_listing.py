@@ -40,8 +40,8 @@ class Stamp(NamedTuple):
     them: one that unpacks more files into a folder often sets its modification time back.
 
     Attributes:
-        times: st_mtime_ns and st_ctime_ns of every folder listed, by path below the root, or of
-            the .zip.
+        times: st_mtime_ns and st_ctime_ns of every folder listed, and of a file that tells labels,
+            by path below the root, or of the .zip.
         links: where each linked folder leads.
         size: bytes of the .zip; None for a folder.
         unsettled: a path that changed too recently for `times` to show a further change; None

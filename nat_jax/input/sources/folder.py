@@ -80,9 +80,9 @@ class FolderSource:
 def open_folder(argument: str, split: str) -> FolderSource:
     """Open `folder:PATH`: class folders, or a flat folder, or a .zip of either.
 
-    `train/` and `test/` or `val/` at the top are the splits; without them a tenth by index hash is
-    held out as the test split. Folders that hold everything else are looked through, hidden files
-    and files with other suffixes are left out.
+    `train/` and `test/` or `val/` at the top, or folders with similar names, are the splits;
+    without them a tenth by index hash is held out as the test split: docs/data.md has what any
+    layout is read as. Hidden files and files with other suffixes are left out.
 
     The first opening lists all files. The index of a large folder or .zip is kept in
     `$NAT_JAX_CACHE`, else `$XDG_CACHE_HOME/nat_jax`, else `~/.cache/nat_jax`, and used again until
@@ -96,7 +96,7 @@ def open_folder(argument: str, split: str) -> FolderSource:
         raise InputError(f"folder: no such folder or .zip: {root}")
     index = open_index(root)
     for remark in index.remarks:
-        _log.info("folder: %s", remark.format(root=root))
+        _log.info("folder: %s", remark.replace("{root}", root))
     return FolderSource(argument, split, index)
 
 

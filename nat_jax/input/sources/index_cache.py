@@ -12,6 +12,7 @@ import logging
 import os
 import struct
 import time
+import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ from nat_jax.input.sources.file_listing import (
     Stamp,
     decoded,
     list_folder,
+    times_of,
 )
 from nat_jax.input.sources.folder_layout import OTHER_SPLIT, read_layout
 from nat_jax.input.sources.source import SPLITS, split_positions
@@ -40,7 +42,7 @@ _PATIENCE = 2.0  # seconds of listing before a bar is shown
 # The name of the format (to be changed with any change of the file, or of what is listed in which
 # order), CRC-32 of all that follows (it starts from the third entry), and bytes of the header.
 _PREFIX = struct.Struct("<8sII")
-_FORMAT = b"natidx2\0"
+_FORMAT = b"natidx3\0"
 _ALIGN = 8
 _CHUNK = 2**16  # bytes
 _COLUMNS: dict[str, np.dtype[Any]] = {
@@ -181,7 +183,8 @@ def _list(root: str, real: str, path: Path | None) -> FileIndex:
 
 def _build(listing: Listing, root: str) -> FileIndex:
     """Sort a listing, divide it into the splits and label it."""
-    layout = read_layout(listing.folders)
+    listing = _annotated(listing, root)
+    layout = read_layout(listing.folders, root)
     files = sorted(listing.files)
     folder = np.fromiter((file.folder for file in files), np.int32, len(files))
     if layout.loose is not None:
@@ -191,21 +194,21 @@ def _build(listing: Listing, root: str) -> FileIndex:
             f"{decoded(files[loose[0]].path)}) with class folders; put every image into a class "
             "folder, or all into one folder (unlabelled)"
         )
-    remarks = []
+    remarks = layout.remarks
     if listing.others:
         remarks.append(f"left out {listing.others} file(s) of {{root}} that are not images")
     splits, outside = {}, len(files)
     for split in SPLITS:
         labels = layout.labels[split][folder]
-        if layout.test is None:
+        if layout.splits is None:
             positions = split_positions(len(files), split)
         else:
             positions = np.flatnonzero(labels != OTHER_SPLIT)
         outside -= len(positions)
         chosen, names = [files[i] for i in positions.tolist()], layout.class_names[split]
         splits[split] = _packed(chosen, labels[positions], split, names)
-    if outside:
-        remarks.append(f"left out {outside} image(s) outside train/ and {layout.test}/")
+    if outside and layout.splits is not None:
+        remarks.append(f"left out {outside} image(s) outside {'/ and '.join(layout.splits)}/")
     return FileIndex(splits, remarks, listing.stamp)
 
 
@@ -220,6 +223,49 @@ def _packed(
     sizes = np.fromiter((file.size for file in files), np.int64, len(files))
     members = np.asarray([file.member for file in files if file.member], MEMBER)
     return SplitIndex(names, starts, sizes, labels, members, class_names, digest.hexdigest())
+
+
+def _annotated(listing: Listing, root: str) -> Listing:
+    """Move the images of Tiny-ImageNet's val/images/ to folders of their classes.
+
+    Raises:
+        InputError: val_annotations.txt lacks one of them, or cannot be read.
+    """
+    places = [folder.removesuffix("images/") for folder in listing.folders]
+    flat = [number for number, place in enumerate(places) if f"/{place}".endswith("/val/")]
+    if len(flat) != 1:
+        return listing
+    number, place = flat[0], places[flat[0]]
+    notes = f"{place}val_annotations.txt"
+    try:
+        if os.path.isdir(root):
+            listing.stamp.times[notes] = times_of(os.stat(os.path.join(root, notes)))
+            data = Path(root, notes).read_bytes()
+        else:
+            with zipfile.ZipFile(root) as archive:
+                data = archive.read(notes)
+    except (FileNotFoundError, KeyError):
+        return listing
+    except Exception as error:  # a damaged .zip has many
+        raise InputError(f"folder: cannot read {notes} in {root}: {error}") from error
+    lines = [line.split("\t") for line in data.decode("utf-8", "replace").splitlines()]
+    classes = {fields[0]: fields[1] for fields in lines if len(fields) > 1}
+    files, folders = [], list(listing.folders)
+    numbers: dict[str, int] = {}
+    for file in listing.files:
+        if file.folder == number:
+            path = decoded(file.path)
+            name = classes.get(os.path.basename(path))
+            if name is None:
+                raise InputError(
+                    f"folder: {notes} in {root} has no class for {path}; copy it again, or delete "
+                    "it and move the images into a folder for each class"
+                )
+            file = file._replace(folder=numbers.setdefault(name, len(folders) + len(numbers)))
+            folders[number] = f"{place}{name}/"  # as no image is left there
+        files.append(file)
+    folders += [f"{place}{name}/" for name in numbers]
+    return listing._replace(files=files, folders=folders)
 
 
 def _encode(index: FileIndex) -> bytes:

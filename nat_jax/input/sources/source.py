@@ -36,7 +36,8 @@ class Source(Protocol):
         split: "train" or "test".
         class_names: names of the classes in the order of their labels; None when unlabelled.
         num_classes: how many classes there are; None when unlabelled.
-        labels: integers [N] where they are known without reading the records; None otherwise.
+        labels: integers [N], -1 for a record without one, where they are known without reading the
+            records; None otherwise.
         fingerprint: sha256 in hex over what identifies the records, their order and the split;
             the same on every machine.
     """

@@ -63,20 +63,20 @@ def first_of_class(source: Source, per_class: int) -> Subset:
     labels = source.labels
     if labels is None:
         labels = np.asarray([source[i]["label"] for i in range(len(source))])
-    rows = _first(labels, source.num_classes, per_class, source.name)
+    rows = _first(labels, source, per_class)
     text = f"{source.fingerprint} first {per_class} of each class"
     fingerprint = hashlib.sha256(text.encode()).hexdigest()
     return Subset(source, rows, labels=labels[rows], fingerprint=fingerprint)
 
 
-def _first(labels: np.ndarray, num_classes: int, per_class: int, name: str) -> np.ndarray:
+def _first(labels: np.ndarray, source: Source, per_class: int) -> np.ndarray:
     """Return int64[num_classes * per_class], the ascending positions of the first of each class."""
-    counts = np.bincount(labels[labels >= 0], minlength=num_classes)
+    names = source.class_names or ()
+    counts = np.bincount(labels[labels >= 0], minlength=len(names))
     if counts.min() < per_class:
         raise InputError(
             f"data.per_class: expected at most {counts.min()}, the records of class "
-            f"{counts.argmin()} of {name}; got {per_class}"
+            f"{names[counts.argmin()]} of {source.name}; got {per_class}"
         )
-    return np.sort(
-        np.concatenate([np.flatnonzero(labels == c)[:per_class] for c in range(num_classes)])
-    )
+    chosen = [np.flatnonzero(labels == c)[:per_class] for c in range(len(names))]
+    return np.sort(np.concatenate(chosen))

@@ -25,6 +25,26 @@ def test_npz_with_a_test_split(tmp_path: Path, keys: tuple[str, ...]):
     assert train.class_names == test.class_names == ("0", "1", "2", "3")
 
 
+@pytest.mark.parametrize(
+    ("others", "count"),
+    [
+        (("x_val", "y_val"), 3),
+        (("x_val", "y_val", "x_test"), 3),
+        (("x_val", "y_val", "x_test", "y_test"), 2),
+        (("x_val", "x_test"), 2),
+    ],
+)
+def test_which_arrays_are_for_testing(tmp_path: Path, others: tuple[str, ...], count: int):
+    counts = {"train": 9, "val": 3, "test": 2}
+    arrays = {}
+    for key in ("x_train", "y_train", *others):
+        n = counts[key[2:]]
+        arrays[key] = images(n, 4, 4) if key[0] == "x" else np.arange(n)
+    spec = npz(tmp_path / "a.npz", **arrays)
+    assert (len(open_source(spec)), len(open_source(spec, "test"))) == (9, count)
+    assert (open_source(spec, "test").class_names is None) == ("y_val" not in others)
+
+
 @pytest.mark.parametrize("keys", [("x", "y"), ("image", "label"), ("x_train", "y_train")])
 def test_npz_without_a_test_split_holds_a_tenth_out(tmp_path: Path, keys: tuple[str, str]):
     x, y = images(40, 4, 4), np.arange(40)
@@ -40,6 +60,48 @@ def test_npz_without_labels(tmp_path: Path):
     assert source.class_names is None and labels(source) == [-1] * 18
 
 
+@pytest.mark.parametrize(
+    ("train", "test", "classes"),
+    [
+        ([1, 2, 3, 3], [3, 1], ("1", "2", "3")),
+        ([0, 200_000, 100_000, 0], [200_000, 0], ("0", "100000", "200000")),
+        ([-1, 0, 1, -1], [1, -1], ("0", "1")),
+        ([-1, 7, 5, 5], [6, 7], ("5", "6", "7")),
+    ],
+)
+def test_classes_are_the_labels_that_occur(tmp_path: Path, train, test, classes, caplog):
+    with caplog.at_level("INFO"):
+        found = made_of(tmp_path, train, test)
+    for source, values in zip(found, (train, test), strict=True):
+        assert source.class_names == classes and source.num_classes == len(classes)
+        assert labels(source) == source.labels.tolist()
+        assert [-1 if label < 0 else int(classes[label]) for label in source.labels] == values
+    without = f"{train.count(-1)} of 4 records of {tmp_path}/a.npz (train) have no label (-1)"
+    assert (without in caplog.text) == (-1 in train)
+
+
+def made_of(tmp_path: Path, train: list[int], test: list[int]):
+    parts = {"x_train": images(len(train), 4, 4), "y_train": np.array(train)}
+    parts |= {"x_test": images(len(test), 4, 4), "y_test": np.array(test, np.int32)}
+    spec = npz(tmp_path / "a.npz", **parts)
+    return open_source(spec), open_source(spec, "test")
+
+
+def test_labels_that_are_all_missing(tmp_path: Path):
+    train, test = made_of(tmp_path, [-1, -1], [2, 4])
+    assert train.class_names is None and labels(train) == [-1, -1]
+    assert test.class_names == ("2", "4")
+
+
+def test_labels_of_idx_files_from_one(tmp_path: Path):
+    spec = write_idx_folder(tmp_path / "idx")
+    (tmp_path / "idx/train-labels-idx1-ubyte").write_bytes(idx(np.arange(1, 10, dtype=np.uint8)))
+    assert open_source(spec).class_names == tuple("0123456789")  # 0 is in the test split
+    (tmp_path / "idx/t10k-labels.idx1-ubyte.gz").unlink()
+    train = open_source(spec)
+    assert train.class_names == tuple("123456789") and labels(train) == list(range(9))
+
+
 def test_array_fingerprints_see_every_pixel_and_label(tmp_path: Path):
     x, y = images(10, 4, 4), np.arange(1, 11)
     found = {open_source(npz(tmp_path / "a.npz", x=x, y=y)).fingerprint}
@@ -50,7 +112,8 @@ def test_array_fingerprints_see_every_pixel_and_label(tmp_path: Path):
     found.add(open_source(npz(tmp_path / "c.npz", x=x, y=y)).fingerprint)
     y[second] = 0
     found.add(open_source(npz(tmp_path / "d.npz", x=x, y=y)).fingerprint)
-    assert len(found) == 3
+    found.add(open_source(npz(tmp_path / "e.npz", x=x, y=2 * y)).fingerprint)
+    assert len(found) == 4
 
 
 @pytest.mark.parametrize(
@@ -63,7 +126,7 @@ def test_array_fingerprints_see_every_pixel_and_label(tmp_path: Path):
         ({"x": images(0, 2, 2)}, r"x in .* is empty: \[0, 2, 2\]"),
         ({"x": images(4, 2, 2), "y": np.arange(3)}, r"y in .* is int64\[3\]; expected one integer"),
         ({"x": images(4, 2, 2), "y": np.ones(4)}, r"y in .* is float64\[4\]; expected one integer"),
-        ({"x": images(4, 2, 2), "y": np.arange(4) - 1}, r"labels below 0 \(lowest -1\)"),
+        ({"x": images(4, 2, 2), "y": np.arange(4) - 2}, r"labels below -1, .*lowest -2"),
         ({"x": np.array([None] * 4)}, r"not a readable \.npz file of plain arrays"),
     ],
 )

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from sample_files import labels, names, write_tree, zip_tree
 
+from nat_jax.errors import InputError
 from nat_jax.input.sources import Source, UnreadableRecord, open_source
 
 
@@ -30,14 +31,13 @@ def test_val_stands_in_for_test_and_gives_way_to_it(tree: Path, caplog):
     assert "left out 6 image(s) outside train/ and test/" in caplog.text
 
 
-@pytest.mark.parametrize(
-    ("train", "test"), [("train", "validation"), ("Train", "Test"), ("TRAIN", "valid")]
-)
-def test_other_spellings_of_the_splits(tmp_path: Path, train: str, test: str):
-    root = write_tree(tmp_path, [f"{train}/a/0.jpg", f"{train}/b/0.jpg", f"{test}/a/1.jpg"])
-    assert names(open_source(f"folder:{root}")) == [f"{train}/a/0.jpg", f"{train}/b/0.jpg"]
+def test_spellings_of_splits_and_classes(tmp_path: Path):
+    files = ["Training/a/0.jpg", "Training/B/0.jpg", "Testing/A/1.jpg", "Testing/b/2.jpg"]
+    root = write_tree(tmp_path, files)
+    assert names(open_source(f"folder:{root}")) == sorted(files[:2])
     held_out = open_source(f"folder:{root}", "test")
-    assert names(held_out) == [f"{test}/a/1.jpg"] and held_out.class_names == ("a", "b")
+    assert names(held_out) == files[2:] and labels(held_out) == [1, 0]
+    assert held_out.class_names == open_source(f"folder:{root}").class_names == ("B", "a")
 
 
 def test_a_class_may_be_called_train(tmp_path: Path):
@@ -90,6 +90,31 @@ def test_a_flat_test_folder_beside_a_labelled_one_is_unlabelled(tmp_path: Path):
     assert open_source(f"folder:{tmp_path}").class_names == ("a", "b")
     test = open_source(f"folder:{tmp_path}", "test")
     assert test.class_names is None and labels(test) == [-1]
+
+
+def test_tiny_imagenet_is_scored_on_its_annotated_images(tmp_path: Path, caplog):
+    root = tmp_path / "tiny-imagenet-200"
+    train = [f"train/{c}/images/{c}_{i}.JPEG" for c in ("n01", "n02") for i in range(3)]
+    held_out = [f"{split}/images/{split}_{i}.JPEG" for split in ("val", "test") for i in range(4)]
+    write_tree(root, train + held_out)
+    notes = root / "val/val_annotations.txt"
+    notes.write_text("".join(f"val_{i}.JPEG\tn0{i % 2 + 1}\t0\t0\t62\t62\n" for i in range(4)))
+    archive = zip_tree(root, tmp_path / "tiny.zip", prefix="tiny-imagenet-200/")
+    for path in (root, archive):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            test = open_source(f"folder:{path}", "test")
+        assert labels(test) == [0, 1, 0, 1] and test.class_names == ("n01", "n02")
+        assert names(test)[1].endswith("val/images/val_1.JPEG")
+        assert "val/ the test split, as test/ has no class of train/" in caplog.text
+        assert len(open_source(f"folder:{path}")) == 6
+    notes.write_text("val_0.JPEG\tn01\t0\t0\t62\t62\nval_1.JPEG")
+    with pytest.raises(
+        InputError, match=r"val_annotations\.txt .* has no class for val/images/val_"
+    ):
+        open_source(f"folder:{root}")
+    notes.unlink()
+    assert open_source(f"folder:{root}", "test").class_names is None
 
 
 def test_zip_and_folder_of_one_tree_are_the_same_data(tree: Path, tmp_path: Path):
