@@ -20,7 +20,6 @@ from nat_jax.schema import KEYS, RENAMED, Key, renamed
 if TYPE_CHECKING:
     from nat_jax.input.transforms import Transform
 
-LABELS_ALL = 0  # in eval.labels_per_class
 
 _OPTIONS = tuple(f"{name}." for name, key in KEYS.items() if key.type is dict)
 _MAY_BE_ZERO = ("optim.warmup_",)
@@ -145,6 +144,11 @@ def model_arguments(config: ConfigDict) -> dict[str, Any]:
         "bn_groups": settings.bn_groups,
         **to_dict(settings.options),
     }
+
+
+def reading(config: ConfigDict) -> dict[str, Any]:
+    """Return how a config's images are read, as arguments of ``pipeline``."""
+    return {key: config.data[key] for key in ("threads", "workers", "prefetch", "timeout")}
 
 
 def train_transform(config: ConfigDict, *, colors: bool = True) -> "Transform":

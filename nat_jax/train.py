@@ -250,10 +250,7 @@ class _Loop:
             cache=run.cache,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            threads=data.threads,
-            workers=data.workers,
-            prefetch=data.prefetch,
-            timeout=data.timeout,
+            **configs.reading(run.config),
             convert=self._to_devices,
         )
 

@@ -1,5 +1,6 @@
 """Starts nat_jax in several processes on this host, as the tests see it from outside."""
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -89,7 +90,12 @@ class Run:
             with log.open("w") as file:
                 self.processes.append(
                     subprocess.Popen(
-                        command, env=variables, cwd=folder, stdout=file, stderr=subprocess.STDOUT
+                        command,
+                        env=variables,
+                        cwd=folder,
+                        stdout=file,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
                     )
                 )
 
@@ -105,8 +111,9 @@ class Run:
         """Wait until a process has printed something."""
         end = time.monotonic() + seconds
         while text not in self.output(index):
-            alive = self.processes[index].poll() is None
-            assert alive and time.monotonic() < end, self.output(index)
+            if self.processes[index].poll() is not None or time.monotonic() > end:
+                self.stop()
+                raise AssertionError(self.output(index))
             time.sleep(0.02)
 
     def wait(self, seconds: float = 400) -> list[int]:
@@ -117,9 +124,14 @@ class Run:
         except subprocess.TimeoutExpired:
             raise AssertionError("\n".join(map(self.output, range(len(self.logs))))) from None
         finally:
-            for process in self.processes:
-                process.kill()
-                process.wait()
+            self.stop()
+
+    def stop(self) -> None:
+        """Kill the processes and what they have started."""
+        for process in self.processes:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
     def finish(self) -> None:
         codes = self.wait()

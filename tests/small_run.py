@@ -1,4 +1,4 @@
-"""A run of 15 steps on digits, whose compiled programs tests share."""
+"""A run of 15 steps on digits, whose compiled programs tests share; changes of a config."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from nat_jax import config
 
 
 def tiny(**changes: Any) -> ConfigDict:
-    """Return a run of 3 epochs of 5 steps; changes are keys such as ``eval__knn_k``."""
+    """Return a run of 3 epochs of 5 steps, with changes; see ``changed``."""
     c = config.default()
     c.epochs = 3.0
     c.batch_size = 256
@@ -23,11 +23,16 @@ def tiny(**changes: Any) -> ConfigDict:
     c.eval.labels_per_class = (0,)
     c.checkpoint.every_epochs = 1.0
     c.log.every_steps = 2
+    return changed(c, **changes)
+
+
+def changed(config: ConfigDict, **changes: Any) -> ConfigDict:
+    """Change keys of a config, such as ``eval__knn_k``, in place."""
     for key, value in changes.items():
         *groups, last = key.split("__")
-        node = c
+        node = config
         for group in groups:
             node = node[group]
         with node.ignore_type():
             node[last] = value
-    return c
+    return config

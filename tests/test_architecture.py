@@ -3,13 +3,11 @@
 import ast
 import importlib
 import re
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from project import ROOT, project_files
+from project import ROOT, project_files, python
 
 import nat_jax
 
@@ -143,11 +141,7 @@ print(*sorted({{name.partition(".")[0] for name in sys.modules}}))
 
 
 def loaded_by(module: str) -> set[str]:
-    command = [sys.executable, "-c", LOADED.format(module)]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
-    )
-    return set(done.stdout.split())
+    return set(python("-c", LOADED.format(module), cwd=ROOT).stdout.split())
 
 
 @pytest.mark.parametrize(

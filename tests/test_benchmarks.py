@@ -3,11 +3,10 @@
 import json
 import os
 import runpy
-import subprocess
 import sys
 
 import pytest
-from project import ROOT
+from project import ROOT, python
 
 BENCHMARKS = ROOT / "benchmarks"
 COMMANDS = (
@@ -33,11 +32,7 @@ def test_help_is_answered(
 def test_a_small_run_of_assign_writes_times_and_checks_totals(tmp_path) -> None:
     output = tmp_path / "assign.json"
     options = ["--sizes=16", "--batches=", "--families=sphere,matched", "--solvers=auction,scipy"]
-    subprocess.run(
-        [sys.executable, BENCHMARKS / "assign.py", *options, "--seeds=1", f"--output={output}"],
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        check=True,
-    )
+    python(BENCHMARKS / "assign.py", *options, "--seeds=1", f"--output={output}")
     found = json.loads(output.read_text())
     assert {row["solver"] for row in found["results"]} == {"auction", "scipy"}
     assert all(row["cpu_ms"] > 0 and row["gap"] < 1e-6 for row in found["results"])

@@ -1,13 +1,12 @@
 """What is compiled, when, and that a later process need not compile it again."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from processes import CONFIG, WORKER, environment, write_images
+from processes import CONFIG, WORKER, write_images
+from project import python
 
 from nat_jax import config, train
 from nat_jax.training import metrics
@@ -99,21 +98,17 @@ def start(folder: Path, workdir: str, steps: int) -> tuple[set[str], int]:
 
     Returns the names of the programs that went into the cache, and how many came out of it.
     """
-    variables = environment(NAT_JAX_CACHE=str(folder / "cache"))
-    del variables["JAX_COMPILATION_CACHE_DIR"]  # that of the tests
-    # Whatever it takes to compile here: everything is kept.
-    variables["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     cache = folder / "cache" / "programs"
     before = set(cache.glob("*-cache"))
     arguments = [CONFIG, f"--config.data.source=arrays:{folder / 'images.npz'}"]
     arguments += [f"--workdir={folder / workdir}", f"--config.steps={steps}"]
-    subprocess.run(
-        [sys.executable, WORKER, *arguments],
-        env=variables,
+    python(
+        *(WORKER, *arguments),
         cwd=folder,
-        check=True,
-        capture_output=True,
-        timeout=300,
+        NAT_JAX_CACHE=str(folder / "cache"),
+        JAX_COMPILATION_CACHE_DIR=None,
+        # Whatever it takes to compile here: everything is kept.
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
     )
     new = {path.name.rsplit("-", 2)[0] for path in set(cache.glob("*-cache")) - before}
     return new, int((folder / workdir / "programs-0").read_text())

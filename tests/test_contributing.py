@@ -4,16 +4,14 @@ A Python block that begins with ``# FILE`` is a new file, a ``diff`` block an ed
 block a trial of the result; its lines ``# > ...`` are its output.
 """
 
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from pages import TEXTS, Block, blocks, check_printed, commands
-from project import ROOT
+from project import ROOT, python
 
 PAGE = "CONTRIBUTING.md"
 ALL = blocks(TEXTS[PAGE], PAGE)
@@ -69,14 +67,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(folder), "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    return python(*arguments, cwd=folder, code=None, PYTHONPATH=str(folder))
 
 
 def test_the_recipes_work(copy: Path) -> None:

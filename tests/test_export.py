@@ -3,15 +3,14 @@
 import functools
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
+from jax import export as jax_export
 from PIL import Image
-from project import ROOT
+from project import python
+from small_run import changed
 
 import nat_jax
 from nat_jax import config, evaluate, export, main, models, train
@@ -33,9 +32,7 @@ def settings(**changes):
     c.optim.learning_rate = 0.1
     c.checkpoint.every_epochs, c.checkpoint.every_steps = 0.0, 3
     c.eval.probes, c.eval.labels_per_class = ("knn",), (0,)
-    for key, value in changes.items():
-        c[key] = value
-    return c
+    return changed(c, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -187,24 +184,11 @@ print(*program.platforms, *sorted(found))
 """
 
 
-def run_alone(folder, images, where):
-    np.save(where / "images.npy", images)
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    return subprocess.run(
-        [sys.executable, "-c", ALONE, str(folder)],
-        cwd=where,
-        env=environment | {"JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
-
 def test_the_program_runs_without_nat_jax(exported, tmp_path):
     network = nat_jax.load(exported)
     images = pixels(network)[:30]
-    done = run_alone(exported, images, tmp_path)
-    assert done.returncode == 0, done.stderr[-2000:]
+    np.save(tmp_path / "images.npy", images)
+    done = python("-c", ALONE, exported, cwd=tmp_path)
     assert done.stdout.split() == ["cpu", "cuda", "tpu", "conv1", "z"]
     for count in (1, 5, 30):
         for layer in ("conv1", "z"):
@@ -212,16 +196,15 @@ def test_the_program_runs_without_nat_jax(exported, tmp_path):
             np.testing.assert_allclose(found, network(images[:count], layer), atol=1e-5)
 
 
-def test_the_program_refuses_other_sizes(exported, tmp_path):
-    done = run_alone(exported, np.zeros((5, 9, 8, 3), np.uint8), tmp_path)
-    assert done.returncode != 0 and "shape" in done.stderr
+def test_the_program_refuses_other_sizes(exported):
+    made = jax_export.deserialize(bytearray((exported / PROGRAM).read_bytes()))
+    with pytest.raises(ValueError, match="shape"):
+        made.call(nat_jax.load(exported).named_weights(), np.zeros((5, 9, 8, 3), np.uint8))
 
 
 def test_the_program_pools_as_asked_and_knows_its_layers(untrained):
     with pytest.raises(ValueError, match="unknown layer 'conv9'"):
         program(untrained, ("conv9",))
-    from jax import export as jax_export
-
     made = jax_export.deserialize(bytearray(program(untrained, ("conv1",), 16)))
     assert [value.shape[1:] for value in made.out_avals] == [(2, 2, 4)]
 
@@ -241,7 +224,7 @@ def rewritten(folder, card: dict | None = None, **weights):
 
 
 @pytest.mark.parametrize("name", [bundle.CARD, bundle.WEIGHTS, bundle.SUMS, PROGRAM])
-def test_a_flipped_bit_is_noticed_wherever_it_is(copy, name):
+def test_a_flipped_bit_is_noticed_wherever_it_is_and_a_missing_file_named(copy, name):
     data = (copy / name).read_bytes()
     for place in np.linspace(0, len(data) - 1, 23).astype(int):
         damaged = bytearray(data)
@@ -251,10 +234,6 @@ def test_a_flipped_bit_is_noticed_wherever_it_is(copy, name):
             nat_jax.load(copy)
     (copy / name).write_bytes(data)
     nat_jax.load(copy)
-
-
-@pytest.mark.parametrize("name", [bundle.CARD, bundle.WEIGHTS, bundle.SUMS, PROGRAM])
-def test_a_missing_file_is_named(copy, name):
     (copy / name).unlink()
     with pytest.raises(BundleError, match=name):
         nat_jax.load(copy)
@@ -386,20 +365,3 @@ def test_fingerprints_follow_weights_and_definition(untrained):
 
 def settings_like(network: Bundle):
     return workdir.of_run(network.config, config.default())
-
-
-@pytest.mark.slow
-def test_the_command_line_exports_a_run_and_says_what_is_wrong(run, tmp_path):
-    def call(*arguments):
-        command = [sys.executable, "-m", "nat_jax.main", "--config=configs/digits.py"]
-        command += ["--config.task=export", f"--workdir={run[0]}", *arguments]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-    to = f"--config.export.to={tmp_path / 'bundle'}"
-    wrong = call(to)
-    assert wrong.returncode == 2 and "has (3, 4); got 0" in wrong.stderr
-    done = call(to, "--config.seeds=(3,)")
-    assert done.returncode == 0, done.stderr
-    assert f"bundle: {tmp_path / 'bundle'}" in done.stdout
-    assert "WARNING" not in done.stderr
-    assert nat_jax.load(tmp_path / "bundle").run["seed"] == 3

@@ -3,20 +3,17 @@
 Stand-ins replace the programs of Google Cloud and SLURM.
 """
 
-import contextlib
 import os
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
-from processes import CONFIG, environment, free_port, is_free, write_images
+from processes import CONFIG, Run, environment, free_port, is_free, write_images
 from project import ROOT
 
 LAUNCH = ROOT / "launch"
@@ -225,36 +222,11 @@ with open(os.environ["STAND_IN"] + "/scontrol", "a") as file:
 }
 
 
-@pytest.fixture
-def launch():
-    """Return a function that starts a script; what is left of it in the end is killed."""
-    started = []
-
-    def start(command, variables, folder, output):
-        with output.open("w") as file:
-            process = subprocess.Popen(
-                command,
-                env=variables,
-                cwd=folder,
-                stdout=file,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        started.append(process)
-        return process
-
-    yield start
-    for process in started:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
 class Slurm:
     """Stands for SLURM on this host: two tasks a job, and a queue of one."""
 
-    def __init__(self, folder: Path, launch: Callable[..., subprocess.Popen]):
-        self.folder, self._launch = folder, launch
+    def __init__(self, folder: Path):
+        self.folder = folder
         programs = folder / "bin"
         programs.mkdir(parents=True)
         for name, text in STAND_INS.items():
@@ -269,12 +241,11 @@ class Slurm:
             "SLURM_JOB_ID": self.job,
             "SLURM_NTASKS": "2",
         }
-        self.output = folder / "out"
 
-    def start(self, *arguments: str) -> subprocess.Popen:
+    def start(self, *arguments: str) -> Run:
         (self.folder / "tasks").unlink(missing_ok=True)
-        command = [LAUNCH / "slurm.sbatch", *arguments]
-        return self._launch(command, self._environment, self.folder, self.output)
+        command = [str(LAUNCH / "slurm.sbatch"), *arguments]
+        return Run(self.folder / "logs", [command], [self._environment])
 
     def warn(self) -> None:
         """Send SIGTERM to the tasks, as --signal=TERM@300 does."""
@@ -284,13 +255,6 @@ class Slurm:
     def asked(self) -> str:
         path = self.folder / "scontrol"
         return path.read_text() if path.exists() else ""
-
-
-def wait_for(output: Path, text: str, process: subprocess.Popen) -> None:
-    end = time.monotonic() + 400
-    while text not in output.read_text():
-        assert process.poll() is None and time.monotonic() < end, output.read_text()
-        time.sleep(0.05)
 
 
 STEPS = 600  # more than two processes do in the second that a signal may take to be seen
@@ -303,51 +267,46 @@ def long_run(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_slurm_job_that_runs_out_of_time_is_queued_again_and_finishes(tmp_path, launch):
-    slurm, line = Slurm(tmp_path, launch), long_run(tmp_path)
+def test_a_slurm_job_that_runs_out_of_time_is_queued_again_and_finishes(tmp_path):
+    slurm, line = Slurm(tmp_path), long_run(tmp_path)
     first = slurm.start(*line)
-    wait_for(slurm.output, f"step 2/{STEPS}", first)
+    first.wait_for(f"step 2/{STEPS}")
     slurm.warn()
-    first.send_signal(signal.SIGTERM)  # the batch script may get one too
-    assert first.wait(120) == 143, slurm.output.read_text()
+    first.processes[0].send_signal(signal.SIGTERM)  # the batch script may get one too
+    assert first.wait(120) == [143], first.output(0)
     assert slurm.asked() == f"requeue {slurm.job}\n"
     second = slurm.start(*line)
-    assert second.wait(300) == 0, slurm.output.read_text()
-    assert "resumed" in slurm.output.read_text() and "report: " in slurm.output.read_text()
-    assert slurm.output.read_text().count(f"step {STEPS}/{STEPS}") == 1
+    second.finish()
+    assert "resumed" in second.output(0) and "report: " in second.output(0)
+    assert second.output(0).count(f"step {STEPS}/{STEPS}") == 1
     assert slurm.asked() == f"requeue {slurm.job}\n"
 
 
 @pytest.mark.slow
-def test_a_slurm_job_that_was_cancelled_or_is_wrong_is_not_queued_again(tmp_path, launch):
-    slurm, line = Slurm(tmp_path, launch), long_run(tmp_path)
+def test_a_slurm_job_that_was_cancelled_or_is_wrong_is_not_queued_again(tmp_path):
+    slurm, line = Slurm(tmp_path), long_run(tmp_path)
     job = slurm.start(*line)
-    wait_for(slurm.output, f"step 2/{STEPS}", job)
+    job.wait_for(f"step 2/{STEPS}")
     (slurm.folder / "state").write_text("COMPLETING")
     slurm.warn()
-    assert job.wait(120) == 143, slurm.output.read_text()
+    assert job.wait(120) == [143], job.output(0)
     (slurm.folder / "state").write_text("RUNNING")
-    code = slurm.start(*line, "--config.batch_size=0").wait(120)
+    wrong = slurm.start(*line, "--config.batch_size=0")
     # srun's is the larger: the first to find the mistake may end the other before that finds it.
-    assert code in (2, 75, 134), slurm.output.read_text()
-    assert "batch_size" in slurm.output.read_text()
+    assert wrong.wait(120)[0] in (2, 75, 134), wrong.output(0)
+    assert "batch_size" in wrong.output(0)
     assert slurm.asked() == ""
 
 
 @pytest.mark.slow
-def test_local_saves_on_sigterm_and_goes_on(tmp_path, launch):
-    command = [LAUNCH / "local.sh", *long_run(tmp_path)]
-    variables = environment() | {
-        "PROCESSES": "2",
-        "CPU_DEVICES": "1",
-        "PORT": str(free_port()),
-        "PYTHON": sys.executable,
-    }
-    output = tmp_path / "out"
-    for signals, code in ((1, 143), (0, 0)):
-        run = launch(command, variables, tmp_path, output)
-        if signals:
-            wait_for(output, f"step 2/{STEPS}", run)
-            run.send_signal(signal.SIGTERM)
-        assert run.wait(300) == code, output.read_text()
-    assert "resumed" in output.read_text()
+def test_local_saves_on_sigterm_and_goes_on(tmp_path):
+    command = [str(LAUNCH / "local.sh"), *long_run(tmp_path)]
+    variables = {"PROCESSES": "2", "CPU_DEVICES": "1", "PORT": str(free_port())}
+    variables = environment(**variables, PYTHON=sys.executable)
+    first = Run(tmp_path / "logs", [command], [variables])
+    first.wait_for(f"step 2/{STEPS}")
+    first.processes[0].send_signal(signal.SIGTERM)
+    assert first.wait() == [143], first.output(0)
+    second = Run(tmp_path / "logs", [command], [variables])
+    second.finish()
+    assert "resumed" in second.output(0)

@@ -1,11 +1,9 @@
 """The command line: mistakes are one message, exit code 2, and nothing written."""
 
 import json
-import subprocess
-import sys
 
 import pytest
-from project import ROOT
+from project import ROOT, python
 
 DIGITS = f"--config={ROOT / 'configs' / 'digits.py'}"
 
@@ -93,10 +91,8 @@ print(json.dumps(outcomes))
 
 
 def outcomes(folder, command_lines):
-    program = [sys.executable, "-W", "ignore", "-c", FORKED, json.dumps(command_lines)]
-    done = subprocess.run(program, cwd=folder, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    lines = json.dumps(command_lines)
+    return json.loads(python("-W", "ignore", "-c", FORKED, lines, cwd=folder).stdout)
 
 
 def test_a_mistake_is_one_message_and_any_other_error_a_traceback(tmp_path):
@@ -123,16 +119,13 @@ def test_a_mistake_is_one_message_and_any_other_error_a_traceback(tmp_path):
 
 
 def test_the_package_is_a_program_too(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "nat_jax", "--help"], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = python("-m", "nat_jax", "--help", cwd=tmp_path)
     assert done.stdout.startswith("usage: python -m nat_jax.main"), done.stderr
 
 
 @pytest.mark.slow
 def test_a_config_of_the_library_runs_from_anywhere(tmp_path):
-    line = [sys.executable, "-m", "nat_jax.main", "--config=configs/smoke.py", "--config.epochs=1"]
-    result = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr
+    line = ["-m", "nat_jax.main", "--config=configs/smoke.py", "--config.epochs=1"]
+    result = python(*line, cwd=tmp_path)
     assert "raw pixels" in result.stdout
     assert (tmp_path / "runs" / "smoke" / "report.html").exists()

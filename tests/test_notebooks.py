@@ -3,7 +3,6 @@
 import glob
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from project import ROOT
+from project import ROOT, python
 from run_notebook import code_cells
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -66,14 +65,8 @@ def faults(notebook: dict[str, Any]) -> list[str]:
 def run(path: Path, folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run a notebook as a program in a folder; its pictures go to ``folder/pictures``."""
     (folder / "pictures").mkdir()
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "run_notebook.py"), str(path), "pictures"],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    program = ROOT / "tests" / "run_notebook.py"
+    return python(program, path, "pictures", cwd=folder, code=None, **environment)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -1,7 +1,7 @@
 """The distribution declares what it imports, and its wheel runs outside the checkout."""
 
 import ast
-import os
+import functools
 import re
 import shutil
 import subprocess
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from project import ROOT, project_files
+from project import ROOT, project_files, python
 
 import nat_jax
 
@@ -138,18 +138,9 @@ def test_the_wheel_runs_outside_the_checkout(wheel: Path, tmp_path: Path) -> Non
     elsewhere.mkdir()
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
     subprocess.run([*install, str(site), str(wheel)], check=True, timeout=300)
-    environment = os.environ | {"PYTHONPATH": str(site), "JAX_PLATFORMS": "cpu"}
-
-    def python(*arguments: str) -> str:
-        command = [sys.executable, *arguments]
-        done = subprocess.run(
-            command, cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=600
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout
-
-    where = python("-c", "import nat_jax; print(nat_jax.__file__, nat_jax.__version__)")
-    assert where.split() == [str(site / "nat_jax" / "__init__.py"), nat_jax.__version__]
-    python("-m", "nat_jax.main", "--config=configs/smoke.py", "--workdir=run")
+    outside = functools.partial(python, cwd=elsewhere, PYTHONPATH=str(site))
+    where = outside("-c", "import nat_jax; print(nat_jax.__file__, nat_jax.__version__)")
+    assert where.stdout.split() == [str(site / "nat_jax" / "__init__.py"), nat_jax.__version__]
+    outside("-m", "nat_jax.main", "--config=configs/smoke.py", "--workdir=run")
     assert (elsewhere / "run" / "report.html").stat().st_size > 1000
     assert (elsewhere / "run" / "metrics.jsonl").read_text().startswith("{")

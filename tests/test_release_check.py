@@ -3,11 +3,10 @@
 import importlib.util
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from project import ROOT
+from project import ROOT, python
 
 _SPEC = importlib.util.spec_from_file_location("release_check", ROOT / ".ci" / "release_check.py")
 assert _SPEC is not None and _SPEC.loader is not None
@@ -92,8 +91,7 @@ def test_nothing_is_built_of_what_is_not_ready(checkout: Path) -> None:
     (checkout / ".ci").mkdir()
     script = checkout / ".ci" / "release_check.py"
     script.write_text((ROOT / ".ci" / "release_check.py").read_text())
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 1
+    done = python(script, code=1)
     assert "not committed" in done.stderr and "1 to fix first" in done.stderr
     assert not (checkout / "dist").exists()
 

@@ -6,12 +6,10 @@ others without running them: they take hours, or want data or hardware. .ci/run 
 the linters.
 """
 
-import os
 import re
 import shlex
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +17,7 @@ import numpy as np
 import pytest
 from pages import CHECKS, MAIN, SHELL, TEXTS, blocks, commands, header
 from PIL import Image
-from project import ROOT
+from project import ROOT, python
 
 # test_contributing.py runs this one, which needs the recipes of the page.
 ELSEWHERE = {"python -m nat_jax.main --config=configs/bars.py"}
@@ -104,16 +102,7 @@ class Place:
         return self._printed[command]
 
     def call(self, arguments: list[str]) -> str:
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=self.folder,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-            capture_output=True,
-            text=True,
-            timeout=1500,
-        )
-        assert done.returncode == 0, f"{arguments}:\n{done.stderr[-3000:]}"
-        return done.stdout
+        return python(*arguments, cwd=self.folder).stdout
 
 
 @pytest.fixture(scope="module")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from small_run import changed
 
 from nat_jax import config, losses, models, optim, targets, train
 from nat_jax.models.layers import unit_norm
@@ -110,10 +111,7 @@ def digits(**changes):
     c.optim.learning_rate, c.optim.momentum = 0.1, 0.9
     c.targets.kind, c.optim.loss = "labels", "softmax"
     c.eval.probes, c.eval.layers, c.eval.labels_per_class = ("knn",), ("z",), (0,)
-    for key, value in changes.items():
-        group, _, name = key.partition("__")
-        c[group][name] = value
-    return c
+    return changed(c, **changes)
 
 
 @pytest.mark.slow

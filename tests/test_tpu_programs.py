@@ -6,12 +6,9 @@ Part of a pod is another machine to the compiler than the whole of it. Needs lib
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 
 import pytest
-from project import ROOT
+from project import python
 
 pytestmark = [
     pytest.mark.slow,
@@ -81,20 +78,11 @@ print(json.dumps(said))
 @pytest.fixture(scope="module", params=PODS)
 def said(request) -> dict[str, str]:
     variables = {
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, request.param],
-        env=os.environ | variables,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
+    done = python("-c", PROGRAM, request.param, **variables)
     return {"pod": request.param, **json.loads(done.stdout.splitlines()[-1])}
 
 

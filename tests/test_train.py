@@ -1,6 +1,5 @@
 """The whole run: train, judge, report, resume, and every mistake in one message."""
 
-import dataclasses
 import json
 import os
 import random
@@ -10,10 +9,10 @@ import subprocess
 import sys
 import time
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
+from processes import assert_same_bits, leaves_of
 from project import ROOT
 from small_run import tiny
 
@@ -25,14 +24,8 @@ from nat_jax.runtime.preemption import Preempted
 from nat_jax.training.checkpoint import CheckpointError, Checkpoints
 
 
-def leaves(state):
-    plain = dataclasses.replace(state, key=jax.random.key_data(state.key))
-    return [np.asarray(leaf) for leaf in jax.tree.leaves(plain)]
-
-
 def assert_same(one, other):
-    for left, right in zip(leaves(one), leaves(other), strict=True):
-        np.testing.assert_array_equal(left, right)
+    assert_same_bits(leaves_of(one), leaves_of(other))
 
 
 @pytest.fixture(scope="module")

@@ -76,12 +76,11 @@ class Evaluator:
             InputError: an unknown layer, or records that the task cannot be done on.
         """
         settings, data = config.eval, config.data
-        reading = {key: data[key] for key in ("threads", "workers", "prefetch", "timeout")}
         records = ProbeData(
             train,
             test,
             batch_size=settings.batch_size,
-            reading=reading,
+            reading=configs.reading(config),
             max_train=settings.max_train,
             seed=seed,
             cache=cache,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -172,23 +173,6 @@ def inverse_deviation(mean: jax.Array | np.ndarray, variance: jax.Array | np.nda
     return jnp.where(varies, 1.0 / jnp.sqrt(jnp.where(varies, variance, 1.0)), 0.0)
 
 
-def extract(apply: Apply, batches: Iterable[Batch]) -> dict[str, FeatureSet]:
-    """Run a network over batches and collect the features of every layer it returns.
-
-    Args:
-        apply: jitted function of uint8[B, H, W, 3] that returns {layer: float[B, ...]}.
-        batches: with "image", "label" int32[B] and "weight" float32[B]; rows of weight 0 are
-            dropped.
-
-    Returns:
-        A set for each layer, each record flattened to float32[F], in the order of the batches.
-
-    Raises:
-        InputError: no record is left.
-    """
-    return joined(columns for _, columns in extracted(apply, batches))
-
-
 def joined(parts: Iterable[Columns]) -> dict[str, FeatureSet]:
     """Join the columns that `extracted` yields, in memory.
 
@@ -216,40 +200,33 @@ def extracted(
     """Run a network over batches and return the features of their records.
 
     Args:
-        apply: see `extract`.
-        batches: see `extract`; with "index", which is -1 in rows of padding, it becomes a column.
+        apply: jitted function of uint8[B, H, W, 3] that returns {layer: float[B, ...]}.
+        batches: with "image", "label" int32[B] and "weight" float32[B]; with "index", which is -1
+            in rows of padding, it becomes a column.
         unreadable: features of records of weight 0 other than padding; None drops these records.
 
     Yields:
-        Each batch, and the columns of its records.
+        Each batch, and the columns of its records, flattened to float32[n, F].
     """
 
     def columns(batch: Batch, output: Mapping[str, jax.Array]) -> Columns:
         good = np.asarray(batch["weight"]) > 0
         keep = good if unreadable is None else np.asarray(batch[INDEX]) >= 0
-        ints = {
+        found: Columns = {
             name: np.asarray(batch[name], np.int32)[keep]
             for name in (LABEL, INDEX)
             if name in batch
         }
-        layers = {}
         for layer, values in output.items():
-            flat = np.asarray(values, np.float32).reshape(len(keep), -1)[keep]
-            layers[layer] = (
-                flat
-                if unreadable is None
-                else np.where(good[keep, None], flat, np.float32(unreadable))
-            )
-        return {**ints, **layers}
+            found[layer] = np.asarray(values, np.float32).reshape(len(keep), -1)[keep]
+            if unreadable is not None:
+                found[layer] = np.where(good[keep, None], found[layer], np.float32(unreadable))
+        return found
 
-    pending = None
-    for batch in batches:
-        output = apply(batch["image"])  # one batch is computed while the previous one is copied
-        if pending is not None:
-            yield pending[0], columns(*pending)
-        pending = batch, output
-    if pending is not None:
-        yield pending[0], columns(*pending)
+    outputs = ((batch, apply(batch["image"])) for batch in batches)
+    # One batch is computed while the previous one is copied.
+    for (batch, output), _ in itertools.pairwise(itertools.chain(outputs, [({}, {})])):
+        yield batch, columns(batch, output)
 
 
 def raw_pixels(images: np.ndarray | jax.Array, max_features: int) -> jax.Array:

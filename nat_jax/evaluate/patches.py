@@ -19,17 +19,16 @@ from nat_jax.input import counter_random
 
 _CONTRAST_FLOOR = 10.0  # added to the variance of a patch, in grey levels squared
 _WHITENING_FLOOR = 0.1  # added to the eigenvalues of the normalised patches' covariance
+_PER_IMAGE, _MOST_PATCHES = 8, 400_000  # drawn of each image, and in all
 _ROWS = 8192  # patches whose distances to all centroids are held at a time
 _WINDOWS = 4096  # about as many windows of images at a time
 _EXACT = jax.lax.Precision.HIGHEST
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class PatchDictionary:
     """What was learned from patches; call it with images.
-
-    ``features.extract(lambda images: {"patches": dictionary(images)}, batches)`` returns the
-    feature sets that every probe takes.
 
     Attributes:
         mean: float32[d] of the normalised patches, d = 3 size^2.
@@ -42,8 +41,8 @@ class PatchDictionary:
     mean: np.ndarray
     whitener: np.ndarray
     centroids: np.ndarray
-    size: int
-    stride: int
+    size: int = dataclasses.field(metadata={"static": True})
+    stride: int = dataclasses.field(metadata={"static": True})
 
     def __call__(self, images: np.ndarray | jax.Array) -> jax.Array:
         """Describe images.
@@ -60,15 +59,7 @@ class PatchDictionary:
         _check_images(images, self.size)
         windows = [(side - self.size) // self.stride + 1 for side in images.shape[1:3]]
         most = max(1, _WINDOWS // (windows[0] * windows[1]))
-        return _describe(
-            jnp.asarray(images),
-            self.mean,
-            self.whitener,
-            self.centroids,
-            size=self.size,
-            stride=self.stride,
-            most=most,
-        )
+        return _describe(self, jnp.asarray(images), most)
 
 
 def learn_patches(
@@ -77,8 +68,6 @@ def learn_patches(
     centroids: int = 1600,
     size: int = 6,
     stride: int = 1,
-    per_image: int = 8,
-    most_patches: int = 400_000,
     iterations: int = 50,
     seed: int = 0,
 ) -> PatchDictionary:
@@ -94,23 +83,21 @@ def learn_patches(
         size: side of a patch in pixels.
         stride: pixels between the windows of an image that is described; 1 is published, larger
             ones suit larger images.
-        per_image: patches drawn from each image.
-        most_patches: later images are not looked at once there are as many.
         iterations: of k-means at most; it stops when no patch changes its centroid.
         seed: of the patches and the first centroids.
 
     Raises:
         InputError: an option below 1, images that are smaller than a patch, or too few patches.
     """
-    options = {"centroids": centroids, "size": size, "stride": stride, "per_image": per_image}
-    for name, value in {**options, "iterations": iterations}.items():
+    options = {"centroids": centroids, "size": size, "stride": stride, "iterations": iterations}
+    for name, value in options.items():
         if value < 1:
             raise InputError(f"patches: {name}: expected at least 1, got {value}")
-    patches = _sample(batches, size, per_image, most_patches, seed)
+    patches = _sample(batches, size, seed)
     if len(patches) < 2 * centroids:
         raise InputError(
             f"patches: expected at least {2 * centroids} patches for {centroids} centroids, got "
-            f"{len(patches)}; give more images, or raise per_image or most_patches"
+            f"{len(patches)}; give more images, or fewer centroids"
         )
     normal = np.asarray(_normalised(patches.reshape(len(patches), -1)))
     mean, whitener = _zca(normal)
@@ -169,25 +156,23 @@ def _check_images(images: np.ndarray | jax.Array, size: int) -> None:
         )
 
 
-def _sample(
-    batches: Iterable[np.ndarray], size: int, per_image: int, most: int, seed: int
-) -> np.ndarray:
-    """Return uint8[n, size, size, 3], `per_image` random patches of each image."""
+def _sample(batches: Iterable[np.ndarray], size: int, seed: int) -> np.ndarray:
+    """Return uint8[n, size, size, 3], random patches of the first images."""
     key, seen = counter_random.stream(seed), 0
     parts: list[np.ndarray] = [np.zeros((0, size, size, 3), np.uint8)]
     for images in batches:
-        if seen * per_image >= most:
+        if seen * _PER_IMAGE >= _MOST_PATCHES:
             break
         _check_images(images, size)
         numbers = np.arange(seen, seen + len(images))
         seen += len(images)
-        draws = counter_random.uniform(key, numbers, 2 * per_image).reshape(-1, per_image, 2)
+        draws = counter_random.uniform(key, numbers, 2 * _PER_IMAGE).reshape(-1, _PER_IMAGE, 2)
         room = np.array(images.shape[1:3]) - size + 1
         top, left = np.moveaxis((draws * room).astype(np.int64), 2, 0)
         windows = np.lib.stride_tricks.sliding_window_view(images, (size, size), axis=(1, 2))
-        picked = windows[np.arange(len(images))[:, None], top, left]  # [B, per_image, 3, s, s]
+        picked = windows[np.arange(len(images))[:, None], top, left]  # [B, _PER_IMAGE, 3, s, s]
         parts.append(np.moveaxis(picked, 2, -1).reshape(-1, size, size, 3))
-    return np.concatenate(parts)[:most]
+    return np.concatenate(parts)[:_MOST_PATCHES]
 
 
 @jax.jit
@@ -215,45 +200,35 @@ def _nearest(points: jax.Array, centroids: jax.Array) -> tuple[jax.Array, jax.Ar
     return index, jnp.sqrt(jnp.min(squares, axis=1))
 
 
-def _square_distances(points: jax.Array, centroids: jax.Array) -> jax.Array:
+def _square_distances(points: jax.Array, centroids: np.ndarray | jax.Array) -> jax.Array:
     """Return float32[..., K], never negative, of points [..., d]."""
     products = jnp.matmul(points, centroids.T, precision=_EXACT)
     own = jnp.sum(jnp.square(points), axis=-1, keepdims=True)
     return jnp.maximum(own - 2 * products + jnp.sum(jnp.square(centroids), axis=1), 0.0)
 
 
-@functools.partial(jax.jit, static_argnames=("size", "stride", "most"))
-def _describe(
-    images: jax.Array,
-    mean: jax.Array,
-    whitener: jax.Array,
-    centroids: jax.Array,
-    *,
-    size: int,
-    stride: int,
-    most: int,
-) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="most")
+def _describe(dictionary: PatchDictionary, images: jax.Array, most: int) -> jax.Array:
     """Describe images [B, H, W, 3], `most` at a time."""
+    size, stride = dictionary.size, dictionary.stride
 
     def one(image: jax.Array) -> jax.Array:
         rows, cols = ((side - size) // stride + 1 for side in image.shape[:2])
+        high, wide = (stride * (count - 1) + 1 for count in (rows, cols))
         pixels = [
-            image[
-                i : i + stride * (rows - 1) + 1 : stride, j : j + stride * (cols - 1) + 1 : stride
-            ]
+            image[i : i + high : stride, j : j + wide : stride]
             for i in range(size)
             for j in range(size)
         ]
         patches = jnp.concatenate(pixels, axis=-1)  # [rows, cols, size * size * 3]
-        white = jnp.matmul(_normalised(patches) - mean, whitener, precision=_EXACT)
-        distance = jnp.sqrt(_square_distances(white, centroids))
+        centred = _normalised(patches) - dictionary.mean
+        white = jnp.matmul(centred, dictionary.whitener, precision=_EXACT)
+        distance = jnp.sqrt(_square_distances(white, dictionary.centroids))
         nearness = jnp.maximum(jnp.mean(distance, axis=-1, keepdims=True) - distance, 0.0)
         row, col = (rows + 1) // 2, (cols + 1) // 2
-        quadrants = (nearness[a, b] for a in _halves(row) for b in _halves(col))
+        quadrants = (
+            part for half in jnp.split(nearness, [row]) for part in jnp.split(half, [col], axis=1)
+        )
         return jnp.concatenate([jnp.sum(part, axis=(0, 1)) for part in quadrants])
 
     return jax.lax.map(one, images, batch_size=most)
-
-
-def _halves(middle: int) -> tuple[slice, slice]:
-    return slice(None, middle), slice(middle, None)

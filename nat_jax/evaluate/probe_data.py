@@ -24,7 +24,7 @@ from nat_jax.evaluate.features import (
     featured,
     joined,
 )
-from nat_jax.evaluate.store import FeatureStore
+from nat_jax.evaluate.store import FeatureStore, check_room
 from nat_jax.input import pipeline
 from nat_jax.input.bad_records import BadRecords
 from nat_jax.input.reader import ImageCache
@@ -32,6 +32,10 @@ from nat_jax.input.sources import Source
 from nat_jax.input.sources.subset import Subset
 from nat_jax.input.transforms import Transform
 
+_LESS = (
+    "Lower eval.max_train or eval.max_features, name fewer eval.layers, or take a --workdir on a "
+    "larger disk"
+)
 TRAIN, TEST = "train", "test"
 _SHOWN = 5  # names of classes in a message
 
@@ -139,8 +143,8 @@ class ProbeData:
         if self._store is None:
             return joined(self._columns(extractor, split, wanted))
         keys = {layer: self._key(extractor, split, layer) for layer in wanted}
-        kept = {layer: self._store.find(key) for layer, key in keys.items()}
-        found = {layer: features for layer, features in kept.items() if features is not None}
+        kept = ((layer, self._store.find(key)) for layer, key in keys.items())
+        found = {layer: features for layer, features in kept if features is not None}
         keys = {layer: key for layer, key in keys.items() if layer not in found}
         if keys:
             columns = self._columns(extractor, split, tuple(keys))
@@ -151,7 +155,7 @@ class ProbeData:
             if split == TRAIN and self._store.find(self._key(extractor, TEST, wanted[0])) is None:
                 records += len(self.test)
             row_bytes = sum(first[layer].shape[1] * 4 + 8 for layer in keys)
-            self._store.check_room(records * row_bytes)
+            check_room(self._store.folder, records * row_bytes, _LESS)
             found |= self._store.write(keys, itertools.chain([first], columns))
         return {layer: found[layer] for layer in wanted}
 

@@ -143,8 +143,12 @@ def _score_probes(
     """
     train, test = sets
     rows: list[Row] = []
+    some, names = next(iter(train.values())), None
+    if any(amounts):
+        assert some.index is not None
+        names = [inputs.data.train.record_name(int(i)) for i in some.index]
     for amount in amounts:
-        chosen = _few(inputs, next(iter(train.values())), amount, split)
+        chosen = few_labels(some.labels, amount, seed=split, names=names) if amount else None
         for layer in train:
             known = train[layer] if chosen is None else train[layer].of(chosen)
             for probe in inputs.settings.probes:
@@ -157,15 +161,6 @@ def _score_probes(
                 )
                 rows.append(row(layer, name, probe, labels_name(amount), value))
     return rows
-
-
-def _few(inputs: TaskInputs, train: FeatureSet, amount: float, split: int) -> np.ndarray | None:
-    """Return the rows of a subset with few labels; None for all."""
-    if amount == configs.LABELS_ALL:
-        return None
-    assert train.index is not None
-    names = [inputs.data.train.record_name(int(i)) for i in train.index]
-    return few_labels(train.labels, amount, seed=split, names=names)
 
 
 def _score_trained(inputs: TaskInputs, extractor: FeatureExtractor) -> Scored:
@@ -183,12 +178,17 @@ def _state_trained(inputs: TaskInputs) -> dict[str, Any]:
     settings, records = inputs.settings, len(inputs.data.train)
     return {
         "eval": configs.to_dict(settings),
-        "probes": {
-            probe: evaluate.protocol(probe, probe_options(probe, settings, records))
-            for probe in settings.probes
-        },
+        "probes": _stated(settings, records),
         "subsets": _SUBSETS,
         "layers": list(inputs.layers),
+    }
+
+
+def _stated(settings: ConfigDict, records: int) -> dict[str, Any]:
+    """State the probes of ``eval.probes`` that learn on some records."""
+    return {
+        probe: evaluate.protocol(probe, probe_options(probe, settings, records))
+        for probe in settings.probes
     }
 
 
@@ -317,11 +317,7 @@ def _state_few(inputs: TaskInputs) -> dict[str, Any]:
         "subsets": _SUBSETS,
         "splits": list(settings.few_splits),
         "probes": {
-            labels_name(amount): {
-                probe: evaluate.protocol(probe, probe_options(probe, settings, count(amount)))
-                for probe in settings.probes
-            }
-            for amount in settings.few_labels
+            labels_name(amount): _stated(settings, count(amount)) for amount in settings.few_labels
         },
     }
 

@@ -9,6 +9,8 @@ states these and a checksum of each file. A folder gets its name when it is comp
 import hashlib
 import json
 import logging
+import math
+import os
 import shutil
 import tempfile
 import time
@@ -16,8 +18,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -36,7 +37,7 @@ _PIECE = 16 << 20  # bytes read at once where a checksum is compared
 Key = Mapping[str, Any]
 
 
-class FeatureFiles:
+class FeatureFiles(ExitStack):
     """The .npy files of one folder, which grow together; as a context, it closes them.
 
     Args:
@@ -45,77 +46,49 @@ class FeatureFiles:
     """
 
     def __init__(self, folder: Path, done: int = 0):
+        super().__init__()
         self.folder, self.rows = folder, done
-        self._files: dict[str, _GrowingArray] = {}
+        self.checksums: dict[str, int] = {}  # CRC-32 of the rows that were added
+        self._files: dict[str, IO[bytes]] = {}
+        self._headers: dict[str, dict[str, Any]] = {}
 
     def append(self, columns: Columns) -> None:
         """Append some rows: arrays [n, ...] by the name of their file."""
         for name, values in columns.items():
             if name not in self._files:
-                path = self.folder / f"{name}.npy"
-                self._files[name] = _GrowingArray(path, values.dtype, values.shape[1:], self.rows)
-            self._files[name].append(values)
+                self._open(name, values)
+            rows = np.ascontiguousarray(values)
+            self._files[name].write(rows.data)
+            self.checksums[name] = zlib.crc32(rows.data, self.checksums[name])
         self.rows += len(next(iter(columns.values())))
 
     def sync(self) -> None:
         """Wait until the disk has all rows."""
         for file in self._files.values():
-            file.sync()
-
-    def finish(self) -> dict[str, int]:
-        """Write the number of rows, wait for the disk, and return the CRC-32 of what was added."""
-        for file in self._files.values():
-            file.finish()
-        return {name: file.checksum for name, file in self._files.items()}
-
-    def __enter__(self) -> "FeatureFiles":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
-        for file in self._files.values():
-            file.close()
-
-
-class _GrowingArray:
-    """An .npy file that is written from its first row to its last."""
-
-    def __init__(self, path: Path, dtype: np.dtype, shape: tuple[int, ...], done: int):
-        self._dtype, self._shape, self._rows = dtype, shape, done
-        self._file = path.open("r+b" if done else "w+b")
-        self._write_header()
-        row_bytes = int(np.prod(shape)) * dtype.itemsize
-        self._file.truncate(self._file.tell() + done * row_bytes)
-        self._file.seek(0, 2)
-        self.checksum = 0
-
-    def append(self, values: np.ndarray) -> None:
-        rows = np.ascontiguousarray(values, self._dtype)
-        self._file.write(rows.data)
-        self.checksum = zlib.crc32(rows.data, self.checksum)
-        self._rows += len(rows)
-
-    def sync(self) -> None:
-        self._file.flush()
-        sync(Path(self._file.name))
+            file.flush()
+            os.fsync(file.fileno())
 
     def finish(self) -> None:
-        self._file.seek(0)
-        self._write_header()
+        """Write the number of rows, and wait for the disk."""
+        for name, file in self._files.items():
+            file.seek(0)
+            self._write_header(name)
         self.sync()
 
-    def close(self) -> None:
-        self._file.close()
+    def _open(self, name: str, values: np.ndarray) -> None:
+        path, mode = self.folder / f"{name}.npy", "r+b" if self.rows else "w+b"
+        self._files[name] = file = self.enter_context(path.open(mode))
+        self._headers[name] = np.lib.format.header_data_from_array_1_0(values[:0])
+        self._write_header(name)
+        file.truncate(file.tell() + self.rows * values.itemsize * math.prod(values.shape[1:]))
+        file.seek(0, os.SEEK_END)
+        self.checksums[name] = 0
 
-    def _write_header(self) -> None:
-        """Write the header, whose length does not depend on the number of rows."""
-        header = {
-            "descr": np.lib.format.dtype_to_descr(self._dtype),
-            "fortran_order": False,
-            "shape": (self._rows, *self._shape),
-        }
-        np.lib.format.write_array_header_1_0(self._file, header)
+    def _write_header(self, name: str) -> None:
+        """Write a header, whose length does not depend on the number of rows."""
+        header = self._headers[name]
+        header["shape"] = (self.rows, *header["shape"][1:])
+        np.lib.format.write_array_header_1_0(self._files[name], header)
 
 
 class FeatureStore:
@@ -126,7 +99,7 @@ class FeatureStore:
     """
 
     def __init__(self, folder: Path):
-        self._folder = folder
+        self.folder = folder
         self._verified: set[Path] = set()  # compared with their checksums by this process
 
     def find(self, key: Key) -> FeatureSet | None:
@@ -163,14 +136,14 @@ class FeatureStore:
         Returns:
             {layer: features}, mapped from their files.
         """
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for partial in self._folder.glob(f"*{_PARTIAL}"):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for partial in self.folder.glob(f"*{_PARTIAL}"):
             if time.time() - partial.stat().st_mtime > _ABANDONED:
                 shutil.rmtree(partial, ignore_errors=True)
         with ExitStack() as stack:
             files = {}
             for layer in keys:
-                partial = Path(tempfile.mkdtemp(_PARTIAL, ".", self._folder))
+                partial = Path(tempfile.mkdtemp(_PARTIAL, ".", self.folder))
                 stack.callback(shutil.rmtree, partial, ignore_errors=True)
                 files[layer] = stack.enter_context(FeatureFiles(partial))
             for columns in parts:
@@ -181,7 +154,8 @@ class FeatureStore:
 
     def _publish(self, files: FeatureFiles, key: Key) -> FeatureSet:
         """Rename a complete entry; if another process was faster, its own entry stays."""
-        workdirs.write_json(files.folder / _CARD, {"key": key, "crc32": files.finish()})
+        files.finish()
+        workdirs.write_json(files.folder / _CARD, {"key": key, "crc32": files.checksums})
         sync(files.folder / _CARD)
         sync(files.folder)
         features, place = _opened(files.folder), self._place(key)
@@ -192,20 +166,11 @@ class FeatureStore:
                 raise
         else:
             self._verified.add(place)
-            sync(self._folder)
+            sync(self.folder)
         return features  # mapped, hence readable whatever happens to the files
 
-    def check_room(self, needed: int) -> None:
-        """Check that the disk has room for some bytes; see ``check_room``."""
-        check_room(
-            self._folder,
-            needed,
-            "Lower eval.max_train or eval.max_features, name fewer eval.layers, or take a "
-            "--workdir on a larger disk",
-        )
-
     def _place(self, key: Key) -> Path:
-        return self._folder / fingerprint(key)[:24]
+        return self.folder / fingerprint(key)[:24]
 
 
 def check_room(folder: Path, needed: int, advice: str) -> None:

@@ -5,6 +5,7 @@ the protocols.
 """
 
 import contextlib
+import functools
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -99,14 +100,7 @@ def _set_up(config: ConfigDict, workdir: Path) -> list[Seed]:
     """Load the networks and open the records; every mistake is found here."""
     images, seeds = ImageCache(), []
     store = FeatureStore(workdir / "features_cache")
-    opened: dict[tuple[str, str, int], Source] = {}
-
-    def source(spec: str, split: str, per_class: int = 0) -> Source:
-        key = (spec, split, per_class)
-        if key not in opened:
-            opened[key] = open_source(spec, split, per_class=per_class)
-        return opened[key]
-
+    source = functools.cache(open_source)
     several = seeds_of(config, workdir)
     for seed in several if config.task in PROTOCOLS else several[:1]:  # of pictures one is enough
         networks = load_networks(config, workdir, seed)
@@ -119,7 +113,7 @@ def _set_up(config: ConfigDict, workdir: Path) -> list[Seed]:
             learn = settings.eval.train_source or test
             evaluator = Evaluator(
                 settings,
-                source(learn, "train", settings.data.per_class if learn == own else 0),
+                source(learn, per_class=settings.data.per_class if learn == own else 0),
                 source(test, "test"),
                 networks.network.model,
                 task=config.task,
@@ -146,7 +140,7 @@ def _own_data(config: ConfigDict, networks: Networks, source: Callable[..., Sour
     trained_on = networks.network.run.get("data")
     with contextlib.suppress(ValueError):  # what is not there matters only if the other is not
         few = networks.settings.data.per_class
-        if trained_on is not None and source(wanted, "train", few).fingerprint == trained_on:
+        if trained_on is not None and source(wanted, per_class=few).fingerprint == trained_on:
             return wanted
     try:
         source(own, "test")

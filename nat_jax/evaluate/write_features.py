@@ -34,6 +34,10 @@ from nat_jax.training import workdir as workdirs
 logger = logging.getLogger(__name__)
 
 _CARD, _PROGRESS, _NAMES = "features.json", "progress.json", "names.jsonl"
+_LESS = (
+    "Lower eval.max_features, name fewer eval.layers, or name a folder on a larger disk with "
+    "--config.features.to=DIR"
+)
 _SAVE_EVERY = 10.0  # seconds of work that a killed run may lose
 
 
@@ -113,7 +117,8 @@ def _write(
             progress = {"done": 0, "names": 0}
         elif progress["done"]:
             logger.info("%s: continues at record %d", folder, progress["done"])
-        _append(partial, progress, protocol, settings, network, source)
+        computed = _computed(settings, network, source, progress["done"])
+        _append(partial, progress, protocol, computed)
         card = {**protocol, "source": source.name, "class_names": source.class_names}
         workdirs.write_json(partial / _CARD, card)
         (partial / _PROGRESS).unlink(missing_ok=True)
@@ -125,26 +130,20 @@ def _append(
     partial: Path,
     progress: Mapping[str, Any],
     protocol: Mapping[str, Any],
-    settings: ConfigDict,
-    network: Bundle,
-    source: Source,
+    computed: Iterator[tuple[Columns, list[str]]],
 ) -> None:
     """Write the records that are not done yet, and from time to time how many are."""
+    done, records = progress["done"], protocol["records"]
     names = (partial / _NAMES).open("r+b" if progress["names"] else "w+b")
     names.truncate(progress["names"])
     names.seek(progress["names"])
-    bar = tqdm(total=len(source), initial=progress["done"], unit="image", disable=None)
+    bar = tqdm(total=records, initial=done, unit="image", disable=None)
     saved = time.monotonic()
-    with names, bar, FeatureFiles(partial, progress["done"]) as files:
-        for columns, batch_names in _computed(settings, network, source, files.rows):
-            if files.rows == progress["done"]:
+    with names, bar, FeatureFiles(partial, done) as files:
+        for columns, batch_names in computed:
+            if files.rows == done:
                 row_bytes = sum(v[0].nbytes for v in columns.values())
-                check_room(
-                    partial,
-                    row_bytes * (len(source) - files.rows),
-                    "Lower eval.max_features, name fewer eval.layers, or name a folder on a larger "
-                    "disk with --config.features.to=DIR",
-                )
+                check_room(partial, row_bytes * (records - done), _LESS)
             files.append(columns)
             names.write("".join(json.dumps(name) + "\n" for name in batch_names).encode())
             bar.update(files.rows - bar.n)
@@ -152,8 +151,8 @@ def _append(
                 files.sync()
                 names.flush()
                 os.fsync(names.fileno())
-                done = {"done": files.rows, "names": names.tell(), "asked": protocol}
-                workdirs.write_json(partial / _PROGRESS, done)
+                state = {"done": files.rows, "names": names.tell(), "asked": protocol}
+                workdirs.write_json(partial / _PROGRESS, state)
                 saved = time.monotonic()
         files.finish()
         names.flush()
@@ -173,10 +172,7 @@ def _computed(
         rest,
         network.transform,
         batch_size=settings.eval.batch_size,
-        threads=settings.data.threads,
-        workers=settings.data.workers,
-        prefetch=settings.data.prefetch,
-        timeout=settings.data.timeout,
+        **configs.reading(settings),
     )
     with closing(batches):
         for batch, columns in extracted(extract, batches, unreadable=np.nan):

@@ -7,17 +7,14 @@ repaired.
 """
 
 import hashlib
-import io
-import itertools
 import logging
 import os
 import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,7 +35,7 @@ from nat_jax.input.sources.metadata import (
     shard_names,
 )
 from nat_jax.input.sources.shards import count_records
-from nat_jax.input.sources.source import SPLITS, Record, Source, UnreadableRecord
+from nat_jax.input.sources.source import SPLITS, Record, UnreadableRecord
 from nat_jax.runtime import atomic_files
 
 _log = logging.getLogger(__name__)
@@ -53,9 +50,7 @@ _MIB = 2**20
 # Images are compressed already: on 1,920 JPEGs (10.5 KB each) zstd saves 1 %, and makes writing
 # three times and reading one and a half times as long.
 _OPTIONS = "group_size:1,uncompressed"
-_PARTIAL = re.compile(
-    r"\..*(array_record|\.json|\.npy|\.txt|SHA256SUMS).*\d"
-)  # of a killed process
+_PARTIAL = re.compile(r"\..*(array_record|json|npy|txt|SHA256SUMS).*\d")  # of a killed process
 
 
 class ConversionError(UserError, RuntimeError):
@@ -100,9 +95,9 @@ def convert(spec: str, to: str | None, *, shard_mb: int = 1024) -> Path:
             manifest = _begin(folder, spec, sources, shard_mb)
             written = _write_shards(folder, manifest, sources)
             _write_metadata(folder, manifest, sources)
+        except UserError:
+            raise
         except (OSError, RuntimeError) as error:
-            if isinstance(error, UserError):
-                raise
             raise ConversionError(
                 f"cannot write {folder}: {error}. Finished shards are kept: put right what is "
                 "wrong (make room, for instance), and run the same command again"
@@ -128,8 +123,7 @@ def _begin(folder: Path, spec: str, sources: dict[str, FolderSource], shard_mb: 
         if _PARTIAL.fullmatch(path.name):
             path.unlink()
     if manifest is None:
-        others = sorted(os.listdir(folder))
-        if others:
+        if others := sorted(os.listdir(folder)):
             raise InputError(
                 f"convert.to: {folder} holds something else, such as {others[0]}; "
                 "name an empty or a new folder"
@@ -162,23 +156,8 @@ def _plan(source: FolderSource, shard_mb: int) -> Json:
     return {
         "fingerprint": source.fingerprint,
         "class_names": None if source.class_names is None else list(source.class_names),
-        "has_labels": source.labels is not None,
         "lengths": [count // shards + (i < count % shards) for i in range(shards)],
     }
-
-
-def _read(source: Source, rows: Sequence[int]) -> Iterator[Record | UnreadableRecord]:
-    """Yield records in order, or why one cannot be read, while threads read the next ones."""
-
-    def read(row: int) -> Record | UnreadableRecord:
-        try:
-            return source[row]
-        except UnreadableRecord as error:
-            return error
-
-    with ThreadPoolExecutor(_READERS) as pool:
-        for start in range(0, len(rows), _AHEAD):
-            yield from pool.map(read, rows[start : start + _AHEAD])
 
 
 def _write_shards(folder: Path, manifest: Json, sources: dict[str, FolderSource]) -> int:
@@ -186,62 +165,54 @@ def _write_shards(folder: Path, manifest: Json, sources: dict[str, FolderSource]
     from tqdm import tqdm
     from tqdm.contrib.logging import logging_redirect_tqdm
 
-    written = 0
-    total = sum(map(len, sources.values()))
-    columns, lines = shutil.get_terminal_size()  # also where a terminal reports that it has none
-    bar = tqdm(total=total, unit="image", disable=None, ncols=columns, nrows=lines)
     package = logging.getLogger("nat_jax")
     shown = package if package.handlers else logging.getLogger()
-    with bar, nullcontext() if bar.disable else logging_redirect_tqdm([shown]):
+    columns, lines = shutil.get_terminal_size()  # also where a terminal reports that it has none
+    size = {"ncols": columns, "nrows": lines}
+    bar = tqdm(total=sum(map(len, sources.values())), unit="image", disable=None, **size)
+    shards, written = manifest["shards"], 0
+    labelled = any(plan["class_names"] is not None for plan in manifest["splits"].values())
+    with bar, logging_redirect_tqdm([shown]):
         for split, source in sources.items():
             lengths = manifest["splits"][split]["lengths"]
-            ends = itertools.accumulate(lengths, initial=0)
-            rows = itertools.starmap(range, itertools.pairwise(ends))
-            names = shard_names(manifest["name"], split, len(lengths))
-            for name, part in zip(names, rows, strict=True):
-                path, noted = folder / name, manifest["shards"].get(name)
-                if noted is not None:
-                    if path.exists() and atomic_files.sha256(path) == noted["sha256"]:
-                        bar.update(len(part))
-                        continue
-                    problem = "damaged (its checksum differs)" if path.exists() else "missing"
-                    _log.warning("convert: %s is %s; it is made again", path, problem)
-                    del manifest["shards"][name]
-                shard = _write_shard(path, manifest, source, part, bar)
-                # In the same order whatever was finished first.
-                manifest["shards"] = dict(sorted({**manifest["shards"], name: shard}.items()))
-                _put(folder / MANIFEST, atomic_files.as_json(manifest))
-                _log.info("convert: wrote %s: %s images", name, f"{len(part):,}")
-                written += 1
+            allowed, bad = max(1, len(source) // _BAD_SHARE), []
+            stop = 0
+            for name, length in zip(_names(manifest, split), lengths, strict=True):
+                rows = range(stop, stop := stop + length)
+                path, noted = folder / name, shards.get(name)
+                if path.exists() and noted and atomic_files.sha256(path) == noted["sha256"]:
+                    bar.update(length)
+                else:
+                    if noted:
+                        problem = "damaged (its checksum differs)" if path.exists() else "missing"
+                        _log.warning("convert: %s is %s; it is made again", path, problem)
+                    shards[name] = _write_shard(path, source, rows, labelled, bar)
+                    _put(folder / MANIFEST, atomic_files.as_json(manifest))
+                    _log.info("convert: wrote %s: %s images", name, f"{length:,}")
+                    written += 1
+                bad += shards[name]["unreadable"]
+                if len(bad) > allowed:
+                    raise ConversionError(
+                        f"convert: more than {allowed} of the {len(source)} records of "
+                        f"{source.name} ({split}) cannot be read, such as {bad[-1]}. At most 1 % "
+                        "may be: repair or delete these files. Finished shards are kept"
+                    )
     return written
 
 
-def _write_shard(path: Path, manifest: Json, source: FolderSource, rows: range, bar: Any) -> Json:
+def _write_shard(path: Path, source: FolderSource, rows: range, labelled: bool, bar: Any) -> Json:
     """Write one shard; return what the manifest notes of it."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    labelled = any(plan["class_names"] is not None for plan in manifest["splits"].values())
-    finished = [s for name, s in manifest["shards"].items() if f"-{source.split}." in name]
-    lost = sum(len(shard["unreadable"]) for shard in finished)
-    allowed = max(1, len(source) // _BAD_SHARE)
     num_bytes, unreadable = 0, []
     with atomic_files.replacing(path) as partial:
         writer = ArrayRecordWriter(str(partial), _OPTIONS)
-        for record in _read(source, rows):
-            if isinstance(record, UnreadableRecord):
-                image, label, name = b"", record.label, record.name
-                unreadable.append(name)
-                if lost + len(unreadable) > allowed:
-                    raise ConversionError(
-                        f"convert: more than {allowed} of the {len(source)} records of "
-                        f"{source.name} ({source.split}) cannot be read, the last because "
-                        f"{record}. At most 1 % may be: repair or delete these files. Finished "
-                        "shards are kept"
-                    )
-                _log.warning("convert: unreadable, kept as an empty image: %s", record)
-            else:
-                image, label, name = cast(bytes, record["image"]), record["label"], record["name"]
-            data = example(image, label if labelled else None, name)
+        for record, error in _read(source, rows):
+            if error is not None:
+                unreadable.append(record["name"])
+                _log.warning("convert: unreadable, kept as an empty image: %s", error)
+            label = record["label"] if labelled else None
+            data = example(cast(bytes, record["image"]), label, record["name"])
             writer.write(data)
             num_bytes += len(data)
             bar.update()
@@ -252,28 +223,26 @@ def _write_shard(path: Path, manifest: Json, source: FolderSource, rows: range, 
     return {"sha256": checksum, "num_bytes": num_bytes, "unreadable": unreadable}
 
 
+def _read(source: FolderSource, rows: range) -> Iterator[tuple[Record, UnreadableRecord | None]]:
+    """Yield records in order, the unreadable ones empty, while threads read the next ones."""
+
+    def read(row: int) -> tuple[Record, UnreadableRecord | None]:
+        try:
+            return source[row], None
+        except UnreadableRecord as error:
+            return Record(index=row, name=error.name, label=error.label, image=b""), error
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        for start in range(0, len(rows), _AHEAD):
+            yield from pool.map(read, rows[start : start + _AHEAD])
+
+
 def _write_metadata(folder: Path, manifest: Json, sources: dict[str, FolderSource]) -> None:
     """Write what TFDS and we read next to the shards, or what of it differs."""
-    files = _tfds_files(manifest)
-    for split, source in sources.items():
-        file = io.BytesIO()
-        np.save(file, np.asarray(source.labels))
-        files[labels_file(folder, split).name] = file.getvalue()
-    files[INFO] = files.pop(INFO)  # the last one: it makes the folder a source
-    for name, data in files.items():
-        _put(folder / name, data)
-    files[MANIFEST] = (folder / MANIFEST).read_bytes()
-    sums = {name: shard["sha256"] for name, shard in manifest["shards"].items()}
-    sums |= {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
-    _put(folder / _SUMS, atomic_files.sums_text(sums))
-
-
-def _tfds_files(manifest: Json) -> dict[str, bytes]:
-    """Return the metadata as TFDS writes them, by name; numbers are strings in JSON of protos."""
     import tensorflow_datasets as tfds
 
-    features: dict[str, Any] = {"image": tfds.features.Image(), "file_name": tfds.features.Text()}
     plans, shards = manifest["splits"], manifest["shards"]
+    features: dict[str, Any] = {"image": tfds.features.Image(), "file_name": tfds.features.Text()}
     classes = next((p["class_names"] for p in plans.values() if p["class_names"] is not None), None)
     if classes is not None:
         # TFDS keeps names as lines without space around them; the manifest has them as they are.
@@ -282,21 +251,30 @@ def _tfds_files(manifest: Json) -> dict[str, bytes]:
         features["label"] = tfds.features.ClassLabel(**names)
     with tempfile.TemporaryDirectory() as scratch:
         tfds.features.FeaturesDict(features).save_config(scratch)
+        for split, source in sources.items():
+            np.save(labels_file(Path(scratch), split), source.labels)
         files = {path.name: path.read_bytes() for path in sorted(Path(scratch).iterdir())}
-    splits = []
-    for split, plan in plans.items():
-        lengths = plan["lengths"]
-        written = [shards[n] for n in shard_names(manifest["name"], split, len(lengths))]
-        splits.append(
-            {
-                "name": split,
-                "filepathTemplate": TEMPLATE,
-                "numBytes": str(sum(shard["num_bytes"] for shard in written)),
-                "shardLengths": list(map(str, lengths)),
-            }
-        )
-    info = {"name": manifest["name"], "version": "1.0.0", "fileFormat": "array_record"}
-    return files | {INFO: atomic_files.as_json(info | {"splits": splits})}
+    info: Json = {"name": manifest["name"], "version": "1.0.0", "fileFormat": "array_record"}
+    info["splits"] = [
+        {  # numbers are strings in JSON of protos
+            "name": split,
+            "filepathTemplate": TEMPLATE,
+            "numBytes": str(sum(shards[n]["num_bytes"] for n in _names(manifest, split))),
+            "shardLengths": list(map(str, plan["lengths"])),
+        }
+        for split, plan in plans.items()
+    ]
+    files[INFO] = atomic_files.as_json(info)  # the last one: it makes the folder a source
+    for name, data in files.items():
+        _put(folder / name, data)
+    files[MANIFEST] = (folder / MANIFEST).read_bytes()
+    sums = {name: shard["sha256"] for name, shard in shards.items()}
+    sums |= {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}
+    _put(folder / _SUMS, atomic_files.sums_text(sums))
+
+
+def _names(manifest: Json, split: str) -> list[str]:
+    return shard_names(manifest["name"], split, len(manifest["splits"][split]["lengths"]))
 
 
 def _put(path: Path, data: bytes) -> None:

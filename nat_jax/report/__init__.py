@@ -1,12 +1,10 @@
 """Tables, charts, pictures and the report page of a run."""
 
-from nat_jax.report.charts import curves
 from nat_jax.report.page import write_report
 from nat_jax.report.pictures import filters, neighbours, stacked
 from nat_jax.report.tables import markdown_table, network_name, probe_name, text_table
 
 __all__ = [
-    "curves",
     "filters",
     "markdown_table",
     "neighbours",

@@ -1,4 +1,4 @@
-"""Charts of a run's metrics, as one PNG or as inline SVG that follows a page's colours."""
+"""Charts of a run's metrics, as inline SVG that follows a page's colours."""
 
 import dataclasses
 import io
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from nat_jax.errors import InputError
 from nat_jax.report.tables import probe_name
 
 if TYPE_CHECKING:
@@ -247,41 +246,3 @@ def svg(panel: Panel, runs: Runs) -> str:
     figure = Figure(figsize=(3.6, 2.25), layout="constrained")
     _draw(figure.add_subplot(), panel, runs)
     return inline_svg(figure, panel.title)
-
-
-def curves(
-    runs: Runs | Sequence[Mapping[str, float]],
-    *,
-    chance: float | None = None,
-    dim: int | None = None,
-) -> bytes:
-    """Draw every panel that the rows hold as one PNG.
-
-    Args:
-        runs: rows of ``metrics.jsonl``; of several runs (seeds) as {label: rows}, drawn as thin
-            lines with their mean.
-        chance: mean cosine that matching reaches without any learning, drawn as a line.
-        dim: D, drawn as the highest effective rank.
-
-    Returns:
-        A PNG file.
-
-    Raises:
-        ValueError: the rows hold nothing to draw.
-    """
-    from matplotlib.figure import Figure
-
-    labelled: Runs = runs if isinstance(runs, Mapping) else {"": runs}
-    shown = panels(labelled, chance=chance, dim=dim)
-    if not shown:
-        raise InputError("curves: expected rows with train/, assign/ or eval/ metrics, got none")
-    columns = min(3, len(shown))
-    lines = math.ceil(len(shown) / columns)
-    figure = Figure(figsize=(4.2 * columns, 2.8 * lines), layout="constrained")
-    grid = figure.subplots(lines, columns, squeeze=False).ravel()
-    for axes, panel in zip(grid, shown, strict=False):
-        _draw(axes, panel, labelled)
-        axes.set_title(panel.title, loc="left", fontsize=10.5, color=INK)
-    for axes in grid[len(shown) :]:
-        axes.set_axis_off()
-    return png(figure)

@@ -263,11 +263,6 @@ def optimum(cost: np.ndarray, *, maximize: bool = False) -> float:
     return float(cost.astype(np.float64)[rows, columns].sum())
 
 
-def assert_matching(col4row: np.ndarray, n: int, m: int) -> None:
-    """Check that min(n, m) rows have each a column of their own and the others none."""
-    assert is_matching(col4row, n, m)
-
-
 def is_matching(col4row: np.ndarray, n: int, m: int) -> bool:
     """Say whether min(n, m) rows have each a column of their own and the others none."""
     if col4row.shape != (n,) or col4row.dtype != np.int32:
@@ -307,12 +302,6 @@ def best_pairs(cost: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     return rows, np.array(min(allowed, key=lambda c: sum(map(exact, cost[rows, c]))), np.int64)
 
 
-def excess(cost: np.ndarray, result: Assignment, *, maximize: bool = False) -> int:
-    """Return by how much a matching over allowed pairs misses the optimum, as `exact` does."""
-    least = -cost.astype(np.float64) if maximize else cost.astype(np.float64)
-    return _excess(least[_pairs(np.asarray(result.col4row))], least[best_pairs(least)])
-
-
 def _excess(matched: np.ndarray, best: np.ndarray) -> int:
     return sum(map(exact, matched)) - sum(map(exact, best))
 
@@ -344,6 +333,18 @@ class Fault(NamedTuple):
     message: str
 
 
+Checks = Callable[..., Iterator[tuple[str, str]]]
+
+
+def _listed(check: Checks) -> Callable[..., list[Fault]]:
+    @functools.wraps(check)
+    def listed(*arguments: object, **options: object) -> list[Fault]:
+        return [Fault(*fault) for fault in check(*arguments, **options)]
+
+    return listed
+
+
+@_listed
 def faults(
     cost: np.ndarray,
     result: Assignment,
@@ -353,8 +354,8 @@ def faults(
     eps: float = 0.0,
     max_rounds: int | None = None,
     warm: bool = False,
-) -> list[Fault]:
-    """Return all that is wrong with the result of one problem.
+) -> Iterator[tuple[str, str]]:
+    """Yield all that is wrong with the result of one problem; callers get a list.
 
     Args:
         cost: [n, m] as given to the solver.
@@ -365,19 +366,6 @@ def faults(
         max_rounds: as given to the solver.
         warm: whether it was given prices; large ones cost accuracy, not certainty.
     """
-    found = _faults(cost, result, maximize, share, eps, max_rounds, warm)
-    return [Fault(*fault) for fault in found]
-
-
-def _faults(
-    cost: np.ndarray,
-    result: Assignment,
-    maximize: bool,
-    share: float,
-    eps: float,
-    max_rounds: int | None,
-    warm: bool,
-) -> Iterator[tuple[str, str]]:
     n, m = cost.shape
     k = min(n, m)
     least = -cost.astype(np.float64) if maximize else cost.astype(np.float64)

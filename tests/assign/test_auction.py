@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from problems import (
-    assert_matching,
     assert_solved,
     exact,
     faults,
+    is_matching,
     make,
     optimum,
     total,
@@ -50,13 +50,6 @@ def test_larger_eps_is_faster_and_within_its_bound() -> None:
     assert int(rough.rounds) < int(fine.rounds)
     whole = auction(np.round(cost * 100), eps=0.9)  # less than one: nothing for whole costs
     assert float(whole.gap) == 0
-
-
-@pytest.mark.parametrize("eps", [10.0, 1e20, 3e38])
-def test_any_eps_leads_to_a_matching(eps: float) -> None:
-    cost = make("uniform", N)
-    result = jax.device_get(auction(cost, eps=eps).check())
-    assert faults(cost, result, eps=eps) == []
 
 
 # Further shapes and senses would only compile more.
@@ -142,7 +135,7 @@ def test_a_float64_constant_inside_jit() -> None:
             jax.jit(lambda: auction(cost))()
         return
     solution = jax.device_get(jax.jit(lambda: auction(cost))())
-    assert_matching(solution.col4row, 7, 7)
+    assert is_matching(solution.col4row, 7, 7)
     assert faults(cost, solution) == []
 
 

@@ -1,15 +1,12 @@
-import subprocess
-import sys
-
 import pytest
+from project import python
 
 HEAVY = ("flax", "grain", "tensorflow_datasets", "tensorflow", "optax", "scipy", "orbax")
 
 
 def loaded_after(statement: str) -> set[str]:
     code = f"import sys; {statement}; print(*(m for m in {HEAVY} if m in sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(done.stdout.split())
+    return set(python("-c", code).stdout.split())
 
 
 @pytest.fixture(scope="module")

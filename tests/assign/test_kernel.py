@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import jaxlib
 import numpy as np
 import pytest
-from problems import assert_matching, assert_solved, make, optimum, total
+from problems import assert_solved, is_matching, make, optimum, total
 
 from nat_jax.assign import (
     Status,
@@ -41,6 +41,10 @@ N = 32  # of most tests, which so share a compiled program
 ROUNDING = 1e-6  # of prices that rise along many paths
 
 solve = partial(_kernel.solve, interpret=True)
+lowers_for_a_gpu = pytest.mark.skipif(
+    jaxlib.version.__version_info__ > (0, 10, 2),
+    reason="later versions compile for the GPU while lowering, which takes the CUDA plugin",
+)
 
 
 class Given(NamedTuple):
@@ -107,7 +111,7 @@ def test_every_kind_is_solved(shape: tuple[int, int]) -> None:
         solved = certify(cost, given, ended)
         assert int(solved.status) == Status.OPTIMAL_WITHIN_EPS, kind
         col4row = np.asarray(solved.col4row)
-        assert_matching(col4row, n, m)
+        assert is_matching(col4row, n, m)
         gap, scale = float(solved.gap), np.ptp(cost[np.isfinite(cost)]) or 1.0
         assert total(cost, col4row) - optimum(cost) <= gap <= 1e-6 * n * scale, kind
         if kind in INTEGRAL:
@@ -198,23 +202,14 @@ def grids(function: Any, arguments: tuple[jax.Array, ...]) -> list[tuple[int, ..
     return [e.params["grid_mapping"].grid for e in kernels]
 
 
-@pytest.mark.skipif(
-    jaxlib.version.__version_info__ > (0, 10, 2),
-    reason="later versions compile for the GPU while lowering, which takes the CUDA plugin",
-)
+@lowers_for_a_gpu
 @pytest.mark.parametrize("wide", [False, True])
 def test_it_lowers_for_a_gpu(wide: bool) -> None:
-    vector, scalar = (
-        jax.ShapeDtypeStruct((300,), jnp.float32),
-        jax.ShapeDtypeStruct((), jnp.float32),
-    )
-    arguments = (
-        jax.ShapeDtypeStruct((256, 300), jnp.float32),
-        vector,
-        jax.ShapeDtypeStruct((2,), jnp.float32),
-        jax.ShapeDtypeStruct((), jnp.int32),
-        scalar,
-    )
+    # Cost, prices, levels, max_rounds and grain.
+    arguments = [
+        jax.ShapeDtypeStruct(shape, "int32" if k == 3 else "float32")
+        for k, shape in enumerate([(256, 300), (300,), (2,), (), ()])
+    ]
     with enable_x64(wide):
         lowered = jax.jit(_kernel.solve).trace(*arguments).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("custom_call @__gpu$xla.gpu.triton") == 1
@@ -267,16 +262,13 @@ def test_a_wrong_program_costs_time_only() -> None:
     solved = finish(jax.tree.map(lambda *x: jnp.stack(x), *ends))
     assert int(solved.rounds[0]) == 0
     for k in range(len(ends)):
-        assert_matching(np.asarray(solved.col4row[k]), N, N)
+        assert is_matching(np.asarray(solved.col4row[k]), N, N)
         assert 0 <= float(solved.gap[k]) <= 1e-6 * N
         assert total(cost, np.asarray(solved.col4row[k])) <= optimum(cost) + float(solved.gap[k])
     assert np.all(np.asarray(solved.rounds[1:]) > 0)
 
 
-@pytest.mark.skipif(
-    jaxlib.version.__version_info__ > (0, 10, 2),
-    reason="later versions compile for the GPU while lowering, which takes the CUDA plugin",
-)
+@lowers_for_a_gpu
 def test_the_option_decides() -> None:
     def programs(m: int, platform: str, **options: Any) -> int:
         traced = jax.jit(partial(auction, **options)).trace(jax.ShapeDtypeStruct((8, m), "float32"))

@@ -62,18 +62,6 @@ def test_no_bad_cost_is_passed_over(n: int, bad: float) -> None:
         assert sees(spoilt), place
 
 
-def test_a_search_cut_off_in_any_round_says_so() -> None:
-    costs = np.stack([make("uniform", 3, 7, seed) for seed in range(20)])
-    prices = np.zeros(7, np.float32)
-    statuses = set()
-    for cost in costs:
-        for limit in range(5):
-            result = jax.device_get(auction(cost, prices=prices, max_rounds=limit))
-            assert faults(cost, result, max_rounds=limit, warm=True) == []
-            statuses.add(int(result.status))
-    assert statuses == {Status.OPTIMAL_WITHIN_EPS, Status.MAX_ROUNDS}
-
-
 @pytest.mark.parametrize("beyond", [-1, 0, 1, 2])
 def test_integers_around_the_largest_exact_span(beyond: int) -> None:
     """Integers up to 2**24 are float32 numbers; of two more, one is not."""

@@ -87,14 +87,6 @@ def test_neighbours_are_those_of_the_good_records(network):
     assert found.correct.all()
 
 
-def test_probes_can_learn_on_fewer_records(network):
-    full = evaluator(network, Blocks("train", 60), Blocks("test", 12))
-    few = evaluator(network, Blocks("train", 60), Blocks("test", 12), max_train=30)
-    assert full.protocol()["train"]["records"] == 60
-    assert few.protocol()["train"]["records"] == 30
-    assert few.score(few.extractor("nat", network))[""]
-
-
 def test_sources_of_other_classes_are_refused(network):
     other = Blocks("test", 12)
     other.class_names = ("one", "two", "three")

@@ -11,8 +11,9 @@ from nat_jax import evaluate
 from nat_jax.evaluate import FeatureSet
 from nat_jax.evaluate.features import (
     check_finite,
-    extract,
+    extracted,
     few_labels,
+    joined,
     raw_pixels,
 )
 from nat_jax.evaluate.probes.linear import linear_probe
@@ -54,14 +55,15 @@ def test_extract_flattens_and_drops_padding() -> None:
 
     batches = _batches(10, 4)
     batches[0]["weight"][1] = 0.0  # a bad record
-    sets, good = extract(apply, batches), [0, *range(2, 10)]
+    sets = joined(columns for _, columns in extracted(apply, batches))
+    good = [0, *range(2, 10)]
     assert sets["map"].features.shape == (9, 12)
     assert sets["z"].features.shape == (9, 3)
     np.testing.assert_array_equal(sets["z"].features[:, 0], good)
     np.testing.assert_array_equal(sets["map"].labels, np.array(good) % 3)
     assert sets["z"].features.dtype == np.float32
     with pytest.raises(ValueError, match="no record"):
-        extract(apply, [])
+        joined(columns for _, columns in extracted(apply, []))
 
 
 @pytest.mark.parametrize("shape", [(2, 7, 5, 3), (1, 1, 1, 40)])

@@ -21,7 +21,7 @@ def dictionary() -> PatchDictionary:
 
 
 def test_patches_are_white(dictionary: PatchDictionary) -> None:
-    drawn = patches._sample([_images(400)], 4, 8, 10**6, seed=0).reshape(3200, -1)
+    drawn = patches._sample([_images(400)], 4, seed=0).reshape(3200, -1)
     normal = np.asarray(patches._normalised(drawn))
     np.testing.assert_allclose(normal.mean(axis=1), 0, atol=1e-5)
     np.testing.assert_allclose(normal.std(axis=1), 1, atol=0.1)
@@ -41,7 +41,7 @@ def _inertia(points: np.ndarray, centroids: np.ndarray) -> float:
 
 
 def test_k_means_comes_near_scikit_learn() -> None:
-    drawn = patches._sample([_images(400)], 4, 8, 10**6, seed=0).reshape(3200, -1)
+    drawn = patches._sample([_images(400)], 4, seed=0).reshape(3200, -1)
     points = np.asarray(patches._normalised(drawn))
     ours = _inertia(points, k_means(points, 30, 100, seed=0))
     reference = KMeans(30, n_init=3, init="random", random_state=0).fit(points)
@@ -108,7 +108,7 @@ def test_a_stride_leaves_windows_out(dictionary: PatchDictionary) -> None:
 
 
 def test_rejects(dictionary: PatchDictionary) -> None:
-    for option in ("centroids", "size", "stride", "per_image", "iterations"):
+    for option in ("centroids", "size", "stride", "iterations"):
         with pytest.raises(ValueError, match=f"{option}: expected at least 1, got 0"):
             learn_patches([_images(2)], **{option: 0})
     with pytest.raises(ValueError, match="at least 3200 patches for 1600 centroids, got 80"):

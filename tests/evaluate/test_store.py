@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sample_files import flip_bit
 
 from nat_jax.evaluate import probe_data
 from nat_jax.evaluate.probe_data import TEST, TRAIN, FeatureExtractor, ProbeData
@@ -75,7 +76,7 @@ def test_what_a_killed_process_was_writing_is_deleted_after_a_day(tmp_path):
 
 
 def flip_last(file):
-    file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
+    flip_bit(file, -1)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,8 @@ import jax
 import numpy as np
 import pytest
 from PIL import Image
+from sample_files import write_tree
+from small_run import changed
 
 from nat_jax import config, evaluate
 from nat_jax.evaluate import draw_filters, protocols, tasks
@@ -25,11 +27,7 @@ def settings(task: str, network: str = "untrained", **changes):
     c.model.dim, c.model.options.widths, c.model.options.pools = 4, (3,), 1
     c.eval.max_train, c.eval.mlp_width, c.eval.mlp_epochs = 200, 8, 2
     c.eval.knn_ks, c.eval.knn_k, c.eval.probes = (1, 5), 5, ("knn",)
-    for key, value in changes.items():
-        group, _, last = key.rpartition("__")
-        with c.ignore_type():
-            (c[group] if group else c)[last] = value
-    return c
+    return changed(c, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -89,19 +87,17 @@ def test_judged_twice_is_the_same_to_the_byte(trained, tmp_path, caplog):
 
 def test_features_are_computed_once_and_kept(trained, tmp_path):
     judge_task(settings("knn", trained), tmp_path)
-    kept = {
-        file: file.stat().st_mtime_ns for file in tmp_path.glob("features_cache/*/features.npy")
-    }
-    assert len(kept) == (1 + 2 * 2) * 2  # of two splits
+
+    def kept():
+        files = tmp_path.glob("features_cache/*/features.npy")
+        return {file: file.stat().st_mtime_ns for file in files}
+
+    before = kept()
+    assert len(before) == (1 + 2 * 2) * 2  # of two splits
     judge_task(settings("linear_probe", trained), tmp_path)
-    again = {
-        file: file.stat().st_mtime_ns for file in tmp_path.glob("features_cache/*/features.npy")
-    }
-    assert kept == again
+    assert kept() == before
     judge_task(settings("knn", trained, eval__max_train=150), tmp_path)
-    assert (
-        len(list(tmp_path.glob("features_cache/*/features.npy"))) == 3 * 5
-    )  # new ones to learn on
+    assert len(kept()) == 3 * 5  # new ones to learn on
 
 
 def test_linear_probes_of_all_layers_at_once_learn_from_fresh_crops(trained, tmp_path):
@@ -214,14 +210,6 @@ def test_data_that_have_moved_are_found_where_the_command_line_says(tmp_path, ca
         asked(other)
 
 
-def unlabelled(folder):
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(20):
-        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(folder / f"{i:02}.png")
-    return f"folder:{folder}"
-
-
 def test_retrieval_names_its_pictures_and_its_result(trained, tmp_path, caplog):
     with caplog.at_level("INFO", "nat_jax"):
         result = judged(tmp_path, "retrieval", trained, eval__queries=2)
@@ -232,7 +220,7 @@ def test_retrieval_names_its_pictures_and_its_result(trained, tmp_path, caplog):
 
 
 def test_retrieval_needs_no_labels(trained, tmp_path):
-    source = unlabelled(tmp_path / "flat")
+    source = f"folder:{write_tree(tmp_path / 'flat', [f'{i:02}.jpg' for i in range(20)])}"
     result = judged(tmp_path / "run", "retrieval", trained, eval__source=source, eval__queries=2)
     assert result["value"] is None
     assert result["pictures"] == [

@@ -6,7 +6,8 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from PIL import Image
+from sample_files import write_tree
+from small_run import changed
 
 from nat_jax import config
 from nat_jax.evaluate import write_features as module
@@ -24,25 +25,17 @@ def settings(source: str, **changes):
     c.model.dim, c.model.frontend = 4, "rgb"
     c.model.options.widths, c.model.options.pools = (3,), 1
     c.eval.batch_size, c.eval.layers = 4, ("z", "last_conv")
-    for key, value in changes.items():
-        group, _, last = key.partition("__")
-        c[group][last] = value
-    return c
+    return changed(c, **changes)
 
 
 @pytest.fixture
 def pictures(tmp_path):
     """Make 11 training and 2 test images; the training image 5 is none."""
-    rng = np.random.default_rng(0)
-    for split, each in (("train", (5, 6)), ("test", (1, 1))):
-        for label, count in zip(CLASSES, each, strict=True):
-            folder = tmp_path / "pictures" / split / label
-            folder.mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 256, (9, 12, 3), np.uint8)
-                Image.fromarray(pixels).save(folder / f"{i}.png")
-    (tmp_path / "pictures" / "train" / "red" / "0.png").write_bytes(b"no image")
-    return f"folder:{tmp_path / 'pictures'}"
+    counts = {"train/blue": 5, "train/red": 6, "test/blue": 1, "test/red": 1}
+    names = [f"{place}/{i}.jpg" for place, count in counts.items() for i in range(count)]
+    folder = write_tree(tmp_path / "pictures", names)
+    (folder / "train/red/0.jpg").write_bytes(b"no image")
+    return f"folder:{folder}"
 
 
 def test_row_i_is_record_i_as_the_network_gives_it(pictures, tmp_path):

@@ -3,12 +3,12 @@
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 
 import pytest
 from processes import CONFIG, Run, environment, free_port
+from project import python
 
 
 def connect(folder, *places):
@@ -79,17 +79,7 @@ def test_ctrl_c_ends_a_process_that_waits(tmp_path):
 
 
 def test_a_task_for_one_process_refuses_several(tmp_path):
-    done = subprocess.run(
-        [
-            sys.executable,
-            *("-m", "nat_jax.main", CONFIG, "--config.task=report"),
-            *("--coordinator=127.0.0.1:1", "--num_processes=2", "--process_id=1"),
-        ],
-        env=environment(),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 2
+    line = ["-m", "nat_jax.main", CONFIG, "--config.task=report"]
+    line += ["--coordinator=127.0.0.1:1", "--num_processes=2", "--process_id=1"]
+    done = python(*line, cwd=tmp_path, code=2)
     assert done.stderr.startswith("nat_jax: task 'report' runs in one process; this is number 1")

@@ -1,12 +1,10 @@
 """Charts: which panels appear, the lines they draw, and that the SVG takes a page's colours."""
 
-import io
 import re
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from nat_jax.report import charts
 
@@ -100,13 +98,3 @@ def test_many_accuracies_are_cut_to_those_with_all_labels() -> None:
     }
     (panel,) = charts.panels({"": [row]})
     assert list(panel.series.values()) == ["z kNN", "z linear", "conv3 kNN", "conv3 linear"]
-
-
-def test_curves_is_a_picture_of_all_panels() -> None:
-    six = Image.open(io.BytesIO(charts.curves(_rows(), chance=0.3, dim=8)))
-    loss = Image.open(io.BytesIO(charts.curves({"a": _losses([1.0], [1.0])})))
-    assert six.format == "PNG"
-    assert six.width == 3 * loss.width and six.height == 2 * loss.height
-    assert np.asarray(six.convert("L")).std() > 1  # not blank
-    with pytest.raises(ValueError, match="got none"):
-        charts.curves([{"step": 1, "epoch": 1.0}])

@@ -1,12 +1,8 @@
 """Where compiled programs are cached, and where they are not."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import pytest
-from project import ROOT
+from project import python
 
 from nat_jax.runtime import cache_dir
 
@@ -40,18 +36,11 @@ def test_the_place(tmp_path, monkeypatch, settings, expected):
 
 
 def test_programs_are_cached_when_enabled_and_not_by_an_import(tmp_path):
-    ours = ("JAX_COMPILATION_CACHE_DIR", "NAT_JAX_CACHE", "XDG_CACHE_HOME")
-    environment = {key: value for key, value in os.environ.items() if key not in ours} | {
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",  # whatever it takes to compile here
-        "PYTHONPATH": str(ROOT),
-        "NAT_JAX_CACHE": str(tmp_path / "cache"),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
+    done = python(
+        *("-c", PROGRAM),
+        JAX_COMPILATION_CACHE_DIR=None,
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",  # whatever it takes to compile here
+        NAT_JAX_CACHE=str(tmp_path / "cache"),
     )
     folder = tmp_path / "cache" / "programs"
     assert done.stdout.split() == ["None", str(folder)], done.stderr

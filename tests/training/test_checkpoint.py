@@ -5,7 +5,7 @@ import gc
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from sample_files import flip_bit
 
 from nat_jax.runtime import sharding
 from nat_jax.training import assignment_state, checkpoint
@@ -96,16 +97,10 @@ def restore(directory: Path, expect: dict | None = None) -> tuple[State, dict]:
         opened.close()
 
 
-def flip(path: Path, position: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[position] ^= 0x10
-    path.write_bytes(data)
-
-
 def damage_arrays(step_folder: Path) -> None:
     """Flip one bit in the middle of every file that holds array data."""
     for path in (step_folder / "state").rglob("d/*"):
-        flip(path, path.stat().st_size // 2)
+        flip_bit(path, path.stat().st_size // 2)
 
 
 def test_round_trip_keeps_every_bit_type_and_typed_key(folder: Path) -> None:
@@ -195,13 +190,17 @@ def test_the_assignment_is_never_fetched_as_a_whole(
     assert (3, 3, 2, 4) in fetched and (N,) not in fetched
 
 
-def test_a_checkpoint_in_another_format_is_left_alone(folder: Path) -> None:
-    for step in ("1", "2"):
-        path = folder / step / "record" / "metadata"
+def change_records(folder: Path, change: Callable[[dict], Any]) -> None:
+    """Change the records of both steps, and their checksums."""
+    for path in folder.glob("?/record/metadata"):
         content = json.loads(path.read_text())
-        content["record"]["format"] = 1
+        change(content["record"])
         content["sha256"] = checkpoint._json_digest(content["record"])
         path.write_text(json.dumps(content))
+
+
+def test_a_checkpoint_in_another_format_is_left_alone(folder: Path) -> None:
+    change_records(folder, lambda record: record.update(format=1))
     with pytest.raises(CheckpointError, match=r"another version of nat_jax \(format 1; .* reads 2"):
         restore(folder)
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
@@ -299,13 +298,9 @@ def test_without_the_digests_flipped_bits_would_pass(
     real = checkpoint._digest
     recorded = json.loads((folder / "2" / "record" / "metadata").read_text())["record"]["leaves"]
     assert recorded["step"]["digest"] == real("step", jnp.int32(2))
-    for step in ("1", "2"):
-        path = folder / step / "record" / "metadata"
-        content = json.loads(path.read_text())
-        for leaf in content["record"]["leaves"].values():
-            leaf["digest"] = "not looked at"
-        content["sha256"] = checkpoint._json_digest(content["record"])
-        path.write_text(json.dumps(content))
+    change_records(
+        folder, lambda r: [leaf.update(digest="not looked at") for leaf in r["leaves"].values()]
+    )
     monkeypatch.setattr(checkpoint, "_digest", lambda name, leaf: "not looked at")
     assert "wrong" in _damage_each_file(folder, tmp_path / "work")
 

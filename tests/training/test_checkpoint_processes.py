@@ -11,30 +11,18 @@ from processes import free_port, run_program
 
 from nat_jax.training.checkpoint import Checkpoints
 
-PROGRAM = """
+SAVE_FOR_EVER = """
 import pathlib, sys
-import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import jax, jax.numpy as jnp
 from nat_jax.training.checkpoint import Checkpoints
 
-mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
-split, copy = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
-
-def state(step, width=5):
-    rows = jnp.roll(jnp.arange(64, dtype=jnp.int32), step)
-    return {
-        "w": jax.device_put(jnp.full((8, width), step, jnp.float32), copy),
-        "key": jax.device_put(jax.random.key(step), copy),
-        "assignment": jax.device_put(rows, split),
-    }
-"""
-
-SAVE_FOR_EVER = """
 checkpoints = Checkpoints(pathlib.Path(sys.argv[1]))
 step = checkpoints.latest_step() or 0
 while True:
     step += 1
-    checkpoints.save(step, state(step, 200_000), {})
+    rows = jnp.roll(jnp.arange(64, dtype=jnp.int32), step)
+    w = jnp.full((8, 200_000), step, jnp.float32)
+    checkpoints.save(step, {"w": w, "key": jax.random.key(step), "assignment": rows}, {})
     checkpoints.wait()
     print(step, flush=True)
 """
@@ -48,7 +36,7 @@ def test_kill_during_a_save_leaves_the_older_one(tmp_path: Path) -> None:
     }
     leftovers = 0
     for attempt in range(8):
-        saver = run_program(PROGRAM + SAVE_FOR_EVER, str(tmp_path))
+        saver = run_program(SAVE_FOR_EVER, str(tmp_path))
         assert saver.stdout is not None
         done = int(saver.stdout.readline())
         while not (half := list(tmp_path.glob("*.orbax-checkpoint-tmp*"))):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import glob
 import hashlib
+import itertools
 import json
 import logging
 import re
@@ -59,14 +60,15 @@ class ArrayRecordSource:
     def __getitem__(self, index: int) -> Record:
         position = self._position(index)
         try:
-            found = content(self.shards.read(position), self.fields)
+            image, label, name = content(self.shards.read(position), self.fields)
         except (RuntimeError, ValueError) as error:
             label = -1 if self.labels is None else int(self.labels[index])
             raise UnreadableRecord(self.record_name(index), label, str(error)) from error
-        name = self.record_name(index) if found.name is None else found.name
-        if not found.image:
-            raise UnreadableRecord(name, found.label, "empty; its file was unreadable or empty")
-        return {"index": index, "name": name, "label": found.label, "image": found.image}
+        if name is None:
+            name = self.record_name(index)
+        if not image:
+            raise UnreadableRecord(name, label, "empty; its file was unreadable or empty")
+        return {"index": index, "name": name, "label": label, "image": image}
 
     def record_name(self, index: int) -> str:
         return f"{self.name} {self.key}[{self._position(index)}]"
@@ -143,9 +145,24 @@ def open_split(
     Raises:
         ValueError: the split or a shard is missing or damaged, or the records have no image.
     """
-    key, held_out = _choose(name, split, splits, fields, may_hold_out)
+    tests = [key for key in _TEST_KEYS if key in splits]
+    held_out = may_hold_out and not tests
+    if split == "test" and tests:
+        # The second one where the labels of the first are withheld, as imagenet2012's are.
+        keys = tests[: 2 if tests[0] == "test" else 1]
+    elif "train" in splits and (split == "train" or held_out):
+        keys = ["train"]
+    elif held_out and len(splits) == 1:
+        keys = list(splits)
+    else:
+        wanted = "train" if split == "train" else "test or validation"
+        there = ", ".join(key or "shards without a name of a split" for key in splits)
+        raise InputError(f"{name}: no {wanted} split; prepared: {there or 'none'}")
+    for key in keys:
+        shards, found, label = _open_shards(name, splits[key], fields)
+        if found.label is None or label >= 0:
+            break
     known = splits[key]
-    shards, found, _ = _open_shards(name, known, fields)
     class_names = known.class_names
     if class_names is None:  # a label is worth nothing where the number of classes is not known
         found = found._replace(label=None)
@@ -161,38 +178,16 @@ def open_split(
     )
 
 
-def _choose(
-    name: str,
-    split: str,
-    splits: Mapping[str, SplitShards],
-    fields: Fields | None,
-    may_hold_out: bool,
-) -> tuple[str, bool]:
-    """Choose the split's name among those there are; return it, and whether to hold a tenth out."""
-    tests = [key for key in _TEST_KEYS if key in splits]
-    if split == "test" and tests:
-        if tests[0] == "test" and len(tests) > 1:
-            _, found, label = _open_shards(name, splits["test"], fields)
-            if found.label is not None and label < 0:  # withheld, as imagenet2012's are
-                return tests[1], False
-        return tests[0], False
-    if "train" in splits and (split == "train" or may_hold_out):
-        return "train", may_hold_out and not tests
-    if may_hold_out and not tests and len(splits) == 1:
-        return next(iter(splits)), True
-    wanted = "train" if split == "train" else "test or validation"
-    there = ", ".join(key or "shards without a name of a split" for key in splits)
-    raise InputError(f"{name}: no {wanted} split; prepared: {there or 'none'}")
-
-
 def _open_shards(
     name: str, split: SplitShards, fields: Fields | None
 ) -> tuple[Shards, Fields, int]:
     """Open and check a split's shards; return them, how records are written, and a label."""
-    missing = [path for path in split.expected if not path.exists()]
+    sets = {_set_of(path): path for path in reversed(split.paths)}
+    complete = {*split.paths, *itertools.chain(*map(_complete_set, sets.values()))}
+    missing = sorted(path for path in complete if not path.exists())
     if missing:
         raise InputError(
-            f"{name}: {len(missing)} of {len(split.expected)} shards are missing in "
+            f"{name}: {len(missing)} of {len(complete)} shards are missing in "
             f"{missing[0].parent}: {_some(missing)}. Copy or make them once more"
         )
     shards = Shards(split.paths)
@@ -208,7 +203,7 @@ def _open_shards(
     try:
         first = _first_readable(shards)
         fields = fields or guess_fields(first)
-        return shards, fields, content(first, fields).label
+        return shards, fields, content(first, fields)[1]
     except (RuntimeError, ValueError) as error:
         raise InputError(f"{name}: {shards.paths[0].name}: {error}") from error
 
@@ -227,11 +222,9 @@ def _split_by_names(
     """Group shards by their names; those that name no split are one called ""."""
     sets: dict[tuple[Path, str], list[Path]] = {}
     for path in paths:
-        stem = _NUMBER.sub("", _SUFFIX.sub("", path.name))
-        sets.setdefault((path.parent, stem), []).append(path)
-    splits: dict[str, SplitShards] = {}
+        sets.setdefault(_set_of(path), []).append(path)
+    splits: dict[str, list[Path]] = {}
     for (_, stem), members in sorted(sets.items()):
-        members.sort(key=_number)
         totals = {total for _, total in map(_number, members)}
         if len(totals) > 1:
             raise InputError(
@@ -240,13 +233,15 @@ def _split_by_names(
             )
         last = re.split(r"[-_.]", stem)[-1]
         key = last if last in ("train", *_TEST_KEYS) else ""
-        before = splits.get(key, SplitShards((), ()))
-        expected = (*before.expected, *_complete_set(members[0]))
-        chosen = (*before.paths, *members)
-        splits[key] = SplitShards(chosen, expected, class_names=class_names)
+        splits.setdefault(key, []).extend(sorted(members, key=_number))
     if len(splits) > 1:
         splits.pop("", None)
-    return splits
+    return {key: SplitShards(tuple(s), class_names=class_names) for key, s in splits.items()}
+
+
+def _set_of(path: Path) -> tuple[Path, str]:
+    """Return a shard's folder and its name without number and suffix, the same for its set."""
+    return path.parent, _NUMBER.sub("", _SUFFIX.sub("", path.name))
 
 
 def _number(path: Path) -> tuple[int, int]:
@@ -259,10 +254,9 @@ def _complete_set(path: Path) -> Sequence[Path]:
     """Return the paths of all shards of the set that one belongs to."""
     match = _NUMBER.search(path.name)
     if match is None:
-        return (path,)
-    before, after = path.name[: match.start(1)], path.name[match.end(1) :]
-    width = len(match[1])
-    return [path.with_name(f"{before}{i:0{width}}{after}") for i in range(int(match[2]))]
+        return [path]
+    numbers = (f"-{i:0{len(match[1])}}-of-{match[2]}" for i in range(int(match[2])))
+    return [path.with_name(path.name.replace(match[0], number, 1)) for number in numbers]
 
 
 def _some(paths: Sequence[Path]) -> str:

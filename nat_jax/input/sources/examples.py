@@ -4,7 +4,6 @@ A record is a serialized tf.train.Example, as TensorFlow Datasets and the task `
 or an encoded image as it is. Neither needs TensorFlow.
 """
 
-import functools
 import re
 from typing import Any, NamedTuple
 
@@ -22,30 +21,22 @@ class Fields(NamedTuple):
     name: str | None = None
 
 
-class Content(NamedTuple):
-    """What was found in a record: label -1 and name None where there is none."""
-
-    image: bytes
-    label: int
-    name: str | None
-
-
-def content(record: bytes, fields: Fields) -> Content:
-    """Take image, label and name out of a record.
+def content(record: bytes, fields: Fields) -> tuple[bytes, int, str | None]:
+    """Take image, label and name out of a record; the latter are -1 and None if it has none.
 
     Raises:
         ValueError: it is no Example, or lacks one of the features.
     """
     if fields.image is None:
-        return Content(record, -1, None)
+        return record, -1, None
     features = _features(record)
     image = _value(features, fields.image, "bytes_list")
     label = -1 if fields.label is None else int(_value(features, fields.label, "int64_list"))
     if fields.name is None:
-        return Content(image, label, None)
+        return image, label, None
     # Names of files are bytes that need not be text; a folder's names are decoded like this.
     name = _value(features, fields.name, "bytes_list").decode("utf-8", "surrogateescape")
-    return Content(image, label, name)
+    return image, label, name
 
 
 def example(image: bytes, label: int | None, name: str) -> bytes:
@@ -53,7 +44,9 @@ def example(image: bytes, label: int | None, name: str) -> bytes:
 
     The bytes are a function of the arguments.
     """
-    message = _proto()[0]()
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    message = tf_example_pb2.Example()
     features = message.features.feature
     features["image"].bytes_list.value.append(image)
     features["file_name"].bytes_list.value.append(name.encode("utf-8", "surrogateescape"))
@@ -70,38 +63,35 @@ def guess_fields(record: bytes) -> Fields:
     Raises:
         ValueError: there is no image, or a choice of several.
     """
-    if is_image(record):
+    if _MAGIC.match(record):
         return Fields(None)
     features = _features(record)
-    images = [key for key in sorted(features) if is_image(*features[key].bytes_list.value[:1])]
+    firsts = {key: features[key].bytes_list.value[:1] for key in sorted(features)}
+    images = [key for key, first in firsts.items() if any(map(_MAGIC.match, first))]
     if "image" in images:
         images = ["image"]
     if len(images) != 1:
-        found = ", ".join(sorted(features)) or "none at all"
         what = f"several images ({', '.join(images)})" if images else "no encoded image"
         raise ValueError(
-            f"{what} in a record; expected one, in a feature 'image'; its features: {found}"
+            f"{what} in a record; expected one, in a feature 'image'; its features: "
+            f"{', '.join(firsts)}"
         )
     return Fields(images[0])
 
 
-def is_image(data: bytes = b"") -> bool:
-    """Return whether bytes begin like an image file of a kind that can be decoded."""
-    return _MAGIC.match(data) is not None
-
-
 def _features(record: bytes) -> Any:
-    example_class, error_class = _proto()
+    from google.protobuf.message import DecodeError
+    from tensorflow_datasets.proto import tf_example_pb2
+
     try:
-        features = example_class.FromString(record).features.feature
-    except error_class:
-        features = None
-    if not features:
-        raise ValueError(
-            "expected an encoded image or a tf.train.Example; "
-            f"got {len(record)} bytes that begin with {record[:16]!r}"
-        )
-    return features
+        if features := tf_example_pb2.Example.FromString(record).features.feature:
+            return features
+    except DecodeError:
+        pass
+    raise ValueError(
+        "expected an encoded image or a tf.train.Example; "
+        f"got {len(record)} bytes that begin with {record[:16]!r}"
+    )
 
 
 def _value(features: Any, key: str, kind: str) -> Any:
@@ -110,12 +100,3 @@ def _value(features: Any, key: str, kind: str) -> Any:
         what = {"bytes_list": "bytes", "int64_list": "an integer"}[kind]
         raise ValueError(f"no feature {key!r} with {what} (it has {', '.join(sorted(features))})")
     return values[0]
-
-
-@functools.cache
-def _proto() -> tuple[Any, type[Exception]]:
-    """Return the class of tf.train.Example that comes with TFDS, and what it raises."""
-    from google.protobuf.message import DecodeError
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    return tf_example_pb2.Example, DecodeError

@@ -8,8 +8,8 @@ The manifest (conversion.json) is the state of a conversion:
 * format: version of the file;
 * name: what TFDS calls the data set; the shards' names begin with it;
 * shard_mb: wanted size of a shard in MiB;
-* splits: for each split fingerprint and class_names of the source, has_labels (its labels are in a
-  file of their own), and lengths (records in each shard);
+* splits: for each split fingerprint and class_names of the source, and lengths (records in each
+  shard); its labels are in a file of their own;
 * shards: for each finished file its sha256, num_bytes (of its records together), and unreadable
   (names of records that are empty because their files could not be read).
 """
@@ -35,7 +35,7 @@ MANIFEST = "conversion.json"
 MANIFEST_FORMAT = 1
 TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # TFDS's names of shards
 _NAME_KEYS = ("file_name", "filename", "image/filename")
-_PLAN = {"fingerprint", "class_names", "has_labels", "lengths"}
+_PLAN = {"fingerprint", "class_names", "lengths"}
 _SHARD = {"sha256", "num_bytes", "unreadable"}
 
 Json = dict[str, Any]
@@ -47,7 +47,6 @@ class SplitShards:
 
     Attributes:
         paths: those to read, in the order of their records.
-        expected: those that have to be there.
         lengths: records in each of `paths`; None where nothing states them.
         fingerprint: see `Source`; None where it has to be computed from the files.
         class_names: see `Source`.
@@ -55,7 +54,6 @@ class SplitShards:
     """
 
     paths: tuple[Path, ...]
-    expected: tuple[Path, ...]
     lengths: tuple[int, ...] | None = None
     fingerprint: str | None = None
     class_names: tuple[str, ...] | None = None
@@ -88,18 +86,15 @@ def read_metadata(directory: Path, name: str) -> tuple[Fields, dict[str, SplitSh
     try:
         features = _flat(read_json(directory / FEATURES))
         fields, classes = _choose_features(features, directory, name)
-        splits = {}
-        for stated in info.get("splits", ()):
-            split = _split(directory, info, stated, classes)
-            if sum(split.lengths or ()):
-                if manifest is not None:
-                    split = _converted(split, manifest, directory, stated["name"])
-                splits[stated["name"]] = split
+        splits = {
+            stated["name"]: _split(directory, info, stated, classes, manifest)
+            for stated in info.get("splits", ())
+        }
     except InputError:
         raise
     except (OSError, EOFError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise _damaged(directory, error) from error
-    return fields, splits
+    return fields, {name: split for name, split in splits.items() if sum(split.lengths or ())}
 
 
 def read_json(path: Path) -> Json:
@@ -126,26 +121,35 @@ def _damaged(path: Path, error: Exception) -> InputError:
 
 def shard_names(name: str, split: str, count: int, template: str = TEMPLATE) -> list[str]:
     """Name the files of a split in order, as TFDS does."""
-    names = []
-    for i in range(count):
-        parts = {"SHARD_X_OF_Y": f"{i:05}-of-{count:05}", "SHARD_INDEX": f"{i:05}"}
-        parts |= {"NUM_SHARDS": f"{count:05}", "DATASET": name, "SPLIT": split}
-        names.append(template.format(**parts, FILEFORMAT="array_record"))
-    return names
+    import tensorflow_datasets as tfds
+
+    files = tfds.core.ShardedFileTemplate("", template, name, split, "array_record")
+    return [files.relative_filepath(shard_index=i, num_shards=count) for i in range(count)]
 
 
 def _split(
-    directory: Path, info: Json, stated: Json, class_names: tuple[str, ...] | None
+    directory: Path,
+    info: Json,
+    stated: Json,
+    class_names: tuple[str, ...] | None,
+    manifest: Json | None,
 ) -> SplitShards:
-    lengths = tuple(map(int, stated.get("shardLengths", ())))
+    name, lengths = stated["name"], tuple(map(int, stated.get("shardLengths", ())))
     template = stated.get("filepathTemplate") or TEMPLATE
-    names = shard_names(info["name"], stated["name"], len(lengths), template)
-    paths = tuple(directory / name for name in names)
-    parts = (info["name"], info.get("configName"), info.get("version"))
-    full_name = "/".join(part for part in parts if part)
-    identity = [full_name, stated["name"], lengths, int(stated.get("numBytes", 0))]
-    fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    return SplitShards(paths, paths, lengths, fingerprint, class_names)
+    names = shard_names(info["name"], name, len(lengths), template)
+    paths = tuple(directory / file for file in names)
+    if manifest is None:
+        parts = (info["name"], info.get("configName"), info.get("version"))
+        full_name = "/".join(part for part in parts if part)
+        identity = [full_name, name, lengths, int(stated.get("numBytes", 0))]
+        fingerprint = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+        return SplitShards(paths, lengths, fingerprint, class_names)
+    # Only the manifest has the source's own fingerprint and classes.
+    plan, labels = manifest["splits"][name], np.load(labels_file(directory, name))
+    if labels.shape != (sum(lengths),):
+        raise ValueError(f"{labels.shape} labels of {name}")
+    classes = None if plan["class_names"] is None else tuple(plan["class_names"])
+    return SplitShards(paths, lengths, plan["fingerprint"], classes, labels)
 
 
 def _flat(feature: Json, key: str = "") -> dict[str, Json]:
@@ -216,15 +220,3 @@ def read_manifest(directory: Path) -> Json | None:
 def labels_file(directory: Path, split: str) -> Path:
     """Return the path of a converted split's labels."""
     return directory / f"labels-{split}.npy"
-
-
-def _converted(split: SplitShards, manifest: Json, directory: Path, key: str) -> SplitShards:
-    """Add what only the manifest knows: the source's own fingerprint, classes and labels."""
-    plan = manifest["splits"][key]
-    labels = np.load(labels_file(directory, key)) if plan["has_labels"] else None
-    if labels is not None and labels.shape != (sum(split.lengths or ()),):
-        raise ValueError(f"{labels.shape} labels of {key}")
-    names = None if plan["class_names"] is None else tuple(plan["class_names"])
-    return dataclasses.replace(
-        split, fingerprint=plan["fingerprint"], class_names=names, labels=labels
-    )

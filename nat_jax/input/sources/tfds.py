@@ -2,6 +2,7 @@
 
 import difflib
 import os
+import re
 from pathlib import Path
 
 from nat_jax.errors import InputError
@@ -41,7 +42,7 @@ def open_tfds(argument: str, split: str) -> ArrayRecordSource:
         raise InputError(
             f"tfds: {data_set} is prepared in several configurations; name one: {configs}"
         )
-    directory = max(prepared, key=_version_number)
+    directory = max(prepared, key=lambda path: [int(n) for n in re.findall(r"\d+", path.name)])
     name = f"tfds:{argument}"
     info = read_json(directory / INFO)
     main_format = info.get("fileFormat") or "tfrecord"
@@ -52,10 +53,6 @@ def open_tfds(argument: str, split: str) -> ArrayRecordSource:
         raise _not_prepared(f"{directory} is prepared {what}", data_set, data_dir)
     fields, splits = metadata
     return open_split(name, split, splits, fields, may_hold_out=False)
-
-
-def _version_number(directory: Path) -> tuple[int, ...]:
-    return tuple(int(n) if n.isdigit() else -1 for n in directory.name.split("."))
 
 
 def _unknown(data_set: str) -> str:

@@ -2,15 +2,13 @@ import io
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from project import ROOT
+from project import python
 from sample_files import (
     example,
     examples,
@@ -332,9 +330,7 @@ def test_a_pickled_source_reads_in_another_process(tmp_path: Path):
     source[0]
     assert len(pickle.dumps(source)) < 3000
     (folder / "dataset_info.json").unlink()  # what is known travels along
-    command = [sys.executable, "-c", READ, pickle.dumps(source).hex()]
-    root = str(ROOT)
-    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": root}, timeout=60)
+    python("-c", READ, pickle.dumps(source).hex())
 
 
 LIMITED = """
@@ -350,25 +346,4 @@ def test_more_shards_than_files_may_be_open(tmp_path: Path):
     for i in range(100):
         write_shard(tmp_path / f"train-{i:05}-of-00100.array_record", [jpeg(i)])
     write_shard(tmp_path / "test.array_record", [jpeg(0)])
-    command = [sys.executable, "-c", LIMITED, str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run(command, check=True, env=environment, timeout=60)
-
-
-def test_the_fingerprint_is_the_same_elsewhere_and_differs_with_the_data(tmp_path: Path):
-    def write(folder: str, contents: list[bytes], name: str = "train.array_record") -> str:
-        write_shard(tmp_path / folder / name, contents)
-        write_shard(tmp_path / folder / "test.array_record", raw(1))
-        return opened(tmp_path / folder).fingerprint
-
-    first = write("a", raw(20))
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
-    assert opened(tmp_path / "b").fingerprint == first
-    others = [
-        write("c", [*raw(19), jpeg(50)]),  # another image of another length
-        write("d", raw(20)[::-1]),
-        write("e", raw(20), "x-train.array_record"),
-        write("f", raw(19)),
-        write("g", [jpeg(0)[:-1] + b"\0", *raw(20)[1:]]),  # only another byte, in the first record
-    ]
-    assert len({first, *others}) == 6
+    python("-c", LIMITED, tmp_path)

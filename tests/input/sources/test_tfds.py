@@ -1,8 +1,6 @@
 import io
 import json
-import os
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from project import ROOT
+from project import ROOT, python
 from sample_files import example, examples, jpeg, labels, write_data_set
 
 from nat_jax.input.sources import open_source
@@ -151,10 +149,7 @@ def test_tfds_never_imports_tensorflow(prepared: Path, tmp_path: Path, then: str
         "from nat_jax.input import sources\n"
         "assert len(sources.open_source('tfds:tiny_shapes')[8]['image'])\n" + then
     )
-    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
-    command = [sys.executable, "-c", code]
-    status = subprocess.run(command, env=environment, timeout=120).returncode
-    assert status == (7 if then else 0)
+    python("-c", code, code=7 if then else 0, PYTHONPATH=f"{tmp_path}:{ROOT}")
 
 
 def refused(spec: str) -> str:
