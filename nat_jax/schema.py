@@ -235,6 +235,7 @@ _add(
     Key("compare", (), "folders of other runs or bundles for the same table", optional=True),
     Key("queries", 8, "test images of the task retrieval", least=1),
     Key("neighbours", 10, "training images for each of them", least=1),
+    Key("to", "", "folder for the results of a task; '': the workdir"),
 )
 _add(
     "checkpoint",

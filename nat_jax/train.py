@@ -9,7 +9,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import jax
@@ -28,7 +28,7 @@ from nat_jax.report.rows import Row
 from nat_jax.runtime import consistency, preemption, sharding, startup
 from nat_jax.runtime.preemption import Preempted, StopOnSignal
 from nat_jax.train_step import Metrics, TrainState, batch_shardings
-from nat_jax.training import checkpoint, health, metrics
+from nat_jax.training import checkpoint, health, lock, metrics
 from nat_jax.training import workdir as workdirs
 from nat_jax.training.host_matching import SOLVER_SECONDS, compile_step
 from nat_jax.training.setup import (
@@ -74,6 +74,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> T
         TrainingDiverged: loss or gradient not finite; the last good checkpoint is kept.
         Preempted: stopped by Ctrl-C or SIGTERM, with the state saved.
         Disagreement: the processes of this run have different configs, data or folders.
+        WorkdirInUse: another run uses the workdir.
+        WorkdirLost: another run took it over, or the lock in it was removed.
     """
     folder = Path(workdir)
     began = time.perf_counter()
@@ -91,31 +93,35 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> T
         "Start all processes with the same command line, on the same data",
     )
     consistency.check_shared(folder)
-    results, cache = {}, ImageCache()
-    for seed in config.seeds:
-        # First, as it finds mistakes in the evaluation's settings.
-        evaluator = Evaluator(config, *sources[1:], model, seed=seed, cache=cache)
-        source = evaluator.inputs.data.unlabelled
-        if source is not None and seed == config.seeds[0]:
-            skipped = "probes are skipped, nearest neighbours are still drawn"
-            logger.info("no labels in %s (%s): %s", source.name, source.split, skipped)
-        place = workdirs.seed_folder(config, folder, seed)
-        run = set_up(config, seed, place, mesh=mesh, sources=sources, cache=cache)
-        state = _train(run, evaluator, folder, began)
-        trained = _network(run, state)
-        if jax.process_index() == 0:
-            with preemption.nothing_to_save():
-                _log_health(run)
-                results[seed] = _judge_run(run, evaluator, trained)
-        began = time.perf_counter()
-    with preemption.nothing_to_save():
-        if jax.process_index() == 0:
-            _publish(folder, run, evaluator, results)
-        consistency.wait_for_all("published")
+    with lock.held(folder) as check_lock:
+        results, cache = {}, ImageCache()
+        for seed in config.seeds:
+            # First, as it finds mistakes in the evaluation's settings.
+            evaluator = Evaluator(config, *sources[1:], model, seed=seed, cache=cache)
+            source = evaluator.inputs.data.unlabelled
+            if source is not None and seed == config.seeds[0]:
+                skipped = "probes are skipped, nearest neighbours are still drawn"
+                logger.info("no labels in %s (%s): %s", source.name, source.split, skipped)
+            place = workdirs.seed_folder(config, folder, seed)
+            run = set_up(config, seed, place, mesh=mesh, sources=sources, cache=cache)
+            state = _train(run, evaluator, folder, began, check_lock)
+            trained = _network(run, state)
+            if jax.process_index() == 0:
+                with preemption.nothing_to_save():
+                    _log_health(run)
+                    results[seed] = _judge_run(run, evaluator, trained)
+            began = time.perf_counter()
+        with preemption.nothing_to_save():
+            check_lock()
+            if jax.process_index() == 0:
+                _publish(folder, run, evaluator, results)
+            consistency.wait_for_all("published")
     return state
 
 
-def _train(run: Run, evaluator: Evaluator, folder: Path, began: float) -> TrainState:
+def _train(
+    run: Run, evaluator: Evaluator, folder: Path, began: float, check_lock: Callable[[], None]
+) -> TrainState:
     """Train a run to its last step, from its newest checkpoint."""
     checkpoints = checkpoint.Checkpoints(
         run.workdir / "checkpoints", keep=run.config.checkpoint.keep
@@ -135,7 +141,7 @@ def _train(run: Run, evaluator: Evaluator, folder: Path, began: float) -> TrainS
                 f"{run.total_steps}. Raise epochs, or choose another folder with --workdir=..."
             )
         if int(state.step) < run.total_steps:
-            state = _Loop(run, evaluator, checkpoints, began).run(state)
+            state = _Loop(run, evaluator, checkpoints, began, check_lock).run(state)
         return state
     except Exception as error:
         alone = startup.lost_peer(error) is not None
@@ -195,8 +201,10 @@ class _Loop:
         evaluator: Evaluator,
         checkpoints: checkpoint.Checkpoints,
         began: float,
+        check_lock: Callable[[], None],
     ) -> None:
         self._run, self._evaluator, self._checkpoints = run, evaluator, checkpoints
+        self._check_lock = check_lock
         self._began: float | None = began  # until the first step is done
         self._first_step: dict[str, float] = {}  # until it is in a row
         self._save_every = configs.steps_from(run.config, "checkpoint.every_", run.steps_per_epoch)
@@ -322,6 +330,7 @@ class _Loop:
         if last or requested or done % self._save_every == 0:
             self._read(keep=0)  # nothing that is not finite is ever saved
             consistency.check_copies(state, f"step {done}")
+            self._check_lock()
             meta = {**run.identity(), "config": configs.to_dict(run.config)}
             self._checkpoints.save(done, state, meta)
         if requested:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -21,7 +22,9 @@ from nat_jax.errors import InputError
 from nat_jax.evaluate.evaluator import Evaluator
 from nat_jax.input.bad_records import BadRecordError
 from nat_jax.runtime.preemption import Preempted
+from nat_jax.training import lock
 from nat_jax.training.checkpoint import CheckpointError, Checkpoints
+from nat_jax.training.lock import WorkdirInUse, WorkdirLost
 
 
 def assert_same(one, other):
@@ -53,6 +56,7 @@ def health_of(workdir):
 
 def test_a_run_leaves_what_it_promises(finished):
     workdir, state = finished
+    assert not list(workdir.glob("lock-*"))
     assert int(state.step) == 15
     np.testing.assert_array_equal(np.sort(state.assignment), np.arange(1437))
     assert not np.array_equal(state.assignment, np.arange(1437))
@@ -110,6 +114,34 @@ def test_resuming_gives_the_same_bits(finished, tmp_path, monkeypatch):
     quiet = [{k: v for k, v in row.items() if "time/" not in k} for row in rows_of(workdir)]
     again = [{k: v for k, v in row.items() if "time/" not in k} for row in rows_of(tmp_path)]
     assert quiet == again
+
+
+def test_a_run_whose_lock_is_gone_saves_nothing_more(finished, tmp_path, monkeypatch):
+    _, state = finished
+    real = train._Loop._dispatch
+
+    def dispatch(self, at, state, batch):
+        if at == 7:
+            (tmp_path / "lock-1.json").unlink()
+        return real(self, at, state, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train._Loop, "_dispatch", dispatch)
+        with pytest.raises(WorkdirLost, match="goes on from the last checkpoint"):
+            train.train_and_evaluate(tiny(), tmp_path)
+    assert saved_steps(tmp_path) == [5]
+    assert_same(state, train.train_and_evaluate(tiny(), tmp_path))
+
+
+def test_a_run_in_use_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "_BEAT", 0.1)
+    with (
+        ThreadPoolExecutor(1) as other,
+        lock.held(tmp_path),
+        pytest.raises(WorkdirInUse, match=f"process {os.getpid()} on .*--workdir="),
+    ):
+        other.submit(train.train_and_evaluate, tiny(), tmp_path).result()
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_comparison_of_bits_can_fail(finished, tmp_path):
@@ -376,6 +408,7 @@ def test_kill_at_any_moment_then_the_same_line_again(tmp_path):
     before = run_until_killed(killed, log, 6)
     resumed = re.search(r"resumed .* at step (\d+) of", log.read_text())
     assert before and resumed and int(resumed[1]) >= before
+    assert "another run" not in log.read_text()
     for workdir in (killed, whole):
         subprocess.run(command(workdir), check=True, capture_output=True, timeout=300)
     rows = [

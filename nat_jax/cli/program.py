@@ -3,21 +3,31 @@
 Nothing here imports JAX, so that a mistake on the command line is answered quickly.
 """
 
+import codecs
+import io
 import logging
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable
+from types import FrameType
+from typing import TextIO
 
 from absl import flags
 from absl import logging as absl_logging
 
 from nat_jax.errors import UserError
 
+# What is printed where the output's encoding lacks a sign; "?" for others.
+_ASCII = {"±": "+-", "–": "-", "→": "->"}
+
 
 def set_up() -> None:
-    """Set up logging to stderr, and the environment that the solver 'scipy' needs."""
+    """Set up output, logging to stderr, SIGTERM, and the environment that 'scipy' needs."""
+    take_any_text(sys.stdout)
+    signal.signal(signal.SIGTERM, _terminate)
+    sys.unraisablehook = _print_unraisable
     absl_logging.set_verbosity(absl_logging.WARNING)
     if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) == 1:
         os.environ.setdefault("NPROC", "2")  # on one thread 'scipy' would wait for itself
@@ -27,6 +37,30 @@ def set_up() -> None:
     package.addHandler(handler)
     package.setLevel(logging.INFO)
     package.propagate = False
+
+
+def take_any_text(stream: TextIO) -> None:
+    """Let a stream replace what its encoding lacks, where it would raise an error."""
+    codecs.register_error("nat_jax", _in_ascii)
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="nat_jax")
+
+
+def _in_ascii(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    signs = error.object[error.start : error.end]
+    return "".join(_ASCII.get(sign, "?") for sign in signs), error.end
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """End as Ctrl-C does, so that the lock of the workdir and temporary files are removed."""
+    raise KeyboardInterrupt(number)
+
+
+def _print_unraisable(error: "sys.UnraisableHookArgs") -> None:
+    """Print an error that nothing can catch, but for those of writes that follow a failed one."""
+    if str(error.exc_value) != "Event loop is closed":  # tensorstore's, below Orbax
+        sys.__unraisablehook__(error)
 
 
 def log_warnings_only(prefix: str) -> None:
@@ -42,11 +76,12 @@ def guarded(function: Callable) -> Callable:
     def call(*args):
         try:
             return function(*args)
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
             print("nat_jax: stopped; run the same command line again", file=sys.stderr)
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(128 + signal.SIGINT)  # JAX's compiler threads may not survive a tear-down
+            number = stop.args[0] if stop.args else signal.SIGINT
+            os._exit(128 + number)  # JAX's compiler threads may not survive a tear-down
         except Exception as error:
             startup = sys.modules.get("nat_jax.runtime.startup")
             if startup is None:  # no task has begun
@@ -64,8 +99,9 @@ def guarded(function: Callable) -> Callable:
                 startup.exit_process(startup.EXIT_LOST_PEER)
             from nat_jax.assign import AssignmentError
 
-            if isinstance(error, flags.Error | UserError | AssignmentError):
-                print(f"nat_jax: {startup.message_prefix()}{error}", file=sys.stderr)
+            message = startup.no_devices(error)
+            if message or isinstance(error, flags.Error | UserError | AssignmentError):
+                print(f"nat_jax: {startup.message_prefix()}{message or error}", file=sys.stderr)
                 startup.exit_process(2, at_once=getattr(error, "leaves_a_thread", False))
             if startup.message_prefix():  # Python's own end would wait for the other processes
                 traceback.print_exc()

@@ -10,6 +10,7 @@ from nat_jax import report
 from nat_jax.models.frontend import kernel_of
 from nat_jax.models.frozen import FrozenModel
 from nat_jax.report.rows import UNTRAINED
+from nat_jax.runtime import atomic_files
 
 _PICTURE = "filters_composed.png"
 
@@ -69,9 +70,7 @@ def draw_filters(
             parts.append(
                 report.filters(grey, f"{title}: joined with the {network.model.frontend} filter")
             )
-    folder = workdir / "pictures"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / _PICTURE).write_bytes(report.stacked(parts))
+    atomic_files.write(workdir / "pictures" / _PICTURE, report.stacked(parts))
     before = first_kernel(networks[UNTRAINED])
     moved = np.linalg.norm(first_kernel(networks[evaluated]) - before) / np.linalg.norm(before)
     return {

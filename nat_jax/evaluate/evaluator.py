@@ -31,6 +31,7 @@ from nat_jax.input.sources import Source
 from nat_jax.models import Model
 from nat_jax.models.frozen import FrozenModel, resolve_layers
 from nat_jax.report.rows import PATCHES, PIXELS, UNTRAINED, Row, aggregate, headline
+from nat_jax.runtime import atomic_files
 from nat_jax.training import workdir as workdirs
 
 logger = logging.getLogger(__name__)
@@ -231,17 +232,17 @@ class Evaluator:
 
     def _draw(self, folder: Path, network: FrozenModel) -> None:
         """Draw the first layer's filters and some test images' nearest neighbours."""
-        folder.mkdir(parents=True, exist_ok=True)
         kernel = jax.device_get(network.params["conv1"]["map"]["kernel"])
-        (folder / "filters.png").write_bytes(report.filters(kernel, "First-layer filters"))
+        drawn = report.filters(kernel, "First-layer filters")
+        atomic_files.write(folder / "filters.png", drawn)
         layers = tuple(dict.fromkeys(("z", network.model.last_conv)))
         extractor = self.extractor(self.trained, network, layers)
         for layer in layers:
             found = retrieval.find(
                 self.inputs.data, extractor, layer, queries=_QUERIES, count=_NEIGHBOURS
             )
-            picture = report.neighbours(found.query_images, found.images, found.correct)
-            (folder / f"neighbours_{layer}.png").write_bytes(picture)
+            drawn = report.neighbours(found.query_images, found.images, found.correct)
+            atomic_files.write(folder / f"neighbours_{layer}.png", drawn)
 
 
 def write_run_result(
@@ -272,7 +273,8 @@ def write_run_result(
         "table": table,
     }
     workdirs.write_json(workdir / "results" / "pretrain.json", result)
-    (workdir / "results" / "pretrain.md").write_text(report.markdown_table(table))
+    markdown = report.markdown_table(table).encode()
+    atomic_files.write(workdir / "results" / "pretrain.md", markdown)
     print(report.text_table(table), flush=True)
 
 

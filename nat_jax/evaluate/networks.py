@@ -2,7 +2,7 @@
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from nat_jax.export.loading import (
     task_config,
     untrained_network,
 )
+from nat_jax.input.sources import Source
 from nat_jax.report.rows import NAT, SUPERVISED
 from nat_jax.training import workdir as workdirs
 
@@ -119,6 +120,42 @@ def load_networks(config: ConfigDict, workdir: Path, seed: int) -> Networks:
         named = _name(other, config, folder, found)
         found[named], folders[named] = other, str(folder)
     return Networks(found, name, folders, settings)
+
+
+def data_of(network: Bundle, config: ConfigDict, open_source: Callable[..., Source]) -> str:
+    """Return where the data that a network was trained on lies now.
+
+    That is the command line's source if it has the same records, else the one of training.
+
+    Args:
+        network: trained or not.
+        config: the task's, whose ``data.source`` may name another place.
+        open_source: opens a source by its name, split and ``per_class``.
+
+    Raises:
+        InputError: it is in neither; the message names the keys to set.
+    """
+    settings, wanted = task_config(config, network), config.data.source
+    own, trained_on = settings.data.source, network.run.get("data")
+    if trained_on is None and wanted == own:
+        return own
+    reason = ""
+    if trained_on is not None and wanted != own:
+        try:
+            found = open_source(wanted, per_class=settings.data.per_class)
+            if found.fingerprint == trained_on:
+                return wanted
+            reason = f"; {wanted} has other records"
+        except ValueError as error:  # what is not there matters only if the other is not
+            reason = f"; {error}"
+    try:
+        open_source(own, "test")
+    except ValueError as error:
+        raise InputError(
+            f"{error}. The network was trained on that{reason}; say where it lies now with "
+            "--config.data.source=..., or evaluate on other data with --config.eval.source=..."
+        ) from error
+    return own
 
 
 def _where(config: ConfigDict, workdir: Path) -> Path:

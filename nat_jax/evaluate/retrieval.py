@@ -11,6 +11,7 @@ from nat_jax import report
 from nat_jax.evaluate.probe_data import TEST, TRAIN, FeatureExtractor, ProbeData
 from nat_jax.evaluate.probes.knn import nearest
 from nat_jax.report.rows import UNTRAINED
+from nat_jax.runtime import atomic_files
 
 
 class Found(NamedTuple):
@@ -85,8 +86,6 @@ def draw_neighbours(
         the query's label (None without labels); "layers": for each its value and the neighbours
         with names, record numbers and cosines; "pictures": their names.
     """
-    folder = workdir / "pictures"
-    folder.mkdir(parents=True, exist_ok=True)
     wanted = {"queries": settings.queries, "count": settings.neighbours}
     layers, pictures = {}, []
     for layer in extractors[evaluated].layers:
@@ -94,7 +93,7 @@ def draw_neighbours(
         before = find(data, extractors[UNTRAINED], layer, **wanted)
         pictures.append(f"retrieval_{layer}.png")
         drawn = report.neighbours(found.query_images, found.images, found.correct)
-        (folder / pictures[-1]).write_bytes(drawn)
+        atomic_files.write(workdir / "pictures" / pictures[-1], drawn)
         layers[layer] = {
             "value": _share(found),
             "untrained": _share(before),

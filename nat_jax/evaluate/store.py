@@ -24,7 +24,7 @@ import numpy as np
 
 from nat_jax.errors import InputError
 from nat_jax.evaluate.features import INDEX, LABEL, Columns, FeatureSet
-from nat_jax.runtime.atomic_files import size_text, sync
+from nat_jax.runtime.atomic_files import size_text, sync, writing
 from nat_jax.training import workdir as workdirs
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ class FeatureFiles(ExitStack):
 
     def __init__(self, folder: Path, done: int = 0):
         super().__init__()
+        self.enter_context(writing(folder))  # also where a file is closed
         self.folder, self.rows = folder, done
         self.checksums: dict[str, int] = {}  # CRC-32 of the rows that were added
         self._files: dict[str, IO[bytes]] = {}
@@ -136,7 +137,8 @@ class FeatureStore:
         Returns:
             {layer: features}, mapped from their files.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         for partial in self.folder.glob(f"*{_PARTIAL}"):
             if time.time() - partial.stat().st_mtime > _ABANDONED:
                 shutil.rmtree(partial, ignore_errors=True)

@@ -4,7 +4,6 @@
 the protocols.
 """
 
-import contextlib
 import functools
 import json
 import logging
@@ -16,15 +15,14 @@ from ml_collections import ConfigDict
 
 from nat_jax import config as configs
 from nat_jax import evaluate, report
-from nat_jax.errors import InputError
 from nat_jax.evaluate.draw_filters import draw_filters
 from nat_jax.evaluate.evaluator import Evaluator, Result, environment, kept_result
-from nat_jax.evaluate.networks import Networks, load_networks, seeds_of
+from nat_jax.evaluate.networks import Networks, data_of, load_networks, seeds_of
 from nat_jax.evaluate.protocols import PROTOCOLS
 from nat_jax.evaluate.retrieval import draw_neighbours
 from nat_jax.evaluate.store import FeatureStore
 from nat_jax.input.reader import ImageCache
-from nat_jax.input.sources import Source, open_source
+from nat_jax.input.sources import open_source
 from nat_jax.report.rows import Row, aggregate, current
 from nat_jax.training import workdir as workdirs
 
@@ -53,20 +51,22 @@ def judge_task(config: ConfigDict, workdir: Path) -> Path:
 
     Args:
         config: ``task``, ``network``, ``seeds`` and ``eval`` are read, and how data is read; model
-            and data are the network's.
+            and data are the network's. ``eval.to`` names another folder for all that is written.
         workdir: the run's folder, in which features are kept too.
 
     Returns:
         The result's file.
 
     Raises:
-        InputError: a mistake in the config, no such network, or records that the task cannot be
-            done on.
+        InputError: a mistake in the config, no such network, a folder that cannot be written to,
+            or records that the task cannot be done on.
     """
     configs.validate(config, evaluate.PROBES)
-    workdir = Path(workdir)
-    seeds = _set_up(config, workdir)
-    key: Result = {
+    output = Path(config.eval.to or workdir).expanduser()
+    key = "eval.to" if config.eval.to else "--workdir"
+    workdirs.check_writable(output, key, "Name a folder for results with --config.eval.to=DIR")
+    seeds = _set_up(config, Path(workdir), output)
+    inputs: Result = {
         "task": config.task,
         "protocol": seeds[0].evaluator.protocol() if seeds[0].evaluator else _WEIGHTS_ALONE,
         "run": {
@@ -75,14 +75,14 @@ def judge_task(config: ConfigDict, workdir: Path) -> Path:
             **environment(),
         },
     }
-    kept = kept_result(workdir, config.task, key)
-    place = workdir / "results" / f"{config.task}.json"
+    kept = kept_result(output, config.task, inputs)
+    place = output / "results" / f"{config.task}.json"
     known, old = workdirs.read_json(kept), workdirs.read_json(place)
-    if known is not None and ("pictures" not in known or _are_drawn(known, old, workdir)):
+    if known is not None and ("pictures" not in known or _are_drawn(known, old, output)):
         logger.info("%s: read back, as weights, data and protocol are the same", kept)
         result = known
     else:
-        result = _ordered({**key, **_ACTIONS[config.task](seeds, workdir)})
+        result = _ordered({**inputs, **_ACTIONS[config.task](seeds, output)})
         workdirs.write_json(kept, result)
     if "table" in result:
         result["table"] = current(result["table"])
@@ -91,15 +91,15 @@ def judge_task(config: ConfigDict, workdir: Path) -> Path:
     workdirs.write_json(place, result)
     if "table" in result:
         print(report.text_table(result["table"]), flush=True)
-    if (workdir / "config.json").exists():
-        print(f"report: {report.write_report(workdir)}", flush=True)
+    if (output / "config.json").exists():
+        print(f"report: {report.write_report(output)}", flush=True)
     return place
 
 
-def _set_up(config: ConfigDict, workdir: Path) -> list[Seed]:
+def _set_up(config: ConfigDict, workdir: Path, output: Path) -> list[Seed]:
     """Load the networks and open the records; every mistake is found here."""
     images, seeds = ImageCache(), []
-    store = FeatureStore(workdir / "features_cache")
+    store = FeatureStore(output / "features_cache")
     source = functools.cache(open_source)
     several = seeds_of(config, workdir)
     for seed in several if config.task in PROTOCOLS else several[:1]:  # of pictures one is enough
@@ -108,7 +108,12 @@ def _set_up(config: ConfigDict, workdir: Path) -> list[Seed]:
         if config.task != _FILTERS:
             settings = networks.settings
             named = settings.eval.source
-            own = settings.data.source if named else _own_data(config, networks, source)
+            own = settings.data.source if named else data_of(networks.network, config, source)
+            if not named and own != config.data.source:
+                logger.info(
+                    "evaluating on %s, as in training; --config.eval.source=... is for other data",
+                    own,
+                )
             test = named or own
             learn = settings.eval.train_source or test
             evaluator = Evaluator(
@@ -124,33 +129,6 @@ def _set_up(config: ConfigDict, workdir: Path) -> list[Seed]:
             evaluator.extractors(networks.all)  # finds layers that a network does not have
         seeds.append(Seed(seed, networks, evaluator))
     return seeds
-
-
-def _own_data(config: ConfigDict, networks: Networks, source: Callable[..., Source]) -> str:
-    """Return where the data that the network was trained on lies now.
-
-    That is the command line's source if it has the same records, else the one of training.
-
-    Raises:
-        InputError: it is in neither; the message names the keys to set.
-    """
-    wanted, own = config.data.source, networks.settings.data.source
-    if wanted == own:
-        return own
-    trained_on = networks.network.run.get("data")
-    with contextlib.suppress(ValueError):  # what is not there matters only if the other is not
-        few = networks.settings.data.per_class
-        if trained_on is not None and source(wanted, per_class=few).fingerprint == trained_on:
-            return wanted
-    try:
-        source(own, "test")
-    except ValueError as error:
-        raise InputError(
-            f"{error}. The network was trained on that; say where it lies now with "
-            "--config.data.source=..., or evaluate on other data with --config.eval.source=..."
-        ) from error
-    logger.info("evaluating on %s, as in training; --config.eval.source=... is for other data", own)
-    return own
 
 
 def _scored(seeds: Sequence[Seed], workdir: Path) -> Result:

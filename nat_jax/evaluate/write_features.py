@@ -21,6 +21,7 @@ from nat_jax import config as configs
 from nat_jax import evaluate
 from nat_jax.errors import InputError
 from nat_jax.evaluate.features import INDEX, Columns, extracted
+from nat_jax.evaluate.networks import data_of
 from nat_jax.evaluate.store import FeatureFiles, check_room
 from nat_jax.export import Bundle
 from nat_jax.export.loading import network_of, task_config
@@ -64,10 +65,12 @@ def write_features(config: ConfigDict, workdir: Path) -> Path:
     configs.validate(config, evaluate.PROBES)
     network = network_of(config, workdir, seed=config.seeds[0])
     settings = task_config(config, network)
-    spec = settings.features.source or settings.data.source
+    spec, own = settings.features.source, settings.data.source
+    if not spec:
+        spec = own = data_of(network, config, open_source)
     place = Path(settings.features.to or Path(workdir) / "features").expanduser()
     for split in settings.features.splits:
-        few = settings.data.per_class if spec == settings.data.source else 0
+        few = settings.data.per_class if spec == own else 0
         source = open_source(spec, split, per_class=few)
         protocol = _protocol(settings, network, source)
         folder = place / split

@@ -23,7 +23,7 @@ from nat_jax.experiments import findings, pages
 from nat_jax.experiments.findings import Record
 from nat_jax.experiments.members import Planned, plan
 from nat_jax.report.rows import KEYS, current
-from nat_jax.training import metrics
+from nat_jax.training import lock, metrics
 from nat_jax.training import workdir as workdirs
 from nat_jax.training.setup import Sources, make_model, open_sources
 
@@ -44,6 +44,7 @@ def run_suite(config: ConfigDict, workdir: Path) -> Path:
     Raises:
         ValueError: a mistake in the config or the data, or other runs in the folder, before any
             device work.
+        WorkdirInUse: another suite uses the folder.
         Preempted: stopped by Ctrl-C or SIGTERM, with the run's state saved.
     """
     workdir = Path(workdir)
@@ -53,19 +54,21 @@ def run_suite(config: ConfigDict, workdir: Path) -> Path:
         _check_folder(workdir / run.folder, run.config)
     sources = open_sources(runs[0].config)
     inputs = [_inputs(run.config, sources) for run in runs]
-    records = [_saved(workdir / run.folder, i) for run, i in zip(runs, inputs, strict=True)]
-    print(_plan_text(runs, records), flush=True)
-    began = time.perf_counter()
-    for number, run in enumerate(runs):
-        record, note = records[number], "done before"
-        if record is None:
-            record = records[number] = _train(run, workdir / run.folder, inputs[number])
-            workdirs.write_json(workdir / run.folder / _RECORD, record)
-            _publish(workdir, config, runs, records)
-            note = _progress_text(record, time.perf_counter() - began, _left(runs, records))
-        summary = findings.summary(record)
-        print(f"[{number + 1}/{len(runs)}] {run.folder}: {summary} ({note})", flush=True)
-    result = _publish(workdir, config, runs, records)
+    with lock.held(workdir) as check_lock:
+        records = [_saved(workdir / run.folder, i) for run, i in zip(runs, inputs, strict=True)]
+        print(_plan_text(runs, records), flush=True)
+        began = time.perf_counter()
+        for number, run in enumerate(runs):
+            record, note = records[number], "done before"
+            if record is None:
+                record = records[number] = _train(run, workdir / run.folder, inputs[number])
+                check_lock()
+                workdirs.write_json(workdir / run.folder / _RECORD, record)
+                _publish(workdir, config, runs, records)
+                note = _progress_text(record, time.perf_counter() - began, _left(runs, records))
+            summary = findings.summary(record)
+            print(f"[{number + 1}/{len(runs)}] {run.folder}: {summary} ({note})", flush=True)
+        result = _publish(workdir, config, runs, records)
     print(pages.text(result), flush=True)
     print(f"report: {workdir / 'report.html'}", flush=True)
     return pages.result_file(workdir)
@@ -85,9 +88,10 @@ def _check_folder(folder: Path, config: ConfigDict) -> None:
 
 def _inputs(config: ConfigDict, sources: Sources) -> dict[str, Any]:
     """Return everything that a run's outcome depends on, as JSON has it."""
+    settings = configs.flatten(configs.to_dict(config.eval))
     return {
         "training": workdirs.training(config),
-        "eval": configs.flatten(configs.to_dict(config.eval)),
+        "eval": {key: value for key, value in settings.items() if key != "to"},
         "train": sources.train.fingerprint,
         "test": sources.probe_test.fingerprint,
     }

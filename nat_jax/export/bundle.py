@@ -149,7 +149,7 @@ class Bundle(FrozenModel):
                 sums = {name: atomic_files.sha256(partial / name) for name in files}
                 (partial / SUMS).write_bytes(atomic_files.sums_text(sums))
         except OSError as error:
-            raise BundleError(f"cannot write the bundle {place}: {error}") from error
+            raise BundleError(f"bundle: {error}") from error
         return place
 
     def layer_shapes(self) -> dict[str, list[int]]:

@@ -9,6 +9,7 @@ from nat_jax.export.loading import network_of, task_config
 from nat_jax.export.program import PROGRAM, program
 from nat_jax.models.frozen import resolve_layers
 from nat_jax.runtime import atomic_files
+from nat_jax.training import workdir as workdirs
 
 logger = logging.getLogger(__name__)
 
@@ -25,17 +26,19 @@ def export(config: ConfigDict, workdir: Path) -> Path:
         The bundle's folder.
 
     Raises:
-        ValueError: there is no such network, or no such layer.
+        ValueError: there is no such network or layer, or the folder cannot be written to.
         BundleError: the bundle cannot be written.
         CheckpointError: the run has no good checkpoint.
     """
+    place = Path(config.export.to or Path(workdir) / "bundle").expanduser()
+    workdirs.check_writable(place, "export.to", "Choose another")
     network = network_of(config, workdir, seed=config.seeds[0])
     settings = task_config(config, network)
     extras = {}
     layers = resolve_layers(settings.eval.layers, network.model)
     if settings.export.program:
         extras[PROGRAM] = program(network, layers, settings.eval.max_features)
-    place = network.save(settings.export.to or Path(workdir) / "bundle", extras)
+    network.save(place, extras)
     size = sum(file.stat().st_size for file in place.iterdir())
     logger.info(
         "%s: seed %d, step %d, %s; open it with nat_jax.load(%r)",

@@ -1,6 +1,7 @@
 """Atomic file writes (temporary file, fsync, rename), checksums and locks of folders."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -11,9 +12,26 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nat_jax.errors import InputError
+from nat_jax.errors import InputError, UserError
 
 _log = logging.getLogger(__name__)
+
+
+class CannotWrite(UserError, OSError):
+    """A file cannot be written: the disk is full or read-only, for instance."""
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raise errors of the system inside as CannotWrite, whose message names a path."""
+    try:
+        yield
+    except CannotWrite:
+        raise
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        advice = ". Make room, and the same command line goes on" if full else ""
+        raise CannotWrite(f"cannot write {path}: {error.strerror or error}{advice}") from error
 
 
 @contextlib.contextmanager
@@ -22,23 +40,27 @@ def replacing(path: Path) -> Iterator[Path]:
 
     If the process is killed, ``path`` has its old content or the new one, or, if it is a folder,
     is missing for the moment between two renames. After an exception it has the old content.
+
+    Raises:
+        CannotWrite: the system refuses to write.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial, old = (path.with_name(f".{path.name}.{os.getpid()}{end}") for end in ("", ".old"))
-    _remove(partial)
-    try:
-        yield partial
-        for file in partial.rglob("*"):
-            sync(file)
-        sync(partial)
-        if path.is_dir():
-            path.replace(old)
-        publish(partial, path)
-    finally:
-        if old.exists() and not path.exists():
-            old.replace(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
         _remove(partial)
-        _remove(old)
+        try:
+            yield partial
+            for file in partial.rglob("*"):
+                sync(file)
+            sync(partial)
+            if path.is_dir():
+                path.replace(old)
+            publish(partial, path)
+        finally:
+            if old.exists() and not path.exists():
+                old.replace(path)
+            _remove(partial)
+            _remove(old)
 
 
 def _remove(path: Path) -> None:

@@ -309,6 +309,22 @@ def lost_peer(error: BaseException) -> str | None:
     return None
 
 
+def no_devices(error: BaseException) -> str | None:
+    """Return a message if an error is JAX's where it finds no device to compute on, else None."""
+    if not isinstance(error, RuntimeError | AssertionError):  # bare, for JAX_PLATFORMS=cuda
+        return None
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as reason:
+        wanted = jax.config.jax_platforms  # type: ignore[attr-defined]
+        words = str(reason).split("\n")[0].partition(" (set JAX_PLATFORMS")[0] or "there is none"
+        return (
+            f"JAX finds no device to compute on with JAX_PLATFORMS={wanted or ''}: {words}. "
+            "Unset JAX_PLATFORMS to use the devices there are, or install JAX for those you want"
+        )
+    return None
+
+
 def exit_process(code: int, *, at_once: bool = False) -> None:
     """End this process after an error.
 

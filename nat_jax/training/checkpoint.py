@@ -12,7 +12,9 @@ leaf that grows with the data set, is hashed and proven to be a permutation shar
 import hashlib
 import json
 import logging
+import re
 import shutil
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,9 @@ from nat_jax.training import assignment_state
 PyTree = Any
 
 logger = logging.getLogger(__name__)
+
+# What file systems and tensorstore say of a full disk.
+_FULL = re.compile(r"No space left|quota exceeded|RESOURCE_EXHAUSTED: .*writ", re.IGNORECASE)
 
 # Version of the JSON record; raised when its meaning changes.
 _FORMAT = 2
@@ -78,6 +83,7 @@ class Checkpoints:
         if keep < 1:
             raise InputError(f"checkpoint.keep: expected at least 1; got {keep}")
         self._directory = Path(directory).absolute()
+        self._saving: int | None = None  # step of the last save, which may be under way
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep, create=not read_only
         )
@@ -86,7 +92,7 @@ class Checkpoints:
                 self._directory.mkdir(parents=True, exist_ok=True)
             if jax.process_index() == 0 and not read_only:
                 for leftover in self._directory.glob(_LEFTOVERS):
-                    shutil.rmtree(leftover)
+                    shutil.rmtree(leftover, ignore_errors=True)  # orbax tries again
             self._manager = _Manager(self._directory, options=options)
         except Exception as error:
             raise CheckpointError(
@@ -137,10 +143,12 @@ class Checkpoints:
             state=ocp.args.StandardSave(state),
             record=ocp.args.JsonSave({"record": record, "sha256": _json_digest(record)}),
         )
+        self.wait()  # as orbax does in save, where its error would seem to be that of this step
+        self._saving = step
         try:
             saved = self._manager.save(step, args=items)
         except Exception as error:
-            raise self._error(step, f"cannot be saved: {error}") from error
+            raise self._cannot_save(error) from error
         if not saved:
             raise self._error(
                 step, f"was not saved: the newest one there is of step {self.latest_step()}"
@@ -252,14 +260,19 @@ class Checkpoints:
         try:
             self._manager.wait_until_finished()
         except Exception as error:
-            raise CheckpointError(
-                f"the last checkpoint could not be written to {self._directory}: {error}"
-            ) from error
+            raise self._cannot_save(error) from error
 
     def close(self) -> None:
-        """Wait for a running save, then release the background threads."""
+        """Wait for a running save, then release the background threads.
+
+        Raises:
+            CheckpointError: the save failed.
+        """
         self.wait()
-        self._manager.close()
+        try:
+            self._manager.close()
+        except Exception as error:
+            raise self._cannot_save(error) from error
 
     def _read_record(self, step: int) -> dict[str, Any]:
         reason = None
@@ -343,8 +356,29 @@ class Checkpoints:
         consistency.wait_for_all("damaged checkpoints set aside")
         self._manager.reload()
 
+    def _cannot_save(self, error: Exception) -> CheckpointError:
+        full = _FULL.search(str(error))
+        reason = "the disk is full" if full else _first_line(error)
+        kept = self._manager.latest_step()
+        from_there = f" from step {kept}, whose checkpoint is complete" if kept else ""
+        return CheckpointError(
+            f"checkpoint of step {self._saving} in {self._directory} cannot be saved: {reason}. "
+            f"{'Make room' if full else 'Remove the cause'}, and the same command line goes on"
+            f"{from_there}"
+        )
+
     def _error(self, step: int, what: str) -> CheckpointError:
         return CheckpointError(f"checkpoint of step {step} in {self._directory} {what}")
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Return whether a record is more than an error that Orbax raises as well."""
+    lines = traceback.format_exception(*record.exc_info) if record.exc_info else ()
+    return not any("orbax" in line for line in lines)
+
+
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_is_news)
 
 
 def _named_leaves(tree: PyTree) -> dict[str, Any]:

@@ -46,16 +46,16 @@ class MetricsWriter:
             MissingPackage: TensorBoard is enabled and tensorboardX is not installed.
         """
         self._file: TextIO | None = None
+        self._path = workdir / "metrics.jsonl"
         self._events: Any = None
         if jax.process_index() != 0:
             return
         if tensorboard:
             self._events = _open_events(workdir / "tensorboard", resume_step)
         workdir.mkdir(parents=True, exist_ok=True)
-        path = workdir / "metrics.jsonl"
-        if path.exists():
-            _drop_rows(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
+        if self._path.exists():
+            _drop_rows(self._path, resume_step)
+        self._file = self._path.open("a", encoding="utf-8")
 
     def write(self, row: Mapping[str, float]) -> None:
         """Append one row; values that are not finite are written as null.
@@ -65,14 +65,16 @@ class MetricsWriter:
 
         Raises:
             ValueError: if "step" is missing.
+            CannotWrite: the disk is full, for instance.
         """
         if "step" not in row:
             raise ValueError(f"metrics row: expected a 'step'; got {sorted(row)}")
         if self._file is None:
             return
         clean = {key: value if math.isfinite(value) else None for key, value in row.items()}
-        self._file.write(json.dumps(clean) + "\n")
-        self._file.flush()
+        with atomic_files.writing(self._path):
+            self._file.write(json.dumps(clean) + "\n")
+            self._file.flush()
         if self._events is not None:
             for key, value in row.items():
                 if key != "step":
@@ -81,7 +83,8 @@ class MetricsWriter:
     def close(self) -> None:
         """Close the files."""
         if self._file is not None:
-            self._file.close()
+            with atomic_files.writing(self._path):  # the row that could not be written, again
+                self._file.close()
         if self._events is not None:
             self._events.close()
 

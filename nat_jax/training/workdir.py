@@ -75,12 +75,8 @@ def check(workdir: Path, config: ConfigDict) -> None:
         )
     if workdir.is_file():
         raise InputError(f"--workdir: expected a folder; {workdir} is a file. Choose another")
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if not os.access(workdir, os.W_OK):
-            raise PermissionError("it is not writable")
-    except OSError as error:
-        raise InputError(f"--workdir: cannot use {workdir}: {error}. Choose another") from error
+    check_writable(workdir, "--workdir", "Choose another")
+    workdir.mkdir(parents=True, exist_ok=True)
     saved = read_json(workdir / "config.json")
     if saved is None or not any(workdir.glob("**/checkpoints/[0-9]*")):
         return
@@ -96,6 +92,22 @@ def check(workdir: Path, config: ConfigDict) -> None:
                 old[key],
                 new[key],
             )
+
+
+def check_writable(folder: Path, key: str, advice: str) -> None:
+    """Check that a folder can be written to, or be made; nothing is changed.
+
+    Raises:
+        InputError: it cannot; the message begins with the key and ends with the advice.
+    """
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(f"{there} is a file")
+        if not os.access(there, os.W_OK):
+            raise PermissionError(f"{there} is not writable")
+    except OSError as error:
+        raise InputError(f"{key}: cannot use {folder}: {error}. {advice}") from error
 
 
 def read_json(path: Path) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import shutil
 
 import jax
@@ -12,6 +13,7 @@ from sample_files import write_tree
 from small_run import changed
 
 from nat_jax import config, evaluate
+from nat_jax.errors import InputError
 from nat_jax.evaluate import draw_filters, protocols, tasks
 from nat_jax.evaluate.tasks import judge_task
 from nat_jax.export.loading import untrained_network
@@ -206,7 +208,10 @@ def test_data_that_have_moved_are_found_where_the_command_line_says(tmp_path, ca
     assert f"evaluating on arrays:{old}, as in training; --config.eval.source=..." in caplog.text
     old.rename(new)
     assert asked(new)["protocol"]["train"]["source"] == f"arrays:{new}"
-    with pytest.raises(ValueError, match="old.npz.* say where it lies now with --config.data.so"):
+    for source in (other, old, "nowhere"):
+        with pytest.raises(InputError, match="old.npz.* say where it lies now with --config.data"):
+            asked(source)
+    with pytest.raises(InputError, match="trained on that; arrays:.*other.npz has other records"):
         asked(other)
 
 
@@ -313,6 +318,24 @@ def test_a_run_has_the_value_that_its_own_table_has(two_seeds, tmp_path):
     assert "k=20" in (run / "report.html").read_text()
     with pytest.raises(ValueError, match="seeds: the run in .* has .0, 3.; got .1,."):
         asked(seeds=(1,))
+
+
+@pytest.mark.parametrize("place", ["run", "new", "new/below"])
+def test_results_go_where_they_can_be_written(trained, tmp_path, monkeypatch, place):
+    run = tmp_path / "run"
+    run.mkdir()
+    real = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != run and real(path, mode))
+    with pytest.raises(InputError, match="--workdir: .*run is not writable.*--config.eval.to=DIR"):
+        judge_task(settings("filters", trained), run)
+    asked = settings("filters", trained, eval__to=str(tmp_path / place))
+    if place == "run":
+        with pytest.raises(InputError, match="eval.to: .*run is not writable"):
+            judge_task(asked, run)
+    else:
+        assert judge_task(asked, run) == tmp_path / place / "results" / "filters.json"
+        assert (tmp_path / place / "pictures" / "filters_composed.png").exists()
+    assert not list(run.iterdir())
 
 
 def test_filters_need_no_data(trained, tmp_path):

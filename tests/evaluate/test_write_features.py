@@ -1,5 +1,6 @@
 """Features as files: row i is record i, a stopped run goes on, and nothing else is overwritten."""
 
+import dataclasses
 import json
 import shutil
 import tracemalloc
@@ -10,6 +11,7 @@ from sample_files import write_tree
 from small_run import changed
 
 from nat_jax import config
+from nat_jax.errors import InputError
 from nat_jax.evaluate import write_features as module
 from nat_jax.evaluate.write_features import write_features
 from nat_jax.export import loading
@@ -131,6 +133,23 @@ def test_finished_features_are_kept_and_others_refused(pictures, tmp_path, monke
     shutil.rmtree(folder)
     c.features.to, c.eval.max_features = "", 9600
     assert write_features(c, tmp_path / "run") / "test" == folder
+
+
+def test_data_that_have_moved_are_found_where_the_command_line_says(pictures, tmp_path):
+    data = open_source(pictures).fingerprint
+    network = loading.untrained_network(settings(pictures), 0)
+    network = dataclasses.replace(network, run={"seed": 0, "step": 7, "data": data})
+    network.save(tmp_path / "bundle")
+    moved = f"folder:{(tmp_path / 'pictures').rename(tmp_path / 'moved')}"
+    for source in (pictures, moved):
+        c = settings(source, features__splits=("test",))
+        c.network = str(tmp_path / "bundle")
+        if source == pictures:
+            with pytest.raises(InputError, match="pictures. .*with --config.data.source="):
+                write_features(c, tmp_path / "run")
+        else:
+            folder = write_features(c, tmp_path / "run") / "test"
+            assert json.loads((folder / "features.json").read_text())["source"] == moved
 
 
 @pytest.mark.parametrize(

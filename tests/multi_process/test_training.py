@@ -11,6 +11,7 @@ import pytest
 from processes import HERE, LOST, Run, assert_close, assert_same_bits, leaves_of, state
 
 from nat_jax import train
+from nat_jax.training import lock
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def test_what_is_written_once_is_written_once(two):
     for name in ("config.json", "report.html", "results/pretrain.json"):
         assert (workdir / name).is_file()
     assert len(list(workdir.glob("results/judged/pretrain-*.json"))) == 1
-    assert not list(workdir.glob(".*"))
+    assert not [*workdir.glob(".*"), *workdir.glob("lock-*")]
     result = json.loads((workdir / "results" / "pretrain.json").read_text())
     assert result["run"]["processes"] == 2
     assert run.output(0).count("report: ") == 1
@@ -123,6 +124,16 @@ def test_processes_that_were_started_differently_are_refused(start, tmp_path, ar
     for index in (0, 1):
         assert f"nat_jax: process {index}: {message}" in run.output(index)
     assert not list(tmp_path.rglob("checkpoints"))
+
+
+@pytest.mark.slow
+def test_a_second_run_is_refused_in_all_its_processes(start, tmp_path):
+    with lock.held(tmp_path / "run"):
+        run = start(tmp_path / "run", processes=2)
+        assert run.wait() == [2, 2]
+    assert "nat_jax: process 0: --workdir: another run uses " in run.output(0)
+    assert "nat_jax: process 1: process 0 cannot use " in run.output(1)
+    assert not list((tmp_path / "run").iterdir())
 
 
 @pytest.mark.slow

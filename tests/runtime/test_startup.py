@@ -226,3 +226,25 @@ def test_a_lost_process_is_told_from_other_errors(monkeypatch, error, lost):
     monkeypatch.setattr(startup.jax.distributed, "is_initialized", lambda: True)
     for raised in (error, outer):
         assert startup.lost_peer(raised) == (str(error) if lost else None)
+
+
+@pytest.mark.parametrize(
+    ("raised", "words"),
+    [
+        (AssertionError(), "JAX_PLATFORMS=cpu: there is none. "),
+        (
+            RuntimeError("Unknown backend cuda (set JAX_PLATFORMS='')"),
+            "JAX_PLATFORMS=cpu: Unknown backend cuda. ",
+        ),
+    ],
+)
+def test_devices_that_cannot_be_had_are_one_message(monkeypatch, raised, words):
+    assert startup.no_devices(raised) is None  # there are devices, so it is another mistake
+
+    def devices():
+        raise raised
+
+    monkeypatch.setattr(startup.jax, "devices", devices)
+    message = startup.no_devices(raised)
+    assert message is not None and words in message and "Unset JAX_PLATFORMS" in message
+    assert startup.no_devices(ValueError("Unknown backend")) is None

@@ -1,9 +1,11 @@
 """Checkpoints: exact, atomic, portable between device counts, and never silently wrong."""
 
+import contextlib
 import dataclasses
 import gc
 import json
 import logging
+import resource
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -321,3 +323,28 @@ def test_leftovers_of_killed_saves_are_removed(folder: Path) -> None:
     assert opened.latest_step() == 2
     opened.close()
     assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
+
+
+@pytest.mark.parametrize("then", ["save", "wait", "close"])
+def test_a_full_disk_is_one_message_about_the_step_that_is_not_saved(
+    folder: Path, then: str, capfd: pytest.CaptureFixture
+) -> None:
+    three, four, five = map(make_state, (3, 4, 5))
+    opened = Checkpoints(folder)
+    opened.save(3, three, {})
+    opened.wait()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # no file can grow beyond that
+    try:
+        with pytest.raises(CheckpointError, match="of step 4 .*cannot be saved.*from step 3, wh"):
+            opened.save(4, four, {})  # writes in the background
+            if then == "save":
+                opened.save(5, five, {})
+            else:
+                getattr(opened, then)()
+        with contextlib.suppress(CheckpointError):
+            opened.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "Traceback" not in capfd.readouterr().err
+    assert same(restore(folder)[0], three)

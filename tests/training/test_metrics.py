@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from nat_jax.runtime.atomic_files import CannotWrite
 from nat_jax.training import metrics
 from nat_jax.training.metrics import MetricsWriter, Progress, Timer
 
@@ -33,6 +34,14 @@ def test_a_row_needs_a_step(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected a 'step'; got \['train/loss'\]"):
         writer.write({"train/loss": 0.5})
     writer.close()
+
+
+def test_a_full_disk_is_one_message(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path, resume_step=None)
+    writer._file = open("/dev/full", "a")  # noqa: SIM115
+    for write in (lambda: writer.write({"step": 1}), writer.close):
+        with pytest.raises(CannotWrite, match="metrics.jsonl: No space left .* Make room"):
+            write()
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,8 @@ class Listing(NamedTuple):
 def list_folder(root: str, progress: Callable[[int], Any]) -> Listing:
     """List a folder tree; links are followed, each folder is listed once.
 
+    A workdir may lie in the tree, or be its root: the pictures of a run are left out.
+
     Args:
         root: the folder.
         progress: called for each folder with the number of files in it.
@@ -138,12 +140,19 @@ def list_folder(root: str, progress: Callable[[int], Any]) -> Listing:
             stamp = stamp._replace(unsettled=path)
         new = []
         for below_prefix, target in sorted(below):  # which of several links to a folder counts
-            if target not in reached:
+            if target not in reached and not _is_drawn(os.path.join(root, below_prefix[:-1])):
                 reached.add(target)
                 new.append((below_prefix, target))
         pending += reversed(new)
         progress(len(files) + others - before)
     return Listing(folders, files, others, stamp)
+
+
+def _is_drawn(folder: str) -> bool:
+    """Return whether a folder has pictures that a run drew into its workdir, not images of data."""
+    workdir, name = os.path.split(folder)
+    marks = ("metrics.jsonl", "features_cache", "results/judged", "results/suite.json")
+    return name == "pictures" and any(os.path.exists(os.path.join(workdir, m)) for m in marks)
 
 
 def encoded(text: str) -> bytes:

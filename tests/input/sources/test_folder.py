@@ -40,6 +40,22 @@ def test_spellings_of_splits_and_classes(tmp_path: Path):
     assert held_out.class_names == open_source(f"folder:{root}").class_names == ("B", "a")
 
 
+@pytest.mark.parametrize("workdir", ["runs/smoke", "runs/suite/seed-0", "."])
+def test_pictures_of_a_run_inside_the_folder_are_no_images(tmp_path: Path, workdir: str):
+    root = write_tree(tmp_path, [f"{name}/{i}.jpg" for name in ("ant", "pictures") for i in "012"])
+    (root / "pictures").rename(root / "cat")
+    before = open_source(f"folder:{root}").fingerprint
+    write_tree(root / workdir, ["pictures/filters.png", "pictures/neighbours_z.png"])
+    assert open_source(f"folder:{root}").fingerprint != before  # it may be a class
+    for mark in ("metrics.jsonl", "results/judged/a.json", "results/suite.json"):
+        write_tree(root / workdir, [mark])
+        source = open_source(f"folder:{root}")
+        assert source.fingerprint == before and source.class_names == ("ant", "cat")
+        (root / workdir / mark).unlink()
+        if mark.startswith("results/judged"):
+            (root / workdir / "results/judged").rmdir()
+
+
 def test_a_class_may_be_called_train(tmp_path: Path):
     root = write_tree(tmp_path, [f"{name}/{i}.jpg" for name in ("train", "boat") for i in range(9)])
     assert open_source(f"folder:{root}").class_names == ("boat", "train")
