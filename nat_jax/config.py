@@ -175,6 +175,7 @@ def train_transform(config: ConfigDict, *, colors: bool = True) -> "Transform":
             crop=data.crop,
             min_area=data.min_area,
             colors=jitter if colors and jitter != ColorJitter() else None,
+            white=data.white,
         )
     except ValueError as error:
         raise InputError(f"data: {error}") from error

@@ -106,6 +106,12 @@ _add(
         "strength of random colour changes of training images; SimCLR: 0.5 on CIFAR-10",
     ),
     Key("grayscale", 0.0, "probability that a training image is converted to grey; 0.2 in SimCLR"),
+    Key(
+        "white",
+        0,
+        "value that is white in PNG, TIFF and PNM files of 16 bits; 0: 65535; 12 bits: 4095",
+        least=0,
+    ),
     Key("views", 1, "images made of each record, with one target (2: beyond the paper)", least=1),
 )
 _add(

@@ -20,7 +20,7 @@ from nat_jax import evaluate, report, schema
 from nat_jax.errors import InputError, UserError
 from nat_jax.evaluate.evaluator import Evaluator, write_run_result
 from nat_jax.export.loading import untrained_network
-from nat_jax.input import pipeline
+from nat_jax.input import pipeline, sample
 from nat_jax.input.bad_records import BadRecords
 from nat_jax.input.reader import ImageCache
 from nat_jax.models.frozen import FrozenModel
@@ -85,6 +85,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> T
     configs.check_devices(config, mesh.shape, jax.process_count())
     model = make_model(config, mesh.devices.flat[0].platform)
     workdirs.check(folder, config)
+    if jax.process_index() == 0:
+        sample.log_sample(sources.train, config.data.white)
     shared = {
         k: v for k, v in configs.flatten(config).items() if schema.kind_of(k) != schema.PER_HOST
     }

@@ -1,5 +1,6 @@
 """Bundles: the judged features from the same pixels, whole or refused; programs without nat_jax."""
 
+import dataclasses
 import functools
 import io
 import json
@@ -320,6 +321,21 @@ def test_an_image_of_pillow_is_turned_upright(untrained):
     opened = Image.open(io.BytesIO(file.getvalue()))
     upright = untrained.preprocess(np.rot90(np.asarray(opened), -1).copy())
     np.testing.assert_array_equal(untrained.preprocess(opened), upright)
+
+
+def test_a_bundle_keeps_the_value_that_is_white(untrained, copy, tmp_path):
+    deep = np.arange(0, 4096, 16, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    bright = dataclasses.replace(untrained, white=4095)
+    again = nat_jax.load(bright.save(tmp_path / "bundle"))
+    found = again.preprocess(tmp_path / "deep.png")
+    np.testing.assert_array_equal(found, again.preprocess(Image.open(tmp_path / "deep.png")))
+    scaled = (deep * (255 / 4095) + 0.5).astype(np.uint8)
+    np.testing.assert_array_equal(found, untrained.preprocess(scaled))
+    assert untrained.preprocess(tmp_path / "deep.png").max() < 16
+    assert again.transform != untrained.transform
+    rewritten(copy, card={"images": {"image_size": 8, "resize": 0}})  # of an older version
+    assert nat_jax.load(copy).white == 0
 
 
 def test_parts_of_any_length_give_the_same(untrained):

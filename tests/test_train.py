@@ -164,6 +164,8 @@ def test_images_without_labels_and_a_broken_one_among_them(tmp_path, caplog):
     rng = np.random.default_rng(0)
     for i in range(64):
         Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(folder / f"{i:03}.jpg")
+    Image.fromarray(np.full((8, 8), 4000, np.uint16)).save(folder / "001.png")
+    (folder / "001.jpg").unlink()
     broken = folder / "020.jpg"
     broken.write_bytes(broken.read_bytes()[:100])
     changes = dict(data__source=f"folder:{folder}", batch_size=16, epochs=2.0)
@@ -173,6 +175,7 @@ def test_images_without_labels_and_a_broken_one_among_them(tmp_path, caplog):
     assert caplog.text.index("no labels in") < caplog.text.index("targets on")  # before training
     np.testing.assert_array_equal(np.sort(state.assignment), np.arange(len(state.assignment)))
     assert "1 of 58 records are bad: " in caplog.text and "020.jpg" in caplog.text
+    assert caplog.text.count("1 of 1 sampled records have more than 8 bits") == 1
     assert not (tmp_path / "run/results/pretrain.json").exists()
     assert (tmp_path / "run/pictures/neighbours_z.png").exists()
     assert (tmp_path / "run/report.html").exists()
@@ -277,6 +280,7 @@ def test_an_option_that_the_solver_refuses_is_one_message(tmp_path):
     [
         (dict(model__dim=8), "holds a run with model.dim = 6; this one has 8"),
         (dict(seeds=(9,)), "holds a run with seeds"),
+        (dict(data__white=4095), "holds a run with data.white = 0; this one has 4095"),
     ],
 )
 def test_another_run_in_the_workdir_is_refused(finished, change, message):

@@ -98,7 +98,9 @@ class Evaluator:
         )
         self.trained = trained_name(config)
         self._task, self._size = task, data.image_size
-        self._transform = transforms.eval_transform(image_size=data.image_size, resize=data.resize)
+        self._transform = transforms.eval_transform(
+            image_size=data.image_size, resize=data.resize, white=data.white
+        )
         if task in PROTOCOLS and (settings.probes or task != "pretrain"):
             check_learnable(train, test)
         self.protocol()  # finds what does not fit
@@ -131,6 +133,7 @@ class Evaluator:
             "eval": {key: settings[key] for key in keys},
             "image_size": self._size,
             "resize": self.inputs.resize,
+            **({"white": white} if (white := self._transform.white) else {}),
             **data.describe(),
             **stated,
         }

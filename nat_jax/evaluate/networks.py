@@ -111,11 +111,12 @@ def load_networks(config: ConfigDict, workdir: Path, seed: int) -> Networks:
     folders: dict[str, str] = {}
     for folder in config.eval.compare:
         other = load_network(folder)
-        if (other.model.image_size, other.resize) != (network.model.image_size, network.resize):
+        if other.transform != network.transform:
             raise InputError(
                 f"eval.compare: expected a network for images of {network.model.image_size} pixels "
-                f"with data.resize = {network.resize}, as the evaluated one; {folder} takes "
-                f"{other.model.image_size} with {other.resize}"
+                f"with data.resize = {network.resize} and data.white = {network.white}, as the "
+                f"evaluated one; {folder} takes {other.model.image_size} with {other.resize} and "
+                f"{other.white}"
             )
         named = _name(other, config, folder, found)
         found[named], folders[named] = other, str(folder)

@@ -81,7 +81,8 @@ class TaskInputs(NamedTuple):
             )
         ten = wanted == "on" or (wanted == "auto" and self.resize > 0)
         views = eval_transform(image_size=self.augment.size, resize=self.resize, ten_crops=ten)
-        return dataclasses.replace(views, both_ways=ten and self.augment.flip)
+        both_ways = ten and self.augment.flip
+        return dataclasses.replace(views, both_ways=both_ways, white=self.augment.white)
 
 
 class Protocol(NamedTuple):

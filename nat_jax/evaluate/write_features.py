@@ -96,6 +96,7 @@ def _protocol(settings: ConfigDict, network: Bundle, source: Source) -> dict[str
         "max_features": settings.eval.max_features,
         "image_size": network.model.image_size,
         "resize": network.resize,
+        "white": network.white or None,  # as in files of versions without it
         "batch_size": settings.eval.batch_size,
         "split": source.split,
         "records": len(source),

@@ -42,6 +42,7 @@ class Bundle(FrozenModel):
     Attributes:
         arguments: those of ``models.make_model`` that make its definition, but for the platform.
         resize: shortest side of an image before the centre crop; 0: the complete image is scaled.
+        white: the value that is white in images of more than 8 bits; 0: 65535.
         config: the config of its run, as JSON has it.
         run: seed, step (0: untrained), and the data that it was trained on.
     """
@@ -50,6 +51,7 @@ class Bundle(FrozenModel):
     resize: int
     config: Mapping[str, Any]
     run: Mapping[str, Any]
+    white: int = 0
 
     def __call__(
         self,
@@ -112,13 +114,15 @@ class Bundle(FrozenModel):
             image = Path(image).read_bytes()
         transform = self.transform
         out = np.empty((1, transform.size, transform.size, 3), np.uint8)
-        decode_and_crop(open_picture(image), transform, [()], out)
+        decode_and_crop(open_picture(image, transform.white), transform, [()], out)
         return out[0]
 
     @property
     def transform(self) -> Transform:
         """The preprocessing of images for this network."""
-        return eval_transform(image_size=self.model.image_size, resize=self.resize)
+        return eval_transform(
+            image_size=self.model.image_size, resize=self.resize, white=self.white
+        )
 
     def save(
         self, folder: str | os.PathLike[str], extras: Mapping[str, bytes] | None = None
@@ -166,7 +170,11 @@ class Bundle(FrozenModel):
             "format": FORMAT,
             "nat_jax": __version__,
             "model": dict(self.arguments),
-            "images": {"image_size": self.model.image_size, "resize": self.resize},
+            "images": {
+                "image_size": self.model.image_size,
+                "resize": self.resize,
+                "white": self.white,
+            },
             "layers": self.layer_shapes(),
             "run": dict(self.run),
             "config": dict(self.config),
@@ -210,6 +218,7 @@ def load(folder: str | os.PathLike[str], *, platform: str | None = None) -> Bund
         parts["batch_stats"],
         arguments=card["model"],
         resize=card["images"]["resize"],
+        white=card["images"].get("white", 0),
         config=card["config"],
         run=card["run"],
     )

@@ -154,6 +154,7 @@ def _bundle(
         batch_stats,
         arguments=configs.model_arguments(config),
         resize=config.data.resize,
+        white=config.data.white,
         config=configs.to_dict(config),
         run=run,
     )

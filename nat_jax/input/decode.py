@@ -9,13 +9,16 @@ pixels and refuse the same files.
 import contextlib
 import functools
 import io
+import math
+import sys
 from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
 from nat_jax.errors import UserError
+from nat_jax.input.file_kinds import kind_of
 
 try:
     import simplejpeg  # the same pixels as Pillow's in about two thirds of the time
@@ -23,6 +26,7 @@ except ImportError:
     simplejpeg = None
 
 SHRINKS = (8, 4, 2, 1)  # fractions of their size at which libjpeg decodes faster
+DEEP_WHITE = 65535  # the value that is white in an image of 16 bits, unless another one is given
 
 Pixels = np.ndarray | Image.Image  # uint8 [H, W, 3], or mode RGB
 
@@ -63,11 +67,24 @@ class Picture(Protocol):
         ...
 
 
-def open_picture(image: bytes | np.ndarray | Image.Image) -> Picture:
+# Chunks of a PNG file that hold texts and a colour profile, compressed or not.
+_PNG_TEXTS = frozenset((b"tEXt", b"zTXt", b"iTXt", b"iCCP"))
+# By Pillow's name of how 16 bits are stored, of which it keeps the upper 8, that of the lower 8.
+_LOWER_BYTES = {
+    f"{mode};16{order}": f"{mode};16{other}"
+    for mode in ("RGB", "RGBA", "RGBX")
+    for order, other in ("BL", "LB", "NB" if sys.byteorder == "little" else "NL")
+}
+
+
+def open_picture(image: bytes | np.ndarray | Image.Image, white: int = 0) -> Picture:
     """Read the header of an image.
 
     Args:
         image: an encoded file; uint8 [H, W] or [H, W, 1|3|4] with values 0..255; or Pillow's.
+        white: the value that is white in a PNG, TIFF or PNM file of more than 8 bits, which larger
+            values become too; 0: `DEEP_WHITE`. A PNM file that states another largest value, and
+            images of 8 bits, are not affected.
 
     Raises:
         BadImage: it is not an image, has no pixels, or more than twice `PIL.Image.MAX_IMAGE_PIXELS`
@@ -77,14 +94,94 @@ def open_picture(image: bytes | np.ndarray | Image.Image) -> Picture:
         return _Decoded(_from_array(image))
     if isinstance(image, Image.Image):
         with _refusing(b"of Pillow"):
-            return _Decoded(_to_rgb(image.copy(), _orientation(image.info.get("exif", b""))))
+            orientation = _orientation(image.info.get("exif", b""))
+            if white and image.mode.startswith("I") and image.format in (None, "PNG", "TIFF"):
+                image = _scaled(np.asarray(image, np.int64), white)
+            return _Decoded(_to_rgb(image.copy(), orientation))
     if image[:2] == b"\xff\xd8":
         return _Jpeg(image)
     with _refusing(image):
-        opened = Image.open(io.BytesIO(image), formats=_formats())
+        opened = open_file(image)
+        deep = deep_values(image, opened) if white else None
         # Only then: Pillow turns TIFF files itself, and a PNG file's tag may follow its pixels.
         opened.load()
-        return _Decoded(_to_rgb(opened, _orientation(opened.info.get("exif", b""))))
+        orientation = _orientation(opened.info.get("exif", b""))
+        if deep is not None:
+            return _Decoded(_to_rgb(_scaled(deep, white), orientation))
+        return _Decoded(_to_rgb(opened, orientation))
+
+
+def _scaled(values: np.ndarray, white: int) -> Image.Image:
+    """Return int64 values scaled from 0..white to 8 bits; larger ones are white."""
+    return Image.fromarray(np.clip((values * 255 + white // 2) // white, 0, 255).astype(np.uint8))
+
+
+def open_file(data: bytes) -> ImageFile.ImageFile:
+    """Read the header of a file by Pillow, which raises exceptions of many kinds."""
+    if data[:4] == b"\x89PNG":
+        data = _without_texts(data)
+    return Image.open(io.BytesIO(data), formats=_formats())
+
+
+def _without_texts(png: bytes) -> bytes:
+    """Return a PNG file without its texts and colour profile.
+
+    Pillow refuses images with larger ones than it wants to inflate; they do not change pixels.
+    """
+    parts, start, place = [], 0, 8
+    while place < len(png):
+        end = place + 12 + int.from_bytes(png[place : place + 4])
+        if png[place + 4 : place + 8] in _PNG_TEXTS:
+            parts.append(png[start:place])
+            start = end
+        place = end
+    return b"".join([*parts, png[start:]]) if start else png
+
+
+def deep_values(data: bytes, opened: ImageFile.ImageFile | None = None) -> np.ndarray | None:
+    """Return the values of a PNG, TIFF or PNM file of more than 8 bits as they are stored.
+
+    Args:
+        data: the file.
+        opened: what Pillow made of it, before its pixels are loaded.
+
+    Returns:
+        int64 [H, W] or [H, W, 3]; None for images of 8 bits, and of other formats.
+
+    Raises:
+        BadImage: it cannot be decoded, or its values cannot be read in full.
+    """
+    with _refusing(data):
+        opened = opened or open_file(data)
+        tile = opened.tile[0] if opened.format in ("PNG", "TIFF", "PPM") and opened.tile else None
+        if tile is None:
+            return None
+        stored, *rest = tile.args if isinstance(tile.args, tuple) else (tile.args,)
+        if tile.codec_name.startswith("ppm"):
+            if rest != [DEEP_WHITE]:
+                return None  # Pillow scales it by the largest value that it states
+            if opened.mode == "RGB":
+                shape = (opened.height, opened.width, 3)
+                values = np.frombuffer(data, ">u2", math.prod(shape), tile.offset)
+                return values.reshape(shape).astype(np.int64)
+        if opened.mode.startswith("I"):
+            return np.asarray(opened, np.int64)
+        if ";16" not in str(stored):
+            return None
+        if stored not in _LOWER_BYTES:
+            raise BadImage(
+                f"pixels of 16 bits of the kind {stored}, to which data.white cannot be applied; "
+                "store them as grey or RGB"
+            )
+        lower = open_file(data)
+        lower.tile = [part._replace(args=_of_lower_bytes(part.args)) for part in lower.tile]
+        upper, below = (np.asarray(image, np.int64)[..., :3] for image in (opened, lower))
+        return upper << 8 | below
+
+
+def _of_lower_bytes(args: Any) -> Any:
+    """Return the arguments of Pillow's decoder that take the lower 8 of 16 bits."""
+    return (_LOWER_BYTES[args[0]], *args[1:]) if isinstance(args, tuple) else _LOWER_BYTES[args]
 
 
 @functools.cache
@@ -205,7 +302,7 @@ def _reason(data: bytes, error: Exception) -> str:
     if not data:
         return "the file is empty"
     if isinstance(error, Image.UnidentifiedImageError):
-        return "not an image, or of a format that Pillow cannot read"
+        return f"not an image, or of a format that Pillow cannot read: it is {kind_of(data)}"
     return f"cannot be decoded: {error}"
 
 

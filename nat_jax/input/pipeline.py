@@ -287,10 +287,10 @@ def read_all(
     Returns:
         uint8 [N, size, size, 3], the cache's own memory; None if the cache cannot keep them.
     """
-    store = cache.store(source, transform.crop)
+    store = cache.store(source, transform)
     if store is None:
         return None
-    still = Transform(transform.crop)
+    still = Transform(transform.crop, white=transform.white)
     for _ in eval_batches(
         source, still, batch_size=256, cache=cache, threads=threads, timeout=timeout
     ):

@@ -41,9 +41,9 @@ class _Store:
 class ImageCache:
     """Cropped images, kept from epoch to epoch.
 
-    One cache serves every pass of a run: passes over the same source object with the same crop
-    share their images. Only crops without randomness are kept (uint8, all of a source or none), and
-    only while all sources together fit.
+    One cache serves every pass of a run: passes over the same source object with the same crop and
+    white share their images. Only crops without randomness are kept (uint8, all of a source or
+    none), and only while all sources together fit.
 
     Args:
         max_bytes: bound on the memory of all images.
@@ -51,15 +51,16 @@ class ImageCache:
 
     def __init__(self, max_bytes: int = 2**30):
         self._free = max_bytes
-        self._stores: dict[tuple[int, Crop], _Store | None] = {}  # None: it does not fit
+        self._stores: dict[tuple[int, Crop, int], _Store | None] = {}  # None: it does not fit
         self._lock = threading.Lock()
 
-    def store(self, source: Source, crop: Crop) -> "_Store | None":
+    def store(self, source: Source, transform: Transform) -> "_Store | None":
         """Return the memory of a source's images, or None if they do not fit."""
+        crop = transform.crop
         if crop.draws or crop.count > 1:
             return None
         with self._lock:
-            key = (id(source), crop)
+            key = (id(source), crop, transform.white)
             needed = len(source) * crop.size**2 * 3
             if key not in self._stores:
                 fits = needed <= self._free
@@ -92,7 +93,7 @@ class ImageReader:
         self.transform = transform
         self.views = views
         self.log = WorkLog()  # the record that each thread is reading
-        self._store = None if cache is None else cache.store(source, transform.crop)
+        self._store = None if cache is None else cache.store(source, transform)
 
     @property
     def cached(self) -> bool:
@@ -197,7 +198,8 @@ class ImageReader:
                     "a source must give each record its own position"
                 )
             try:
-                decode_and_crop(open_picture(record["image"]), self.transform, uniforms, out)
+                picture = open_picture(record["image"], self.transform.white)
+                decode_and_crop(picture, self.transform, uniforms, out)
             except BadImage as error:
                 return _Read(label, name, str(error) or "not an image")
             except Exception as error:

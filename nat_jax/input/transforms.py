@@ -179,6 +179,7 @@ class Transform:
         flip: mirror half of the images.
         both_ways: append the mirror images of all crops.
         colors: random colour jitter, if any.
+        white: the value that is white in images of more than 8 bits, see `decode.open_picture`.
     """
 
     crop: Crop
@@ -186,6 +187,7 @@ class Transform:
     flip: bool = False
     both_ways: bool = False
     colors: ColorJitter | None = None
+    white: int = 0
 
     @property
     def size(self) -> int:
@@ -225,6 +227,7 @@ def train_transform(
     crop: str = "random_crop",
     min_area: float = 0.08,
     colors: ColorJitter | None = None,
+    white: int = 0,
 ) -> Transform:
     """Build the transform of training images.
 
@@ -238,6 +241,7 @@ def train_transform(
             nor `pad`.
         min_area: smallest fraction of the area for "random_resized_crop".
         colors: random colour jitter; None for none.
+        white: see `Transform`.
 
     Raises:
         ValueError: the settings do not fit together.
@@ -257,10 +261,12 @@ def train_transform(
         chosen = RandomResizedCrop(image_size, min_area)
     elif resize:
         chosen = RandomCrop(image_size, resize)
-    return Transform(chosen, pad=pad, flip=flip, colors=colors)
+    return Transform(chosen, pad=pad, flip=flip, colors=colors, white=white)
 
 
-def eval_transform(*, image_size: int, resize: int = 0, ten_crops: bool = False) -> Transform:
+def eval_transform(
+    *, image_size: int, resize: int = 0, ten_crops: bool = False, white: int = 0
+) -> Transform:
     """Build the transform of evaluation images, which has no randomness.
 
     Args:
@@ -268,6 +274,7 @@ def eval_transform(*, image_size: int, resize: int = 0, ten_crops: bool = False)
         resize: scale the shorter side to this many pixels, then crop the middle; 0 scales the
             complete image to `image_size`.
         ten_crops: corners and middle, then their mirror images: ten images of each picture.
+        white: see `Transform`.
 
     Raises:
         ValueError: the settings do not fit together.
@@ -276,8 +283,9 @@ def eval_transform(*, image_size: int, resize: int = 0, ten_crops: bool = False)
     if ten_crops:
         if not resize:
             raise InputError("ten crops are cut out of a larger image: set resize")
-        return Transform(FiveCrop(image_size, resize), both_ways=True)
-    return Transform(CenterCrop(image_size, resize) if resize else WholeImage(image_size))
+        return Transform(FiveCrop(image_size, resize), both_ways=True, white=white)
+    crop: Crop = CenterCrop(image_size, resize) if resize else WholeImage(image_size)
+    return Transform(crop, white=white)
 
 
 def decode_and_crop(

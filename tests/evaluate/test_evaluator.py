@@ -51,6 +51,7 @@ def network() -> FrozenModel:
 def evaluator(network, train, test, **changes):
     c = config.default()
     c.eval.knn_k, c.eval.probes, c.eval.labels_per_class = 3, ("knn",), (0, 4)
+    c.data.white = changes.pop("white", 0)
     for key, value in changes.items():
         c.eval[key] = value
     return Evaluator(c, train, test, network.model, seed=0, cache=ImageCache())
@@ -66,6 +67,15 @@ def test_every_combination_is_a_row(network):
     keys = {(row["layer"], row["labels"]) for row in rows}
     assert keys == {("z", "all"), ("z", "4 per class"), ("conv1", "all"), ("conv1", "4 per class")}
     assert next(r["value"] for r in rows if r["layer"] == "conv1") == 1.0
+
+
+def test_the_value_that_is_white_is_that_of_training_and_part_of_the_protocol(network):
+    sets = Blocks("train", 60), Blocks("test", 12)
+    for white in (0, 4095):
+        judged = evaluator(network, *sets, white=white)
+        transforms = (judged.extractor("nat", network).transform, judged.inputs.test_transform)
+        assert [t.white for t in (*transforms, judged.inputs.augment)] == [white] * 3
+        assert judged.protocol().get("white", 0) == white
 
 
 def test_scores_depend_on_the_labels(network):

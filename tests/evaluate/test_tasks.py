@@ -184,6 +184,9 @@ def test_baselines_and_others_stand_in_the_same_table(trained, tmp_path):
     untrained_network(settings("knn", data__image_size=10), 0).save(tmp_path / "larger")
     with pytest.raises(ValueError, match="eval.compare: expected a network for images of 8 pixels"):
         judged(tmp_path / "run", "knn", trained, eval__compare=(str(tmp_path / "larger"),))
+    untrained_network(settings("knn", data__white=4095), 0).save(tmp_path / "darker")
+    with pytest.raises(ValueError, match=r"data\.white = 0, as .* takes 8 with 0 and 4095"):
+        judged(tmp_path / "run", "knn", trained, eval__compare=(str(tmp_path / "darker"),))
 
 
 def test_data_that_have_moved_are_found_where_the_command_line_says(tmp_path, caplog):

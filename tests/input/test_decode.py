@@ -1,5 +1,6 @@
 """Decoding: every format against the pixels that were encoded, both readers alike, faults."""
 
+import io
 import struct
 import warnings
 import zlib
@@ -11,7 +12,7 @@ from pictures import encode, noise, read_jpeg_with, smooth
 from PIL import Image
 
 from nat_jax.input import decode as module
-from nat_jax.input.decode import SHRINKS, BadImage, decode, open_picture
+from nat_jax.input.decode import SHRINKS, BadImage, decode, deep_values, open_picture
 
 
 @pytest.fixture
@@ -26,6 +27,39 @@ def both(monkeypatch):
             return fast, function(*args)
 
     return call
+
+
+def png_chunk(kind: bytes, body: bytes) -> bytes:
+    checksum = struct.pack(">I", zlib.crc32(kind + body))
+    return struct.pack(">I", len(body)) + kind + body + checksum
+
+
+def png(width: int, height: int, *, depth: int = 8, colours: int = 2, rows: bytes = b"") -> bytes:
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colours, 0, 0, 0))
+    body = png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + header + body
+
+
+def png_of(values: np.ndarray, colours: int) -> bytes:
+    """Write uint16 [H, W, C], which Pillow cannot."""
+    height, width, _ = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    return png(width, height, depth=16, colours=colours, rows=rows)
+
+
+def tiff_of(values: np.ndarray) -> bytes:
+    """Write uint16 [H, W, 3], which Pillow cannot."""
+    height, width, _ = values.shape
+    entries = {256: width, 257: height, 258: 16, 259: 1, 262: 2, 273: 200, 277: 3, 278: height}
+    entries[279] = values.nbytes
+    tags = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
+    tags = tags.replace(struct.pack("<HHII", 258, 4, 1, 16), struct.pack("<HHII", 258, 3, 3, 180))
+    head = b"II*\0" + struct.pack("<IH", 8, len(entries)) + tags + bytes(4)
+    return (
+        head.ljust(180, b"\0")
+        + struct.pack("<3H", 16, 16, 16).ljust(20, b"\0")
+        + (values.astype("<u2").tobytes())
+    )
 
 
 def all_sizes(data: bytes) -> list[np.ndarray]:
@@ -111,6 +145,70 @@ def test_sixteen_bits_are_scaled_not_clipped():
     colours = np.stack([deep, deep.T, deep[::-1]], -1)
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colours)
     assert np.array_equal(decode(png(4, 4, depth=16, rows=rows)), colours >> 8)
+
+
+DEEP = np.arange(0, 4096, 64, dtype=np.uint16).reshape(8, 8)  # 12 of 16 bits
+DEEP_COLOURS = np.stack([DEEP, DEEP.T, DEEP[::-1]], -1)
+SIXTEEN_BITS = {
+    "PNG": (encode(DEEP, "PNG"), DEEP),
+    "TIFF": (encode(DEEP, "TIFF"), DEEP),
+    "TIFF, LZW": (encode(DEEP, "TIFF", compression="tiff_lzw"), DEEP),
+    "PGM": (b"P5 8 8 65535\n" + DEEP.astype(">u2").tobytes(), DEEP),
+    "PGM, plain": (b"P2 8 8 65535\n" + b" ".join(b"%d" % n for n in DEEP.flat), DEEP),
+    "PPM": (b"P6 8 8 65535\n" + DEEP_COLOURS.astype(">u2").tobytes(), DEEP_COLOURS),
+    "PNG, RGB": (png_of(DEEP_COLOURS, 2), DEEP_COLOURS),
+    "PNG, RGBA": (png_of(np.dstack([DEEP_COLOURS, DEEP]), 6), DEEP_COLOURS),
+    "TIFF, RGB": (tiff_of(DEEP_COLOURS), DEEP_COLOURS),
+}
+
+
+@pytest.mark.parametrize("kind", SIXTEEN_BITS)
+def test_the_value_that_is_white_can_be_told(kind: str):
+    data, values = SIXTEEN_BITS[kind]
+    assert np.array_equal(deep_values(data), values)
+    for white in (4095, 1000, 65535):
+        expected = np.minimum(np.floor(values * (255.0 / white) + 0.5), 255)
+        expected = expected if expected.ndim == 3 else np.repeat(expected[:, :, None], 3, 2)
+        assert np.array_equal(np.asarray(open_picture(data, white).pixels()), expected)
+    assert np.asarray(open_picture(data).pixels()).max() <= 16  # and without, 16 levels are left
+
+
+def test_white_changes_no_image_that_tells_its_own():
+    image = noise(8, 8)
+    stated = b"P5 8 8 4095\n" + DEEP.astype(">u2").tobytes()
+    files = [encode(image, kind) for kind in ("PNG", "TIFF", "JPEG", "PPM", "BMP")] + [stated]
+    for data in files:
+        assert np.array_equal(open_picture(data, 100).pixels(), open_picture(data).pixels())
+    assert all(deep_values(data) is None for data in files if data[:2] != b"\xff\xd8")
+    with pytest.raises(BadImage, match=r"LA;16B, to which data\.white cannot be applied"):
+        open_picture(png_of(DEEP_COLOURS[..., :2], 4), 4095)
+
+
+def test_white_turns_photographs_upright_too():
+    for kind in ("PNG", "TIFF"):
+        data = encode(DEEP[:4], kind, exif=exif_of(6))
+        expected = np.asarray(open_picture(encode(DEEP[:4], kind), 4095).pixels())
+        assert np.array_equal(open_picture(data, 4095).pixels(), TURNED[6](expected))
+
+
+@pytest.mark.parametrize("kind", ["tEXt", "zTXt", "iTXt", "iCCP", "behind the pixels"])
+def test_texts_of_any_size_are_no_part_of_the_pixels(kind: str):
+    image, many = noise(8, 8), b"many words " * 200_000
+    body = {
+        "tEXt": b"a\0" + many * 40,  # more than Pillow keeps of all texts
+        "iTXt": b"a\0\1\0\0\0" + zlib.compress(many),
+        "iCCP": b"a\0\0" + zlib.compress(many),
+    }.get(kind, b"a\0\0" + zlib.compress(many))
+    plain = encode(image, "PNG")
+    place = 33 if kind != "behind the pixels" else plain.rindex(b"IEND") - 4
+    name = kind.encode() if place == 33 else b"zTXt"
+    data = plain[:place] + png_chunk(name, body) + plain[place:]
+    with pytest.raises((ValueError, OSError)):
+        Image.open(io.BytesIO(data)).load()
+    assert np.array_equal(decode(data), image)
+    assert np.array_equal(decode(encode(image, "PNG", exif=exif_of(6))), TURNED[6](image))
+    with pytest.raises(BadImage):
+        decode(data[: data.index(b"IDAT") + 40])  # cut off
 
 
 @pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
@@ -277,16 +375,6 @@ GOOD_JPEG = encode(smooth(40, 40), "JPEG")
 GOOD_PNG = encode(noise(40, 40), "PNG")
 
 
-def png(width: int, height: int, *, depth: int = 8, rows: bytes = b"") -> bytes:
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        checksum = struct.pack(">I", zlib.crc32(kind + body))
-        return struct.pack(">I", len(body)) + kind + body + checksum
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0))
-    body = chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + header + body
-
-
 def jpeg_of_size(width: int, height: int) -> bytes:
     """Return a JPEG file with a wrong size in its header."""
     frame = GOOD_JPEG.index(b"\xff\xc0") + 5
@@ -300,7 +388,9 @@ EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage
     ("data", "reason"),
     [
         (b"", "the file is empty"),
-        (b"just some text", "not an image"),
+        (b"just some text", "not an image, .*: it is of no known kind .*'just some text'"),
+        (b"<html>Sorry", "not an image, .*: it is markup, as web pages are"),
+        (b"\0\0\0\x18ftypheic" + bytes(20), "it is a HEIC photograph; convert to JPEG"),
         (b"\xff\xd8", "not an image|cannot be decoded"),
         (b"\xff\xd8 and then text", "not an image|cannot be decoded"),
         (GOOD_JPEG[:300], "cannot be decoded: Truncated File Read"),

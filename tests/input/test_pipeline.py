@@ -227,6 +227,22 @@ def test_evaluation_sees_every_record_exactly_once_in_order(batch_size: int, cou
     assert (found["image"][20:] == 128).all()
 
 
+def test_white_is_that_of_each_transform_also_in_one_cache():
+    deep = [np.arange(SIZE * SIZE, dtype=np.uint16).reshape(SIZE, SIZE) * i for i in range(9)]
+    source = Fake(9, {i: encode(image, "PNG") for i, image in enumerate(deep)})
+    cache = ImageCache()
+    for white in (0, 255, 100):
+        transform = transforms.eval_transform(image_size=SIZE, white=white)
+        levels = [i * 255.0 / white + 0.5 if white else i >> 8 for i in deep]
+        expected = np.minimum(levels, 255).astype(np.uint8)
+        for kept in (None, cache):
+            (batch,) = eval_batches(source, transform, batch_size=9, cache=kept)
+            assert np.array_equal(batch["image"][..., 0], expected)
+        assert np.array_equal(
+            read_all(source, transform, cache, threads=1, timeout=9)[..., 0], expected
+        )
+
+
 UNREADABLE = UnreadableRecord("5.png", 2, "no permission")
 BROKEN = {
     2: b"not an image",
@@ -252,8 +268,9 @@ def test_bad_records_keep_their_place(cached: bool, resize: int, caplog):
         assert np.array_equal(batch["image"][~broken], good["image"][~broken])
     assert bad.count == 4
     assert bad.summary() == (
-        "4 of 400 records are bad: 2.png: not an image, or of a format that Pillow cannot read; "
-        "5.png: no permission; 9.png: " + bad.summary().split("9.png: ")[1]
+        "4 of 400 records are bad: 2.png: not an image, or of a format that Pillow cannot read: it "
+        "is of no known kind (it begins with 'not an image'); 5.png: no permission; 9.png: "
+        + bad.summary().split("9.png: ")[1]
     )
     warnings = [r for r in caplog.records if r.levelno == logging.WARNING]
     assert sorted(r.args[0] for r in warnings) == ["11.png", "2.png", "5.png", "9.png"]

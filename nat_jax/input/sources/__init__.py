@@ -48,6 +48,8 @@ def open_source(spec: str, split: str = "train", *, per_class: int = 0) -> Sourc
         hint = ""
         if os.path.exists(os.path.expanduser(spec)):
             hint = f"; did you mean folder:{spec} or arrays:{spec}?"
+        elif kind in ("tar", "zip"):
+            hint = "; a .zip is read by folder:PATH; unpack a .tar, and name the folder"
         elif "/" in spec:
             hint = f"; there is no {spec}, and what it is stands before a path, as in folder:PATH"
         raise InputError(f"unknown source {spec!r}; known: {known}{hint}")

@@ -6,14 +6,15 @@ import hashlib
 import logging
 import math
 import struct
-import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from nat_jax.errors import InputError
+from nat_jax.input.file_kinds import IMAGE_SUFFIXES, kind_of, kind_of_file, suffix_of
 from nat_jax.input.sources.source import Opener, Record, split_positions
 
 _log = logging.getLogger(__name__)
@@ -28,9 +29,14 @@ _NPZ_LAYOUTS = (
     ("image", "label", None, None),
     ("images", "labels", None, None),
 )
+_NPZ_FORMS = "; or ".join(
+    f"{x}[, {y}]" + (f"[, {x_test}[, {y_test}]]" if x_test else "")
+    for x, y, x_test, y_test in _NPZ_LAYOUTS
+)
 _IDX_PREFIX = {"train": "train", "test": "t10k"}
 _IDX_IMAGES = 0x00000803  # unsigned bytes, three dimensions
 _IDX_LABELS = 0x00000801  # unsigned bytes, one dimension
+_SHOWN = 8  # names in a message
 
 Parts = tuple[np.ndarray, np.ndarray | None]
 
@@ -106,7 +112,7 @@ def open_arrays(argument: str, split: str) -> ArraySource:
     path = Path(argument).expanduser()
     if not path.exists():
         raise InputError(f"arrays: no such file or folder: {path}")
-    train, test = _read_idx_folder(path) if path.is_dir() else _read_npz(path)
+    train, test = _read_idx_folder(path) if path.is_dir() else _read_npz(path, split)
     images, labels = train
     known = [y[y >= 0] for part in (train, test) if part is not None and (y := part[1]) is not None]
     images, labels = test if test is not None and split == "test" else train
@@ -127,36 +133,61 @@ def open_arrays(argument: str, split: str) -> ArraySource:
     )
 
 
-def _read_npz(path: Path) -> tuple[Parts, Parts | None]:
+def _read_npz(path: Path, split: str) -> tuple[Parts, Parts | None]:
     try:
+        kind = kind_of_file(path)
+        if not kind.endswith(".zip archive"):
+            raise InputError(
+                f"arrays: {path} is not a readable .npz file (of np.savez): it is {kind}"
+            )
         with np.load(path, allow_pickle=False) as file:
-            keys = tuple(file.files)
+            names = tuple(file.files)
             # A test split with labels before one without.
-            for x, y, x_test, y_test in sorted(
-                _NPZ_LAYOUTS, key=lambda names: -sum(name in keys for name in names[2:])
-            ):
-                if x in keys:
-                    test = None
-                    if x_test is not None and x_test in keys:
-                        test = _checked(path, x_test, file[x_test], y_test, _get(file, y_test))
-                    return _checked(path, x, file[x], y, _get(file, y)), test
-    except (zipfile.BadZipFile, zlib.error, OSError, EOFError, TypeError) as error:
-        # numpy returns a bare array, no context manager, for an .npy file.
-        raise InputError(f"arrays: {path} is not a readable .npz file: {error}") from error
+            for keys in sorted(_NPZ_LAYOUTS, key=lambda keys: -sum(k in names for k in keys[2:])):
+                if keys[0] in names:
+                    arrays = {key: _array(file, key, path) for key in keys if key in names}
+                    break
+            else:
+                raise InputError(_other_keys(path, names))
+    except InputError:
+        raise
+    except Exception as error:  # a damaged .zip has many, and each method of compression its own
+        raise InputError(
+            f"arrays: {path} is not a readable .npz file: {error}. Copy or download it again"
+        ) from error
+    if split == "train" and (others := [name for name in names if name not in keys]):
+        _log.info("arrays: %s: left out %s", path, _some(others))
+    x, y, x_test, y_test = keys
+    train = _checked(path, x, arrays[x], y, arrays.get(y))
+    if x_test is None or x_test not in arrays:
+        return train, None
+    return train, _checked(path, x_test, arrays[x_test], y_test, arrays.get(y_test))
+
+
+def _array(file: Any, key: str | None, path: Path) -> np.ndarray:
+    try:
+        array = file[key]
+        if isinstance(array, np.ndarray):
+            return array
     except ValueError as error:
         if "pickle" not in str(error):
             raise
-        raise InputError(
-            f"arrays: {path} is not a readable .npz file of plain arrays: {error}"
-        ) from error
     raise InputError(
-        f"arrays: {path} holds {', '.join(keys) or 'nothing'}; expected x_train, y_train "
-        "[, x_test, y_test], or x, y, or image, label"
+        f"arrays: {path} is not a readable .npz file of plain arrays: {key} holds other objects; "
+        "expected numbers"
     )
 
 
-def _get(file: Any, key: str | None) -> np.ndarray | None:
-    return file[key] if key in file.files else None
+def _other_keys(path: Path, names: Sequence[str]) -> str:
+    found, hint = _some(names) or "nothing", ""
+    if any(suffix_of(name) in IMAGE_SUFFIXES for name in names):
+        hint = f". A .zip of image files is read by folder:{path}"
+    return f"arrays: {path} holds {found}; expected arrays named {_NPZ_FORMS}{hint}"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def _checked(
@@ -166,7 +197,8 @@ def _checked(
     if x.dtype != np.uint8 or x.ndim not in (3, 4) or (x.ndim == 4 and x.shape[3] not in (1, 3, 4)):
         raise InputError(
             f"arrays: {x_name} in {path} is {x.dtype}{list(x.shape)}; expected uint8 images "
-            "[N, H, W] or [N, H, W, 1|3|4] with values 0..255"
+            "[N, H, W] or [N, H, W, 1|3|4] with values 0..255, which other numbers become by "
+            "np.uint8(np.clip(x * (255.0 / WHITE), 0, 255)), WHITE being the value that is white"
         )
     if x.size == 0:
         raise InputError(f"arrays: {x_name} in {path} is empty: {list(x.shape)}")
@@ -195,7 +227,7 @@ def _read_idx_folder(path: Path) -> tuple[Parts, Parts | None]:
         raise InputError(
             f"arrays: no idx files in {path} (it holds {', '.join(found) or 'nothing'}); expected "
             "train-images-idx3-ubyte and train-labels-idx1-ubyte [and t10k-...], plain or .gz; "
-            "for a folder of image files use folder:PATH"
+            "for a folder of image files use folder:PATH; of an .npz file name the file itself"
         )
     return train, _idx_split(path, "test")
 
@@ -220,7 +252,9 @@ def _idx_path(path: Path, stem: str, kind: str) -> Path | None:
 def _read_idx(path: Path, magic: int) -> np.ndarray:
     """Read one idx file: big-endian magic number, sizes, then the bytes."""
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        data = path.read_bytes()
+        if data[:2] == b"\x1f\x8b":  # whatever it is called: browsers unpack .gz files
+            data = gzip.decompress(data)
     except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"arrays: {path} cannot be read: {error}") from error
     dims = magic & 0xFF
@@ -231,7 +265,7 @@ def _read_idx(path: Path, magic: int) -> np.ndarray:
     if found != magic:
         raise InputError(
             f"arrays: {path} starts with {found:#010x}, not {magic:#010x}: "
-            f"not an idx file of unsigned bytes in {dims} dimension(s)"
+            f"not an idx file of unsigned bytes in {dims} dimension(s); it is {kind_of(data)}"
         )
     size = math.prod(shape)
     if len(data) - start != size:

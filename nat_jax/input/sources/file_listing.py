@@ -2,14 +2,20 @@
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from nat_jax.errors import InputError
+from nat_jax.input.file_kinds import IMAGE_SUFFIXES, suffix_of
 
-IMAGE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
+# Folders of desktop systems and network storage, in lower case: thumbnails, recycle bins,
+# snapshots, what a repair of the file system found.
+SYSTEM_FOLDERS = frozenset(
+    ("__macosx", "lost+found", "found.000", "system volume information", "@eadir", "@tmp")
+    + ("#recycle", "@recycle", "$recycle.bin", "#snapshot", "@recently-snapshot")
+    + ("network trash folder", "temporary items")
 )
 # A change within one tick of the file system's clock after the listing leaves the times as they
 # are; ticks are 2 s long at most (FAT).
@@ -80,13 +86,19 @@ class Listing(NamedTuple):
         folders: paths below the root of the folders that hold images, each ending in "/"; "" is
             the root.
         files: the images, in any order.
-        others: how many other files were seen.
+        others: how many other files were seen, by suffix, and links that lead nowhere.
+        system: names of the folders of `SYSTEM_FOLDERS` that were left out.
+        refused: paths of the folders that could not be listed, each ending in "/", and why.
+        repeated: how many names stand in a .zip more than once.
         stamp: what the root looked like.
     """
 
     folders: list[str]
     files: list[File]
-    others: int
+    others: Counter[str]
+    system: set[str]
+    refused: dict[str, str]
+    repeated: int
     stamp: Stamp
 
 
@@ -100,22 +112,26 @@ def list_folder(root: str, progress: Callable[[int], Any]) -> Listing:
         progress: called for each folder with the number of files in it.
 
     Raises:
-        ValueError: a folder below cannot be read, or is being changed.
+        ValueError: the root cannot be read.
     """
     folders: list[str] = []
     files: list[File] = []
+    others: Counter[str] = Counter()
+    system: set[str] = set()
+    refused: dict[str, str] = {}
     stamp = Stamp({}, {}, None, None)
-    others = 0
     real_root = os.path.realpath(root)
     pending, reached = [("", real_root)], {real_root}
     while pending:
         prefix, real = pending.pop()
         path, front = os.path.join(root, prefix), encoded(prefix)
-        before = len(files) + others
+        here: list[File] = []
+        suffixes: list[str] = []  # of the files that are no images
         below: list[tuple[str, str]] = []
+        # The times before the names, so that a change in between is noticed.
+        now = time.time_ns()
+        stamp.times[prefix] = times = [0, 0]  # of no folder, so that it is listed again
         try:
-            # The times before the names, so that a change in between is noticed.
-            now = time.time_ns()
             stamp.times[prefix] = times = times_of(os.stat(path))
             with os.scandir(path) as entries:
                 for entry in entries:
@@ -123,18 +139,27 @@ def list_folder(root: str, progress: Callable[[int], Any]) -> Listing:
                     if is_hidden(name):
                         continue
                     if entry.is_dir():
+                        if is_system(name):
+                            system.add(name)
+                            continue
                         target = os.path.join(real, name)
                         if entry.is_symlink():
                             target = stamp.links[prefix + name] = os.path.realpath(entry.path)
                         below.append((f"{prefix}{name}/", target))
-                    elif entry.is_file() and is_image(name):
-                        size = entry.stat().st_size
-                        files.append(File(front + encoded(name), size, len(folders)))
-                    else:
-                        others += entry.is_file()
+                    elif entry.is_file() and (suffix := suffix_of(name)) in IMAGE_SUFFIXES:
+                        here.append(File(front + encoded(name), entry.stat().st_size, len(folders)))
+                    elif entry.is_file():
+                        suffixes.append(suffix)
+                    elif entry.is_symlink():
+                        suffixes.append("broken link(s)")
         except OSError as error:
-            raise InputError(f"folder: cannot list {path}: {error}") from error
-        if files and files[-1].folder == len(folders):
+            if not prefix:
+                raise InputError(f"folder: cannot list {path}: {error}") from error
+            refused[prefix] = error.strerror or str(error)
+            continue
+        others.update(suffixes)
+        files += here
+        if here:
             folders.append(prefix)
         if not is_settled(now, times):
             stamp = stamp._replace(unsettled=path)
@@ -144,8 +169,8 @@ def list_folder(root: str, progress: Callable[[int], Any]) -> Listing:
                 reached.add(target)
                 new.append((below_prefix, target))
         pending += reversed(new)
-        progress(len(files) + others - before)
-    return Listing(folders, files, others, stamp)
+        progress(len(here) + len(suffixes))
+    return Listing(folders, files, others, system, refused, 0, stamp)
 
 
 def _is_drawn(folder: str) -> bool:
@@ -167,12 +192,12 @@ def decoded(data: bytes) -> str:
 
 def is_hidden(name: str) -> bool:
     """Return whether one part of a path is left out without being counted."""
-    return name.startswith(".") or name == "__MACOSX"
+    return name.startswith(".")
 
 
-def is_image(name: str) -> bool:
-    """Return whether the last part of a path, not a hidden one, ends as those of images do."""
-    return name[name.rfind(".") :].lower() in IMAGE_SUFFIXES
+def is_system(name: str) -> bool:
+    """Return whether the name of a folder is one of `SYSTEM_FOLDERS`, in any case."""
+    return name.lower() in SYSTEM_FOLDERS
 
 
 def times_of(status: os.stat_result) -> list[int]:

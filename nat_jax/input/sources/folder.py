@@ -1,6 +1,5 @@
 """Images in a folder tree or in a .zip that is read in place."""
 
-import logging
 import os
 import zipfile
 from pathlib import Path
@@ -10,8 +9,6 @@ from nat_jax.errors import InputError
 from nat_jax.input.sources.index_cache import FileIndex, open_index
 from nat_jax.input.sources.source import Record, UnreadableRecord
 from nat_jax.input.sources.zip_archive import ZipReader
-
-_log = logging.getLogger(__name__)
 
 
 class FolderSource:
@@ -82,7 +79,8 @@ def open_folder(argument: str, split: str) -> FolderSource:
 
     `train/` and `test/` or `val/` at the top, or folders with similar names, are the splits;
     without them a tenth by index hash is held out as the test split: docs/data.md has what any
-    layout is read as. Hidden files and files with other suffixes are left out.
+    layout is read as. Hidden files, folders of the system (`file_listing.SYSTEM_FOLDERS`)
+    and files with other suffixes are left out.
 
     The first opening lists all files. The index of a large folder or .zip is kept in
     `$NAT_JAX_CACHE`, else `$XDG_CACHE_HOME/nat_jax`, else `~/.cache/nat_jax`, and used again until
@@ -94,10 +92,7 @@ def open_folder(argument: str, split: str) -> FolderSource:
     root = _root(argument)
     if not os.path.exists(root):
         raise InputError(f"folder: no such folder or .zip: {root}")
-    index = open_index(root)
-    for remark in index.remarks:
-        _log.info("folder: %s", remark.replace("{root}", root))
-    return FolderSource(argument, split, index)
+    return FolderSource(argument, split, open_index(root))
 
 
 def _root(path: str) -> str:

@@ -12,7 +12,6 @@ import logging
 import os
 import struct
 import time
-import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,8 +20,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nat_jax.errors import InputError
+from nat_jax.input.file_kinds import IMAGE_SUFFIXES, advice, count_text
 from nat_jax.input.sources.file_listing import (
-    IMAGE_SUFFIXES,
     File,
     Listing,
     Stamp,
@@ -32,7 +31,7 @@ from nat_jax.input.sources.file_listing import (
 )
 from nat_jax.input.sources.folder_layout import OTHER_SPLIT, read_layout
 from nat_jax.input.sources.source import SPLITS, split_positions
-from nat_jax.input.sources.zip_archive import MEMBER, list_zip
+from nat_jax.input.sources.zip_archive import MEMBER, list_zip, read_member
 from nat_jax.runtime import atomic_files, cache_dir
 
 _log = logging.getLogger(__name__)
@@ -90,7 +89,7 @@ class FileIndex(NamedTuple):
 
     Attributes:
         splits: by name.
-        remarks: what was left out, with {root} for the path.
+        remarks: what was left out.
         stamp: what the root looked like when it was listed.
         kept: the file that holds the arrays; None where they are in memory only.
     """
@@ -117,6 +116,9 @@ def open_index(root: str) -> FileIndex:
         cache = cache_dir.place("file_index")
         path = cache and cache / digest[:32]
         index = (path and _kept(path, root)) or _list(root, real, path)
+        if real not in _recent or _recent[real].remarks != index.remarks:
+            for remark in index.remarks:
+                _log.info("folder: %s: %s", root, remark)
     _recent.clear()
     _recent[real] = index
     return index
@@ -150,12 +152,9 @@ def _list(root: str, real: str, path: Path | None) -> FileIndex:
     ) as bar:
         listing = list_folder(root, bar.update) if os.path.isdir(root) else list_zip(root)
     if not listing.files:
-        raise InputError(
-            f"folder: no images in {root} ({listing.others} other files); "
-            f"expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}"
-        )
+        raise InputError(_no_images(listing, root))
     index = _build(listing, root)
-    count = listing.others + len(listing.files)
+    count = listing.others.total() + len(listing.files)
     if count < KEPT_FROM:
         return index
     try:
@@ -184,7 +183,14 @@ def _list(root: str, real: str, path: Path | None) -> FileIndex:
 def _build(listing: Listing, root: str) -> FileIndex:
     """Sort a listing, divide it into the splits and label it."""
     listing = _annotated(listing, root)
-    layout = read_layout(listing.folders, root)
+    # With those that could not be listed, in which there may be records.
+    layout = read_layout([*listing.folders, *listing.refused], root)
+    for number, (path, error) in enumerate(listing.refused.items(), len(listing.folders)):
+        if any(labels[number] != OTHER_SPLIT for labels in layout.labels.values()):
+            raise InputError(
+                f"folder: cannot list {os.path.join(root, path)}: {error}. It may hold records: "
+                f"allow reading it, or move it out of {root}"
+            )
     files = sorted(listing.files)
     folder = np.fromiter((file.folder for file in files), np.int32, len(files))
     if layout.loose is not None:
@@ -194,9 +200,7 @@ def _build(listing: Listing, root: str) -> FileIndex:
             f"{decoded(files[loose[0]].path)}) with class folders; put every image into a class "
             "folder, or all into one folder (unlabelled)"
         )
-    remarks = layout.remarks
-    if listing.others:
-        remarks.append(f"left out {listing.others} file(s) of {{root}} that are not images")
+    remarks = layout.remarks + _left_out(listing)
     splits, outside = {}, len(files)
     for split in SPLITS:
         labels = layout.labels[split][folder]
@@ -210,6 +214,34 @@ def _build(listing: Listing, root: str) -> FileIndex:
     if outside and layout.splits is not None:
         remarks.append(f"left out {outside} image(s) outside {'/ and '.join(layout.splits)}/")
     return FileIndex(splits, remarks, listing.stamp)
+
+
+def _left_out(listing: Listing) -> list[str]:
+    """Return what was seen and is not used, a sentence for each kind of reason."""
+    remarks = []
+    if listing.others:
+        hint = advice(listing.others)
+        remarks.append(f"left out by suffix: {count_text(listing.others)}{hint and '; '}{hint}")
+    if listing.system:
+        remarks.append(f"left out system folders: {', '.join(sorted(listing.system))}")
+    if listing.refused:
+        path, error = next(iter(sorted(listing.refused.items())))
+        count = len(listing.refused)
+        remarks.append(f"left out {count} folder(s) that cannot be listed, such as {path}: {error}")
+    if listing.repeated:
+        remarks.append(f"{listing.repeated} member(s) have the name of a later one, which counts")
+    return remarks
+
+
+def _no_images(listing: Listing, root: str) -> str:
+    """Return the message about a listing without an image."""
+    remarks = _left_out(listing) or ["it holds no other files, or hidden ones"]
+    if listing.others[""]:
+        remarks.append("files without a suffix need that of their format")
+    return (
+        f"folder: no images in {root}: {'; '.join(remarks)}. "
+        f"Expected files ending in {', '.join(sorted(IMAGE_SUFFIXES))}"
+    )
 
 
 def _packed(
@@ -242,9 +274,8 @@ def _annotated(listing: Listing, root: str) -> Listing:
             listing.stamp.times[notes] = times_of(os.stat(os.path.join(root, notes)))
             data = Path(root, notes).read_bytes()
         else:
-            with zipfile.ZipFile(root) as archive:
-                data = archive.read(notes)
-    except (FileNotFoundError, KeyError):
+            data = read_member(root, notes)
+    except FileNotFoundError:
         return listing
     except Exception as error:  # a damaged .zip has many
         raise InputError(f"folder: cannot read {notes} in {root}: {error}") from error

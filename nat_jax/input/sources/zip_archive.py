@@ -4,27 +4,30 @@
 reads at known offsets: no lock, and nothing in a worker that grows with the number of members.
 """
 
-import contextlib
 import io
 import os
+import posixpath
+import re
 import stat
 import struct
 import sys
 import time
 import weakref
 import zipfile
+from collections import Counter
 
 import numpy as np
 
 from nat_jax.errors import InputError
+from nat_jax.input.file_kinds import IMAGE_SUFFIXES, is_split_zip, kind_of_file, suffix_of
 from nat_jax.input.sources.file_listing import (
     File,
     Listing,
     Stamp,
     encoded,
     is_hidden,
-    is_image,
     is_settled,
+    is_system,
     times_of,
 )
 
@@ -36,48 +39,102 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, ..., bytes of the name, 
 def list_zip(path: str) -> Listing:
     """List the images of a .zip.
 
+    Names of members are normalised as by programs that unpack: "./" and repeated slashes go, and
+    backslashes become slashes. Of a name that stands twice the later content counts.
+
     Raises:
-        ValueError: it is not a .zip that can be read, or it is protected by a password.
+        ValueError: it is not a .zip that can be read, it is protected by a password, or a name
+            leads out of it.
     """
     now = time.time_ns()
     try:
         status = os.stat(path)
+        if is_split_zip(path):
+            raise zipfile.BadZipFile("it is one of several parts")
         with zipfile.ZipFile(path) as archive:
-            members = [m for m in archive.infolist() if not m.is_dir()]
-            last = archive.NameToInfo  # where a name stands twice, the later content counts
-    except (OSError, zipfile.BadZipFile) as error:
-        raise InputError(
-            f"folder: {path} is neither a folder nor a readable .zip: {error}.{_hint(path)}"
-        ) from error
-    if any(m.flag_bits & 1 for m in members):
+            entries = archive.infolist()
+    # NotImplementedError: of a version that Python cannot read; ValueError: a damaged directory.
+    except (OSError, zipfile.BadZipFile, NotImplementedError, ValueError, struct.error) as error:
+        raise InputError(_no_zip(path, error)) from error
+    members: dict[str, zipfile.ZipInfo] = {}
+    count = 0
+    for entry in entries:
+        name = _plain_name(entry.filename, path)
+        if not entry.filename.endswith(("/", "\\")):
+            count += 1
+            members[name] = entry
+    if any(m.flag_bits & 1 for m in members.values()):
         raise InputError(f"folder: {path} is protected by a password; give one without")
     numbers: dict[str, int] = {}
-    files, others = [], 0
-    for member in members:
-        parts = member.filename.split("/")
-        if any(map(is_hidden, parts)):
+    files: list[File] = []
+    others: Counter[str] = Counter()
+    system: set[str] = set()
+    for name, member in members.items():
+        *above, last = name.split("/")
+        if any(map(is_hidden, (*above, last))):
             continue
-        if not is_image(parts[-1]):
-            others += 1
+        if inside := set(filter(is_system, above)):
+            system |= inside
             continue
-        folder = numbers.setdefault(member.filename[: -len(parts[-1])], len(numbers))
-        found = last[member.filename]
-        row = (found.header_offset, found.compress_size, found.CRC, found.compress_type)
+        if (suffix := suffix_of(last)) not in IMAGE_SUFFIXES:
+            others[suffix] += 1
+            continue
+        folder = numbers.setdefault(name[: -len(last)], len(numbers))
+        row = (member.header_offset, member.compress_size, member.CRC, member.compress_type)
         if max(row) >= 2**63:
-            raise InputError(f"folder: {path} is damaged: {member.filename} lies at {row[0]}")
-        files.append(File(encoded(member.filename), member.file_size, folder, row))
+            raise InputError(f"folder: {path} is damaged: {name} lies at {row[0]}")
+        files.append(File(encoded(name), member.file_size, folder, row))
     times = times_of(status)
-    unsettled = None if is_settled(now, times) else path
-    return Listing(list(numbers), files, others, Stamp({"": times}, {}, status.st_size, unsettled))
+    stamp = Stamp({"": times}, {}, status.st_size, None if is_settled(now, times) else path)
+    return Listing(list(numbers), files, others, system, {}, count - len(members), stamp)
 
 
-def _hint(path: str) -> str:
-    """Return what may be wrong with a file that is no .zip, by its first bytes."""
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        if file.read(4) == b"PK\x03\x04":
-            return " It begins like one: is it complete? Copy or download it again"
-        return f" To train on the images of a folder, name the folder: {os.path.dirname(path)}"
-    return ""
+def read_member(path: str, name: str) -> bytes:
+    """Read a member of a .zip by its normalised name.
+
+    Raises:
+        FileNotFoundError: there is none of this name.
+    """
+    with zipfile.ZipFile(path) as archive:
+        found = [m for m in archive.infolist() if _plain_name(m.filename, path) == name]
+        if not found:
+            raise FileNotFoundError(name)
+        return archive.read(found[-1])
+
+
+def _plain_name(name: str, path: str) -> str:
+    """Return the path of a member below the root, with "/".
+
+    Raises:
+        ValueError: it is absolute, or leads out of the archive.
+    """
+    plain = posixpath.normpath(name.replace("\\", "/"))
+    if plain.startswith("/") or f"{plain}/".startswith("../") or re.match("[A-Za-z]:/", plain):
+        raise InputError(
+            f"folder: {path} has a member that would be unpacked outside: {name!r}. Make the .zip "
+            "once more with names relative to its root, or unpack it and name the folder"
+        )
+    return plain
+
+
+def _no_zip(path: str, error: Exception) -> str:
+    """Return the message about a file that is no .zip, or not all of one."""
+    try:
+        split, kind = is_split_zip(path), kind_of_file(path)
+    except OSError:
+        return f"folder: {path} is neither a folder nor a readable .zip: {error}"
+    if split or re.fullmatch(r"\.(z?\d+)", suffix_of(path)):
+        return (
+            f"folder: {path} is one part of a .zip that was split; join the parts, of .z01, ..., "
+            ".zip by `zip -s 0 NAME.zip --out WHOLE.zip`, of .zip.001, ... by `cat NAME.zip.* > "
+            "WHOLE.zip`, and name the whole one"
+        )
+    text = f"folder: {path} is neither a folder nor a readable .zip: it"
+    if kind.endswith(".zip archive"):
+        return f"{text} begins like one; is it complete? Copy or download it again ({error})"
+    if kind.endswith(" image") or suffix_of(path) in IMAGE_SUFFIXES:
+        kind += f". To train on the images of a folder, name the folder: {os.path.dirname(path)}"
+    return f"{text} is {kind}"
 
 
 class ZipReader:

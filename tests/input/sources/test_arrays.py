@@ -1,10 +1,12 @@
+import logging
+import pickle
 from pathlib import Path
 
 import numpy as np
 import pytest
-from sample_files import idx, images, labels, npz, write_idx_folder, write_tree
+from sample_files import idx, images, labels, npz, write_idx_folder, write_tree, zip_tree
 
-from nat_jax.input.sources import open_source
+from nat_jax.input.sources import arrays, open_source
 from nat_jax.input.sources.source import split_positions
 
 
@@ -119,7 +121,8 @@ def test_array_fingerprints_see_every_pixel_and_label(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"pictures": images(4, 2, 2)}, r"holds pictures; expected x_train, y_train"),
+        ({"pictures": images(4, 2, 2)}, r"holds pictures; expected arrays named x_train\[, y_tr"),
+        ({f"p{i}": np.zeros(1) for i in range(20)}, r"holds p0, .*, p7 and 12 more; expected"),
         ({"x": images(4, 2, 2) / 255}, r"x in .* is float64\[4, 2, 2\]; expected uint8"),
         ({"x": images(4, 8)}, r"x in .* is uint8\[4, 8\]; expected uint8 images \[N, H, W\]"),
         ({"x": images(4, 2, 2, 2)}, r"uint8\[4, 2, 2, 2\]; expected uint8 images"),
@@ -127,7 +130,7 @@ def test_array_fingerprints_see_every_pixel_and_label(tmp_path: Path):
         ({"x": images(4, 2, 2), "y": np.arange(3)}, r"y in .* is int64\[3\]; expected one integer"),
         ({"x": images(4, 2, 2), "y": np.ones(4)}, r"y in .* is float64\[4\]; expected one integer"),
         ({"x": images(4, 2, 2), "y": np.arange(4) - 2}, r"labels below -1, .*lowest -2"),
-        ({"x": np.array([None] * 4)}, r"not a readable \.npz file of plain arrays"),
+        ({"x": np.array([None] * 4)}, r"plain arrays: x holds other objects; expected numbers$"),
     ],
 )
 def test_unfit_npz_files_are_named_with_what_was_expected(tmp_path: Path, arrays, message: str):
@@ -135,16 +138,64 @@ def test_unfit_npz_files_are_named_with_what_was_expected(tmp_path: Path, arrays
         open_source(npz(tmp_path / "a.npz", **arrays))
 
 
+@pytest.mark.parametrize("keys", arrays._NPZ_LAYOUTS)
+def test_every_key_in_the_message_can_be_read(tmp_path: Path, keys: tuple[str | None, ...]):
+    parts = {
+        key: images(8, 2, 2) if "y" not in key and "label" not in key else np.arange(8) % 2
+        for key in filter(None, keys)
+    }
+    source = open_source(npz(tmp_path / "a.npz", **parts))
+    assert source.num_classes == 2
+    with pytest.raises(ValueError) as caught:
+        open_source(npz(tmp_path / "b.npz", other=images(8, 2, 2)))
+    assert all(key in str(caught.value) for key in parts)
+
+
+def test_arrays_of_other_names_are_said_to_be_left_out(tmp_path: Path, caplog):
+    keys = ("train_images", "val_images", "test_images")
+    spec = npz(tmp_path / "a.npz", **{key: images(4, 2, 2) for key in keys})
+    with caplog.at_level(logging.INFO):
+        for split in ("train", "test"):
+            open_source(spec, split)
+    assert caplog.messages == [f"arrays: {tmp_path}/a.npz: left out val_images"]
+
+
+WRONG = {
+    "page.npz": (b"<html><body>403", r"markup, as web pages .*'<html><body>403'.*download it"),
+    "a.npz": (b"\x1f\x8b\x08" + bytes(30), r"compressed by gzip, .*; unpack it"),
+    "text.npz": (b"hello", r"of no known kind \(it begins with 'hello'\)"),
+    "empty.npz": (b"", "it is empty"),
+    "lfs.npz": (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+    "pickle.npz": (pickle.dumps([1, 2, 3]), r"a Python pickle; make an \.npz"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_file_under_a_wrong_name_is_named_by_what_it_is(tmp_path: Path, name: str):
+    content, message = WRONG[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name} is not a readable \.npz .*{message}") as caught:
+        open_source(f"arrays:{tmp_path / name}")
+    assert "allow_pickle" not in str(caught.value)
+
+
 def test_files_that_are_no_npz(tmp_path: Path):
     with pytest.raises(ValueError, match=r"no such file or folder: .*nowhere"):
         open_source(f"arrays:{tmp_path}/nowhere.npz")
-    (tmp_path / "text.npz").write_text("hello")
     np.save(tmp_path / "one.npy", images(4, 2, 2))
-    whole = npz(tmp_path / "whole.npz", x=images(40, 9, 9)).removeprefix("arrays:")
-    (tmp_path / "cut.npz").write_bytes(Path(whole).read_bytes()[:900])
-    for name in ("text.npz", "one.npy", "cut.npz"):
+    with pytest.raises(ValueError, match=r"one\.npy is not .*a single array, .*np\.savez\("):
+        open_source(f"arrays:{tmp_path}/one.npy")
+    whole = Path(npz(tmp_path / "whole.npz", x=images(40, 9, 9)).removeprefix("arrays:"))
+    data = bytearray(whole.read_bytes())
+    (tmp_path / "cut.npz").write_bytes(data[:900])
+    data[data.index(b"PK\1\2") + 8] |= 1  # encrypted, says the directory
+    (tmp_path / "locked.npz").write_bytes(data)
+    for name in ("cut.npz", "locked.npz"):
         with pytest.raises(ValueError, match=rf"{name} is not a readable \.npz file"):
             open_source(f"arrays:{tmp_path}/{name}")
+    tree = write_tree(tmp_path / "tree", ["a/0.jpg", "b/0.jpg"])
+    with pytest.raises(ValueError, match=r"holds a/0\.jpg, .* image files is read by folder:"):
+        open_source(f"arrays:{zip_tree(tree, tmp_path / 'images.zip')}")
 
 
 def test_idx_folder_plain_and_packed(tmp_path: Path):
@@ -155,6 +206,9 @@ def test_idx_folder_plain_and_packed(tmp_path: Path):
     assert labels(train) + labels(test) == [0, 1, 2] * 4
     (tmp_path / "idx/train-labels-idx1-ubyte").unlink()
     assert open_source(spec).class_names is None
+    packed = tmp_path / "idx/train-images-idx3-ubyte.gz"
+    packed.write_bytes(idx(x[:9]))  # as browsers leave it, which unpack and keep the name
+    assert np.array_equal(open_source(spec).images, x[:9])
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_records_come_in_the_order_of_their_paths_as_strings(tmp_path: Path):
                 file.writestr(name, b"")
         train, test = (open_source(f"folder:{archive}", split) for split in ("train", "test"))
         assert paths(train) == sorted(paths(train)) and paths(test) == sorted(paths(test))
-        assert sorted(paths(train) + paths(test)) == sorted(found)
+        assert sorted(paths(train) + paths(test)) == sorted({os.path.normpath(n) for n in found})
         for source in (train, test):
             assert [source.class_names[i] for i in source.labels] == [
                 name.partition("/")[0] for name in paths(source)
@@ -382,19 +382,6 @@ def test_opening_a_kept_index_takes_no_memory_for_its_files(tmp_path: Path, cach
     assert abs(peak(many) - peak(few)) < 5 * (many - few)  # of the 85 that each takes on the disk
 
 
-def test_a_folder_that_cannot_be_listed_is_named(tree: Path, monkeypatch):
-    listed = os.scandir
-
-    def refuse(path: str) -> object:
-        if path.endswith("cat/"):
-            raise PermissionError(13, "Permission denied", path)
-        return listed(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(ValueError, match=r"cannot list .*cat/: .*Permission denied"):
-        open_source(f"folder:{tree}")
-
-
 @pytest.mark.parametrize("long", [False, True])
 def test_a_terminal_gets_a_bar_where_it_takes_long(
     tree: Path, monkeypatch, cache: Path, caplog, long: bool
@@ -429,6 +416,8 @@ def test_remarks_about_what_is_left_out_come_with_a_kept_index_too(tree: Path, c
     with caplog.at_level(logging.INFO):
         open_fresh(tree)
     assert caplog.messages == [
-        f"folder: left out 1 file(s) of {tree} that are not images",
-        "folder: left out 1 image(s) outside train/ and test/",
+        f"folder: {tree}: left out by suffix: 1 .txt",
+        f"folder: {tree}: left out 1 image(s) outside train/ and test/",
     ]
+    open_source(f"folder:{tree}", "test")
+    assert len(caplog.messages) == 2  # of a folder that is open, they are known

@@ -1,15 +1,16 @@
 import io
 import logging
+import os
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from sample_files import labels, names, write_tree, zip_tree
+from sample_files import SPLIT_TREE, labels, names, write_tree, zip_tree
 
 from nat_jax.errors import InputError
-from nat_jax.input.sources import Source, UnreadableRecord, open_source
+from nat_jax.input.sources import Source, UnreadableRecord, index_cache, open_source
 
 
 def test_folder_splits_share_one_sorted_list_of_classes(tree: Path):
@@ -162,7 +163,97 @@ def test_hidden_files_are_skipped_and_other_suffixes_counted(tree: Path, caplog)
         source = open_source(f"folder:{tree}")
     assert len(source) == 12 + 2
     assert {"train/cat/UPPER.JPEG", "train/cat/deeper/5.Png"} <= set(names(source))
-    assert "left out 2 file(s)" in caplog.text
+    assert f"{tree}: left out by suffix: 1 .md, 1 .txt" in caplog.text
+    assert "system folders: __MACOSX" in caplog.text
+
+
+@pytest.mark.parametrize("archived", [False, True])
+def test_a_camera_folder_names_all_that_is_left_out_once(tmp_path: Path, archived: bool, caplog):
+    found = [f"a/{i}.{suffix}" for i, suffix in enumerate(("jpg", "JFIF", "jpe", "mpo") * 3)]
+    others = ["a/1.HEIC", "a/2.heic", "a/3.MOV", "a/3.AAE", "a/IMG_4", "a/5.jpg.part"]
+    root = write_tree(tmp_path / "camera", found + others)
+    spec = f"folder:{zip_tree(root, tmp_path / 'camera.zip') if archived else root}"
+    with caplog.at_level(logging.INFO):
+        splits = [open_source(spec, split) for split in ("train", "test")]
+    assert sorted(names(splits[0]) + names(splits[1])) == sorted(found)
+    (message,) = [text for text in caplog.messages if "left out" in text]
+    assert (
+        "by suffix: 2 .heic, 1 without a suffix, 1 .aae, 1 .mov, 1 .part; HEIC and AVIF" in message
+    )
+    assert "convert to JPEG" in message and "of videos, take single frames" in message
+
+
+SYSTEM = ["@eaDir", "#recycle", "$RECYCLE.BIN", "lost+found", "System Volume Information"]
+
+
+@pytest.mark.parametrize("archived", [False, True])
+def test_system_folders_are_no_classes(tmp_path: Path, archived: bool, caplog):
+    kept = [f"{c}/{i}.jpg" for c in ("a", "b", "lost and found") for i in range(4)]
+    hidden = [f"{name}/0.jpg" for name in (".Trash-1000", ".thumbnails")]
+    left = [f"{front}{name}/0.jpg" for name in SYSTEM for front in ("", "a/")]
+    root = write_tree(tmp_path / "nas", kept + hidden + left)
+    spec = f"folder:{zip_tree(root, tmp_path / 'nas.zip') if archived else root}"
+    with caplog.at_level(logging.INFO):
+        splits = [open_source(spec, split) for split in ("train", "test")]
+    assert sorted(names(splits[0]) + names(splits[1])) == sorted(kept)
+    assert splits[0].class_names == ("a", "b", "lost and found")
+    assert all(name in caplog.text for name in SYSTEM)
+
+
+def test_links_that_lead_nowhere_are_counted(tree: Path, caplog):
+    for i in range(3):
+        (tree / f"train/cat/link{i}.jpg").symlink_to(tree / "not mounted" / f"{i}.jpg")
+    with caplog.at_level(logging.INFO):
+        assert len(open_source(f"folder:{tree}")) == 12
+    assert "3 broken link(s)" in caplog.text
+
+
+@pytest.fixture
+def refused(monkeypatch) -> set[str]:
+    """Refuse to list the folders of these names, as of root, which may read all, one cannot."""
+    found: set[str] = set()
+    listed = os.scandir
+
+    def scandir(path: str) -> object:
+        if Path(path).name in found:
+            raise PermissionError(13, "Permission denied", path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    return found
+
+
+def test_a_folder_outside_the_splits_that_cannot_be_listed_is_left_out(
+    tree: Path, refused: set[str], caplog
+):
+    write_tree(tree, ["private/0.jpg", "lost+found/0.jpg"])
+    wanted = names(open_source(f"folder:{tree}"))
+    refused |= {"private", "lost+found"}
+    index_cache._recent.clear()
+    with caplog.at_level(logging.INFO):
+        assert names(open_source(f"folder:{tree}")) == wanted
+    assert "left out 1 folder(s) that cannot be listed, such as private/: Permission denied" in (
+        caplog.text
+    )
+
+
+@pytest.mark.parametrize(
+    ("files", "name"),
+    [
+        (SPLIT_TREE, "cat"),
+        (SPLIT_TREE, "test"),
+        (["a/0.jpg", "b/0.jpg", "c/0.jpg"], "c"),
+        (["0.jpg", "1.jpg", "deeper/2.jpg"], "deeper"),
+        (["a/0.jpg", "b/0.jpg"], "root"),
+    ],
+)
+def test_a_folder_that_may_hold_records_has_to_be_listed(
+    files: list[str], name: str, tmp_path: Path, refused: set[str]
+):
+    root = write_tree(tmp_path / "root", files)
+    refused.add(name)
+    with pytest.raises(ValueError, match=rf"cannot list .*{name}/?: .*Permission denied"):
+        open_source(f"folder:{root}")
 
 
 def test_links_are_followed_and_loops_end(tree: Path, tmp_path: Path):
@@ -179,10 +270,12 @@ def test_mistakes_with_folders_have_one_clear_message(tree: Path, tmp_path: Path
     with pytest.raises(ValueError, match=r"no such folder or \.zip: .*nowhere"):
         open_source(f"folder:{tmp_path}/nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"no images in .*empty \(0 other files\); expected files"):
+    with pytest.raises(
+        ValueError, match=r"no images in .*: it holds no other files.*\. Expected files ending"
+    ):
         open_source(f"folder:{tmp_path}/empty")
     (tmp_path / "empty/a.txt").write_text("no image")
-    with pytest.raises(ValueError, match=r"no images in .*empty \(1 other files\)"):
+    with pytest.raises(ValueError, match=r"no images in .*empty: left out by suffix: 1 \.txt\."):
         open_source(f"folder:{tmp_path}/empty")
     with pytest.raises(ValueError, match=r"neither a folder nor a readable \.zip"):
         open_source(f"folder:{tree}/train/cat/0.jpg")

@@ -3,6 +3,7 @@
 import functools
 import gc
 import io
+import logging
 import os
 import pickle
 import struct
@@ -145,14 +146,6 @@ def test_every_archive_gives_the_bytes_that_were_packed(write, tmp_path: Path):
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_of_a_name_that_stands_twice_the_later_content_counts(tmp_path: Path):
-    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as file:
-        for data in (b"x" * 10_000, b"first", b"second and last"):
-            file.writestr("a/0.jpg", data)
-    source = open_source(f"folder:{tmp_path / 'a.zip'}")
-    assert [r["image"] for r in source] == [b"second and last"] * 2
-
-
 @pytest.mark.parametrize("method", METHODS)
 def test_a_damaged_member_is_one_unreadable_record(method: int, tmp_path: Path):
     archive = pack(tmp_path / "a.zip", method)
@@ -198,6 +191,90 @@ def test_a_directory_that_claims_gigabytes_costs_no_memory(method: int, tmp_path
         assert tracemalloc.get_traced_memory()[1] < 2**24
     finally:
         tracemalloc.stop()
+
+
+NAMES = {
+    "./": lambda name: f"./{name}",
+    "backslashes": lambda name: name.replace("/", "\\"),
+    "repeated slashes": lambda name: name.replace("/", "//"),
+    "up and down": lambda name: f"x/../{name}",
+}
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_names_are_those_that_a_program_would_unpack(kind: str, tree: Path, tmp_path: Path):
+    plain = zip_tree(tree, tmp_path / "plain.zip")
+    odd = tmp_path / "odd.zip"
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(odd, "w") as file:
+        file.writestr("train\\", b"")  # a folder
+        for info in source.infolist():
+            file.writestr(NAMES[kind](info.filename), source.read(info))
+    for split in ("train", "test"):
+        found, wanted = (open_source(f"folder:{path}", split) for path in (odd, plain))
+        assert found.fingerprint == wanted.fingerprint
+        assert list(found) == list(wanted)
+
+
+@pytest.mark.parametrize("name", ["../a/9.jpg", "a/../../9.jpg", "/a/9.jpg", "C:\\a\\9.jpg"])
+def test_a_name_that_leads_outside_is_refused(name: str, tmp_path: Path):
+    archive = pack(tmp_path / "a.zip")
+    with zipfile.ZipFile(archive, "a") as file:
+        file.writestr(name, jpeg(9))
+    with pytest.raises(ValueError, match="a member that would be unpacked outside: "):
+        open_source(f"folder:{archive}")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_of_members_of_one_name_the_last_counts(tmp_path: Path, caplog):
+    archive = pack(tmp_path / "a.zip")
+    with zipfile.ZipFile(archive, "a") as file:
+        file.writestr("a/1.jpg", jpeg(99))
+        file.writestr("./b/1.jpg", jpeg(98))
+    with caplog.at_level(logging.INFO):
+        found = content(archive)
+    assert found == {**IMAGES, "a/1.jpg": jpeg(99), "b/1.jpg": jpeg(98)}
+    assert caplog.text.count("2 member(s) have the name of a later one, which counts") == 1
+
+
+def split_zip(archive: Path) -> Path:
+    """Return the last of two parts of an archive."""
+    data = bytearray(archive.read_bytes())
+    end = data.rindex(b"PK\5\6")
+    data[end + 4 : end + 8] = b"\1\0\1\0"  # number of this part, and of that with the directory
+    archive.with_suffix(".z01").write_bytes(data[:100])
+    archive.write_bytes(data[100:])
+    return archive
+
+
+OTHERS = {
+    "page.zip": (b"<!DOCTYPE html><p>Sign in", r"markup, as web pages .*'<!DOCTYPE html><'"),
+    "a.tar": (bytes(257) + b"ustar\0" + bytes(300), r"a \.tar archive; unpack it"),
+    "a.tar.gz": (b"\x1f\x8b\x08" + bytes(30), r"compressed by gzip, .*; unpack it"),
+    "a.zip.001": (b"PK\3\4" + bytes(90), "one part of a .zip that was split; join the parts"),
+    "a.z01": (b"PK\7\x08PK\3\4" + bytes(90), "one part of a .zip that was split"),
+    "empty.zip": (b"", "nor a readable .zip: it is empty"),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_files_of_other_kinds_are_named(name: str, tmp_path: Path):
+    content, message = OTHERS[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        open_source(f"folder:{tmp_path / name}")
+
+
+def test_the_last_part_of_a_split_archive_is_not_taken_for_all_of_it(tmp_path: Path):
+    with pytest.raises(ValueError, match="one part of a .zip that was split"):
+        open_source(f"folder:{split_zip(pack(tmp_path / 'a.zip'))}")
+
+
+def test_archives_and_arrays_in_an_archive_are_not_opened(tmp_path: Path):
+    for inner, hint in (("b.zip", "unpack them"), ("x.npy", "are read by arrays:PATH")):
+        with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+            file.writestr(inner, b"")
+        with pytest.raises(ValueError, match=rf"no images in .*: 1 \{inner[1:]}; .*{hint}"):
+            open_source(f"folder:{tmp_path / 'a.zip'}")
 
 
 def test_what_is_no_archive_is_refused(tmp_path: Path):
@@ -283,4 +360,4 @@ def test_a_zip_of_hidden_and_other_files_lists_the_images(tmp_path: Path, caplog
             file.writestr(f"top/{name}", image)
     with caplog.at_level("INFO"):
         assert content(tmp_path / "a.zip") == {f"top/{n}": i for n, i in IMAGES.items()}
-    assert "left out 1 file(s) of" in caplog.text
+    assert "left out by suffix: 1 .txt" in caplog.text
