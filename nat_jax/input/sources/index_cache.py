@@ -41,7 +41,7 @@ _PATIENCE = 2.0  # seconds of listing before a bar is shown
 # The name of the format (to be changed with any change of the file, or of what is listed in which
 # order), CRC-32 of all that follows (it starts from the third entry), and bytes of the header.
 _PREFIX = struct.Struct("<8sII")
-_FORMAT = b"natidx3\0"
+_FORMAT = b"natidx4\0"
 _ALIGN = 8
 _CHUNK = 2**16  # bytes
 _COLUMNS: dict[str, np.dtype[Any]] = {

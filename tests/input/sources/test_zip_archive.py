@@ -215,6 +215,17 @@ def test_names_are_those_that_a_program_would_unpack(kind: str, tree: Path, tmp_
         assert list(found) == list(wanted)
 
 
+def test_a_file_that_tells_labels_is_found_under_such_a_name(tmp_path: Path):
+    archive = tmp_path / "tiny.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for i in range(4):
+            file.writestr(f".\\train\\n{i % 2}\\images\\{i}.JPEG", jpeg(i))
+            file.writestr(f".\\val\\images\\val_{i}.JPEG", jpeg(i))
+        lines = "".join(f"val_{i}.JPEG\tn{i // 2}\n" for i in range(4))
+        file.writestr(".\\val\\val_annotations.txt", lines)
+    assert open_source(f"folder:{archive}", "test").labels.tolist() == [0, 0, 1, 1]
+
+
 @pytest.mark.parametrize("name", ["../a/9.jpg", "a/../../9.jpg", "/a/9.jpg", "C:\\a\\9.jpg"])
 def test_a_name_that_leads_outside_is_refused(name: str, tmp_path: Path):
     archive = pack(tmp_path / "a.zip")
