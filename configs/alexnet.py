@@ -37,6 +37,7 @@ def get_config() -> ConfigDict:
     c.eval.layers = ("last_conv",)
     c.eval.labels_per_class = (0,)
     c.eval.max_train = 100_000
+    c.eval.mlp_width = 4096
     c.eval.mlp_epochs = 20
     c.checkpoint.every_epochs = 1.0
     c.log.every_steps = 100

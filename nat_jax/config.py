@@ -5,6 +5,7 @@ together. ``validate`` finds every mistake that can be found without touching a 
 What needs NumPy or JAX is imported where it is used, so that config files load quickly.
 """
 
+import functools
 import importlib.util
 import inspect
 import math
@@ -239,9 +240,11 @@ def check_devices(config: ConfigDict, mesh_shape: Mapping[str, int], processes: 
 
 
 def _check_names(config: ConfigDict) -> None:
-    for name in flatten(config):
+    for name, value in flatten(config).items():
         if name in RENAMED:
             raise InputError(renamed(name))
+        if name in KEYS and value is None and KEYS[name].default is not None:
+            raise InputError(f"{name}: expected a value such as {KEYS[name].default!r}; got None")
         if name not in KEYS and not name.startswith(_OPTIONS):
             group = name.rpartition(".")[0]
             siblings = [known for known in sorted(KEYS) if known.rpartition(".")[0] == group]
@@ -257,7 +260,7 @@ def _check_value(key: Key, value: Any, known: Collection[str]) -> None:
     for entry in entries:
         if known and entry not in known:
             raise InputError(f"{key.name}: unknown {entry!r}. Known: {', '.join(known)}")
-        if key.least is not None and entry < key.least:
+        if None not in (key.least, entry) and entry < key.least:
             raise InputError(f"{key.name}: expected at least {key.least}; got {entry}")
 
 
@@ -357,6 +360,8 @@ def _check_batch(config: ConfigDict) -> None:
 
 
 def _check_solver_options(config: ConfigDict) -> None:
+    import jax
+
     from nat_jax import assign
 
     known = inspect.signature(assign.SOLVERS[config.assign.solver]).parameters
@@ -367,3 +372,8 @@ def _check_solver_options(config: ConfigDict) -> None:
                 f"assign.options: {config.assign.solver} has no option {name!r}. "
                 f"Known: {', '.join(mine) or 'none'}"
             )
+    solve = functools.partial(assign.SOLVERS[config.assign.solver], **config.assign.options)
+    try:
+        jax.eval_shape(solve, jax.ShapeDtypeStruct((0, 0), "float32"))  # runs the solver's checks
+    except (TypeError, ValueError) as error:
+        raise InputError(f"assign.options: {error}") from error

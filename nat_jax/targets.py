@@ -47,7 +47,11 @@ def sphere_rows(key: jax.Array, rows: jax.Array, dim: int) -> jax.Array:
         (paper, section 3.2). Equal to 2 ulp whichever program computes them.
     """
     flat = rows.reshape(-1)
-    noise = jax.vmap(lambda row: jax.random.normal(jax.random.fold_in(key, row), (dim,)))(flat)
+
+    def draw(row: jax.Array) -> jax.Array:
+        return jax.random.normal(jax.random.fold_in(key, row), (dim,), jnp.float32)
+
+    noise = jax.vmap(draw)(flat)
     return (noise * _inverse_norm(noise)).reshape(*rows.shape, dim)
 
 
@@ -63,7 +67,7 @@ def _inverse_norm(x: jax.Array) -> jax.Array:
     scale = 2 * jax.lax.bitcast_convert_type(exponent, jnp.float32)  # a power of 2 above all of x
     bits = 31 - (dim - 1).bit_length()  # dim squares below 2**bits stay below 2**31
     squares = jnp.round(jnp.square(x / scale) * 2.0**bits).astype(jnp.uint32)
-    total = jnp.sum(squares, axis=-1, keepdims=True).astype(jnp.float32)
+    total = jnp.sum(squares, axis=-1, keepdims=True, dtype=jnp.uint32).astype(jnp.float32)
     norm = scale * jnp.sqrt(total * 2.0**-bits)
     # behind the barrier, as some programs would turn a division by a root into another operation
     return 1 / jax.lax.optimization_barrier(norm)
@@ -108,7 +112,7 @@ class Basis:
     dim: int = dataclasses.field(metadata={"static": True})
 
     def gather(self, rows: jax.Array) -> jax.Array:
-        return jax.nn.one_hot(rows % self.dim, self.dim)
+        return jax.nn.one_hot(rows % self.dim, self.dim, dtype=jnp.float32)
 
 
 def check_num_records(num_records: int) -> None:

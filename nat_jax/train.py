@@ -100,10 +100,11 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> T
         for seed in config.seeds:
             # First, as it finds mistakes in the evaluation's settings.
             evaluator = Evaluator(config, *sources[1:], model, seed=seed, cache=cache)
-            source = evaluator.inputs.data.unlabelled
-            if source is not None and seed == config.seeds[0]:
-                skipped = "probes are skipped, nearest neighbours are still drawn"
-                logger.info("no labels in %s (%s): %s", source.name, source.split, skipped)
+            if seed == config.seeds[0] and not evaluator.scores_run:
+                source, why = evaluator.inputs.data.unlabelled, "eval.probes is empty"
+                if source is not None:
+                    why = f"no labels in {source.name} ({source.split})"
+                logger.info("%s: probes are skipped, nearest neighbours are still drawn", why)
             place = workdirs.seed_folder(config, folder, seed)
             run = set_up(config, seed, place, mesh=mesh, sources=sources, cache=cache)
             state = _train(run, evaluator, folder, began, check_lock)
@@ -191,6 +192,11 @@ def _publish(workdir: Path, run: Run, evaluator: Evaluator, results: dict[int, l
     if any(results.values()):
         about = {**run.identity(), "steps": run.total_steps}
         write_run_result(workdir, evaluator, run.config, results, about)
+    else:
+        old = workdirs.read_json(workdir / "results" / "pretrain.json")
+        if old is not None and old["run"]["steps"] != run.total_steps:  # results/judged keeps it
+            for suffix in ("json", "md"):
+                (workdir / "results" / f"pretrain.{suffix}").unlink(missing_ok=True)
     print(f"report: {report.write_report(workdir)}", flush=True)
 
 
@@ -343,7 +349,7 @@ class _Loop:
     def _judges_at(self, done: int) -> bool:
         every = self._run.config.eval.every_epochs * self._run.steps_per_epoch
         due = every and done % every == 0 and 0 < done < self._run.total_steps
-        return bool(due and self._evaluator.has_labels)
+        return bool(due and self._evaluator.scores_run)
 
     def _is_judged(self, done: int) -> bool:
         return any(

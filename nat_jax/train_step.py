@@ -24,7 +24,6 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from nat_jax import assign, losses, optim
-from nat_jax.errors import InputError
 from nat_jax.models import Model, Params
 from nat_jax.runtime import sharding
 from nat_jax.targets import Targets
@@ -284,15 +283,8 @@ def build_costs(
 
 
 def solve(step: Step, cost: jax.Array) -> Solution:
-    """Solve some of the problems of ``build_costs`` on the devices that hold them.
-
-    Raises:
-        InputError: the solver refuses an option.
-    """
-    try:
-        solved = assign.solve(cost, solver=step.solver, **dict(step.solver_options))
-    except (TypeError, ValueError) as error:
-        raise InputError(f"assign.options: {error}") from error
+    """Solve some of the problems of ``build_costs`` on the devices that hold them."""
+    solved = assign.solve(cost, solver=step.solver, **dict(step.solver_options))
     return Solution(solved.col4row, solved.gap, solved.rounds, solved.status)
 
 

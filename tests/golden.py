@@ -126,6 +126,7 @@ def machine() -> dict[str, str]:
         "jaxlib": jaxlib.__version__,
         "processor": " ".join(" ".join(lines).split()),
         "XLA_FLAGS": os.environ.get("XLA_FLAGS", ""),
+        **({"x64": "on"} if os.environ.get("JAX_ENABLE_X64", "0") != "0" else {}),
     }
 
 

@@ -75,6 +75,16 @@ def test_every_config_file_is_valid(path):
         ("optim.schedule", "inverse", "optim.gamma: expected a number above 0"),
         ("optim.loss", "softmax", "expected targets.kind = 'labels', got 'sphere'"),
         ("assign.options.epsilon", 0.1, "auction has no option 'epsilon'. Known: eps"),
+        (
+            "assign.options.eps",
+            -1.0,
+            "assign.options: eps must be finite and not negative, got -1.0",
+        ),
+        ("assign.options.eps", float("nan"), "assign.options: eps must be finite .*, got nan"),
+        ("assign.options.max_rounds", -1, "assign.options: max_rounds must be .* got -1"),
+        ("eval.mlp_width", 0, "eval.mlp_width: expected at least 1; got 0"),
+        ("batch_size", None, "batch_size: expected a value such as 256; got None"),
+        ("eval.probes", None, "eval.probes: expected a value such as .*; got None"),
         ("network", "untrained", "network: expected nothing when training"),
     ],
 )

@@ -34,8 +34,27 @@ MISTAKES = [
         [DIGITS, "--config.eval.beside=('a',)"],
         "'eval.beside' is now called 'eval.compare'. Write --config.eval.compare=\"('a',)\"",
     ),
+    (
+        [DIGITS, "--config.data.grey", "0.2"],
+        "'data.grey' is now called 'data.grayscale'. Write --config.data.grayscale=0.2",
+    ),
     ([DIGITS, "--config.model.options.depth=3"], "Set it in a config file of your own"),
     ([DIGITS, "--config.batch_size=many"], "batch_size: expected a whole number; got 'many'"),
+    ([DIGITS, "--config.batch_size", "many"], "batch_size: expected a whole number; got 'many'"),
+    ([DIGITS, "--config.batch_size=64", "--config.batch_size=many"], "a whole number; got 'many'"),
+    ([DIGITS, "--config.batch_size=many", "--config.batch_size=64"], "a whole number; got 'many'"),
+    ([DIGITS, "--config.epochs"], "Missing value for flag --config.epochs"),
+    ([DIGITS, "--config.batch_size=None"], "batch_size: expected a whole number; got 'None'"),
+    # the last value is the one that counts, and None leaves a key open
+    ([DIGITS, "--config.batch_size=5", "--config.batch_size=7000"], "batch_size=7000 is larger"),
+    (
+        [DIGITS, "--config.assign.block=None", "--config.assign.block=100"],
+        "assign.block: expected a positive divisor of batch_size = 128; got 100",
+    ),
+    (
+        [DIGITS, "--config.assign.block=100", "--config.assign.block=None", "--config.steps=-1"],
+        "epochs and steps: expected 0 or more; got 50.0, -1",
+    ),
     ([DIGITS, "--config.epochs=1,5"], "epochs: expected a number; got '1,5'"),
     ([DIGITS, "--config.data.flip=maybe"], "data.flip: expected True or False; got 'maybe'"),
     ([DIGITS, "--config.seeds=x"], "seeds: expected whole numbers, for instance --config.seeds="),
@@ -44,7 +63,7 @@ MISTAKES = [
     ([DIGITS, "--workdir=/dev/null/run"], "cannot use /dev/null/run"),
 ]
 DEFAULTS = "from nat_jax import config\ndef get_config():\n    c = config.default()\n"
-# Config files with a mistake, and a part of the message.
+# Config files with a mistake, a part of the message, and more arguments.
 WRONG_FILES = [
     ("def get_config(:", "wrong.py, line 1: invalid syntax"),
     ("import nothing_at_all", "wrong.py, line 1: ModuleNotFoundError: No module named"),
@@ -60,6 +79,21 @@ WRONG_FILES = [
     ),
     (DEFAULTS + "    c.epochs = 'x'\n    return c", "wrong.py, line 4: TypeError: "),
     (DEFAULTS + "    c.data.grey = 'x'\n    return c", "wrong.py, line 4: TypeError: "),
+    (
+        DEFAULTS + "    c.epochs = None\n    return c",
+        "epochs: expected a value such as 0.0; got None",
+    ),
+    (
+        DEFAULTS + "    c.epochs, c.assign.options.max_rounds = 1.0, None\n    return c",
+        "assign.options: max_rounds must be in [0, 2147483647], got -1",
+        "--config.assign.options.max_rounds=-1",
+    ),
+    (
+        DEFAULTS + "    c.epochs, c.assign.options.max_rounds = 1.0, -1\n    return c",
+        "unknown source 'imagnet'",
+        "--config.assign.options.max_rounds=None",
+        "--config.data.source=imagnet",
+    ),
 ]
 # Gives each command line of a list to the program, and prints exit codes and what was printed.
 # jax is imported once for all: the copies that fork makes of this process start in no time.
@@ -97,17 +131,17 @@ def outcomes(folder, command_lines):
 
 def test_a_mistake_is_one_message_and_any_other_error_a_traceback(tmp_path):
     lines = [list(arguments) for arguments, _ in MISTAKES]
-    files = [text for text, _ in WRONG_FILES]
-    files.append("import json\n\ndef get_config():\n    return json.loads('')")
+    files = [(text, *arguments) for text, _, *arguments in WRONG_FILES]
+    files.append(("import json\n\ndef get_config():\n    return json.loads('')",))
     broken = "import nat_jax.train\nnat_jax.train.open_sources = lambda config: int('x')"
-    files.append(f"{DEFAULTS}    c.epochs = 1.0\n    return c\n{broken}")
-    for number, text in enumerate(files):
+    files.append((f"{DEFAULTS}    c.epochs = 1.0\n    return c\n{broken}",))
+    for number, (text, *arguments) in enumerate(files):
         (tmp_path / str(number)).mkdir()
         (tmp_path / str(number) / "wrong.py").write_text(text + "\n")
-        lines.append([f"--config={number}/wrong.py"])
+        lines.append([f"--config={number}/wrong.py", *arguments])
     before = set(tmp_path.iterdir())
     *found, in_json, in_library = outcomes(tmp_path, lines)
-    expected = [message for _, message in (*MISTAKES, *WRONG_FILES)]
+    expected = [message for _, message, *_ in (*MISTAKES, *WRONG_FILES)]
     for line, message, (code, text) in zip(lines[:-2], expected, found, strict=True):
         assert code == 2, (line, text)
         assert message in text, (line, text)

@@ -183,11 +183,21 @@ def test_images_without_labels_and_a_broken_one_among_them(tmp_path, caplog):
         train.train_and_evaluate(tiny(**changes, data__on_bad_record="error"), tmp_path / "strict")
 
 
-def test_more_epochs_extend_a_finished_run(tmp_path):
+def test_more_epochs_extend_a_finished_run_with_or_without_scores(tmp_path, caplog):
+    caplog.set_level("INFO", "nat_jax")
+    result = tmp_path / "results/pretrain.json"
     train.train_and_evaluate(tiny(epochs=1.0), tmp_path)
-    longer = train.train_and_evaluate(tiny(epochs=3.0), tmp_path)
+    unscored = tiny(epochs=1.0, eval__probes=(), eval__labels_per_class=(200,))
+    train.train_and_evaluate(unscored, tmp_path)
+    assert json.loads(result.read_text())["run"]["steps"] == 5  # still those of this network
+    unscored.epochs, unscored.eval.every_epochs = 3.0, 1
+    longer = train.train_and_evaluate(unscored, tmp_path)
     assert int(longer.step) == 15
     assert [row["step"] for row in rows_of(tmp_path)][-1] == 15
+    assert not any(key.startswith("eval/") for row in rows_of(tmp_path) for key in row)
+    assert "eval.probes is empty: probes are skipped, nearest neighbours are" in caplog.text
+    assert not result.exists()
+    assert "No scores: eval.probes is empty" in (tmp_path / "report.html").read_text()
 
 
 def test_another_protocol_judges_a_finished_run_anew(finished, capsys):
@@ -266,13 +276,6 @@ def test_a_mistake_is_one_message_before_anything_is_done(tmp_path, caplog, chan
         train.train_and_evaluate(tiny(**change), tmp_path / "run")
     assert not (tmp_path / "run" / "config.json").exists()
     assert "targets on" not in caplog.text  # what set-up logs
-
-
-def test_an_option_that_the_solver_refuses_is_one_message(tmp_path):
-    config = tiny()
-    config.assign.options.max_rounds = -1
-    with pytest.raises(InputError, match="assign.options: max_rounds must be .* got -1"):
-        train.train_and_evaluate(config, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -127,13 +127,15 @@ def _as_prices(prices: ArrayLike, shape: tuple[int, ...]) -> jax.Array:
     return array.astype(jnp.float32)
 
 
-def _as_eps(eps: ArrayLike) -> jax.Array:
-    array = jnp.asarray(eps, jnp.float32)
-    if array.ndim:
-        raise ValueError(f"eps must be one number for all problems, got shape {array.shape}")
-    if not isinstance(array, jax.core.Tracer) and not 0 <= float(array) < math.inf:
-        raise ValueError(f"eps must be finite and not negative, got {float(array)}")
-    return array
+def _as_eps(eps: ArrayLike) -> jax.Array | np.ndarray:
+    if np.ndim(eps):
+        raise ValueError(f"eps must be one number for all problems, got shape {np.shape(eps)}")
+    if isinstance(eps, jax.core.Tracer):
+        return jnp.asarray(eps, jnp.float32)
+    number = np.asarray(eps, np.float32)  # of NumPy, as JAX's is a tracer inside jit
+    if not 0 <= number < math.inf:
+        raise ValueError(f"eps must be finite and not negative, got {number}")
+    return number
 
 
 @partial(jax.jit, static_argnames=("maximize", "kernel"))

@@ -1,10 +1,13 @@
 """Parses the command line; a mistake in it or in a config file is one InputError."""
 
+import ast
 import difflib
+import itertools
 import re
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -27,6 +30,29 @@ _MISTAKES = (flags.Error, AttributeError, KeyError)
 _TYPES = {name: key.type for name, key in sorted(KEYS.items()) if key.type is not dict}
 
 
+class _OrNone(flags.ArgumentParser):
+    """None, which leaves a key open, or what another parser takes."""
+
+    def __init__(self, parse: Callable[[str], Any]):
+        self._parse = parse
+
+    def parse(self, argument: str) -> Any:
+        return None if argument == "None" else self._parse(argument)
+
+
+def _literal(text: str) -> Any:
+    """Return what a text is in Python; the text itself if it is no literal."""
+    try:
+        return ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return text
+
+
+config_flags.register_flag_parser_for_type(int, _OrNone(flags.IntegerParser().parse))
+config_flags.register_flag_parser_for_type(float, _OrNone(flags.FloatParser().parse))
+config_flags.register_flag_parser_for_type(type(None), _OrNone(_literal))  # an option set to None
+
+
 def parse(argv: Sequence[str]) -> Sequence[str]:
     """Parse the flags, ``--config`` and the keys that it changes.
 
@@ -40,17 +66,13 @@ def parse(argv: Sequence[str]) -> Sequence[str]:
         InputError: a mistake of the user.
         Exception: what was raised below a config file's own lines.
     """
-    arguments = list(argv)
+    arguments = _joined(argv)
     for key, value in _overrides(arguments):
         if key in RENAMED:
             quoted = value if re.fullmatch(r"[\w.,:/+-]*", value) else f'"{value}"'
             raise InputError(f"{renamed(key)}. Write --config.{RENAMED[key]}={quoted}")
-    for at, argument in enumerate(arguments):
-        if argument in ("--config", "-config"):  # --config FILE is --config=FILE
-            if at + 1 == len(arguments) or arguments[at + 1].startswith("-"):
-                raise InputError(f"--config: expected a file. {_known_configs()}")
-            arguments[at : at + 2] = [f"--config={arguments[at + 1]}"]
-            break
+        if value == "None" and _TYPES.get(key) in (int, float) and KEYS[key].default is not None:
+            raise InputError(_wrong_form(key, value))
     file = ""
     for at, argument in enumerate(arguments):
         if argument.startswith(("--config=", "-config=")):
@@ -158,9 +180,35 @@ def _explained(arguments: Sequence[str], error: Exception, *, has_config: bool) 
                 )
         elif key not in _TYPES:
             return _unknown_key(key, list(_TYPES))
-        elif f"--config.{key}=" in str(error) and _TYPES[key] in _FORMS:
-            return f"{key}: expected {_FORMS[_TYPES[key]]}; got {value!r}"
+        elif f"--config.{key}={value}:" in str(error) and _TYPES[key] in _FORMS:
+            return _wrong_form(key, value)
     return str(error)
+
+
+def _wrong_form(key: str, value: str) -> str:
+    return f"{key}: expected {_FORMS[_TYPES[key]]}; got {value!r}"
+
+
+def _joined(argv: Sequence[str]) -> list[str]:
+    """Return a command line with ``--config FILE`` and ``--config.key value`` joined by "=".
+
+    Raises:
+        InputError: ``--config`` without a file.
+    """
+    joined: list[str] = []
+    rest = iter(argv)
+    for argument in rest:
+        flag = argument.lstrip("-") if argument.startswith("-") else ""
+        key = flag.removeprefix("config.")
+        if flag == "config":
+            value = next(rest, "-")
+            if value.startswith("-"):
+                raise InputError(f"--config: expected a file. {_known_configs()}")
+            argument = f"{argument}={value}"
+        elif key != flag and "=" not in key and _TYPES.get(RENAMED.get(key, key)) is not bool:
+            argument = "=".join([argument, *itertools.islice(rest, 1)])
+        joined.append(argument)
+    return joined
 
 
 def _overrides(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:

@@ -110,6 +110,11 @@ class Evaluator:
         """Whether there are labels to score against."""
         return self.inputs.data.num_classes is not None
 
+    @property
+    def scores_run(self) -> bool:
+        """Whether a run is scored: there are labels, and probes."""
+        return self.has_labels and bool(self.inputs.settings.probes)
+
     def protocol(self) -> dict[str, Any]:
         """Return everything that two numbers must share to be compared."""
         settings = configs.to_dict(self.inputs.settings)
@@ -226,7 +231,7 @@ class Evaluator:
         if (known := workdirs.read_json(path)) is not None:
             return known["rows"]
         rows: list[Row] = []
-        if self.has_labels:
+        if self.scores_run:
             networks = {UNTRAINED: untrained(), self.trained: trained}
             rows = [row for one in self.extractors(networks) for row in self.score(one)[""]]
         self._draw(workdir / "pictures", trained)

@@ -73,7 +73,22 @@ class FeatureBatch(NamedTuple):
     weight: np.ndarray
 
 
-TrainEpoch = Callable[[int], Iterable[FeatureBatch]]  # the batches of an epoch, counted from 0
+# The batches of an epoch, counted from 0; with a length, the remaining time can be estimated.
+TrainEpoch = Callable[[int], Iterable[FeatureBatch]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Epoch:
+    """The batches of an epoch as they are computed, and how many they are."""
+
+    batches: Iterator[FeatureBatch]
+    steps: int
+
+    def __iter__(self) -> Iterator[FeatureBatch]:
+        return self.batches
+
+    def __len__(self) -> int:
+        return self.steps
 
 
 def featured(apply: Apply, batches: Iterable[Mapping[str, np.ndarray]]) -> Iterator[FeatureBatch]:

@@ -8,15 +8,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
 from nat_jax import __version__
 from nat_jax.errors import InputError
 from nat_jax.evaluate.features import (
-    INDEX,
     Apply,
     Batch,
     Columns,
+    Epoch,
     FeatureBatch,
     FeatureSet,
     TrainEpoch,
@@ -31,6 +30,7 @@ from nat_jax.input.reader import ImageCache
 from nat_jax.input.sources import Source
 from nat_jax.input.sources.subset import Subset
 from nat_jax.input.transforms import Transform
+from nat_jax.training.metrics import shown
 
 _LESS = (
     "Lower eval.max_train or eval.max_features, name fewer eval.layers, or take a --workdir on a "
@@ -192,7 +192,7 @@ class ProbeData:
         size = self.stream_batch
         steps = pipeline.steps_per_epoch(len(self.train), size)
 
-        def epoch(number: int) -> Iterator[FeatureBatch]:
+        def epoch(number: int) -> Epoch:
             batches = pipeline.train_batches(
                 self.train,
                 augment,
@@ -204,10 +204,7 @@ class ProbeData:
                 bad_records=self._bad[self.train.split],
                 **self._reading,
             )
-            shown = tqdm(
-                batches, f"{extractor.name}, epoch {number + 1}", steps, leave=False, disable=None
-            )
-            return featured(extractor.apply(extractor.layers), shown)
+            return Epoch(featured(extractor.apply(extractor.layers), batches), steps)
 
         return epoch
 
@@ -222,7 +219,8 @@ class ProbeData:
         """Return the features of test images, of each of the views that a transform makes."""
         size = max(1, self._batch_size // transform.count)
         batches = self.batches(self.test, transform, batch_size=size, keep=False)
-        return featured(extractor.apply(extractor.layers), batches)
+        title, total = f"{extractor.name}, views of test images", -(-len(self.test) // size)
+        return featured(extractor.apply(extractor.layers), shown(batches, total, title))
 
     def images(self, split: str, records: np.ndarray, transform: Transform) -> np.ndarray:
         """Return some records' images uint8[n, S, S, 3]; one that cannot be read is grey."""
@@ -238,12 +236,10 @@ class ProbeData:
     ) -> Iterator[Columns]:
         """Yield the features of each batch as they are computed."""
         source = self._source(split)
-        shown = f"{extractor.name}, {split}"
-        with tqdm(None, shown, len(source), unit="image", leave=False, disable=None) as bar:
-            batches = self.batches(source, extractor.transform)
-            for _, columns in extracted(extractor.apply(layers), batches):
-                yield columns
-                bar.update(len(columns[INDEX]))
+        batches = self.batches(source, extractor.transform)
+        title, total = f"{extractor.name}, {split} images", -(-len(source) // self._batch_size)
+        for _, columns in extracted(extractor.apply(layers), shown(batches, total, title)):
+            yield columns
 
     def _key(self, extractor: FeatureExtractor, split: str, layer: str) -> dict[str, Any]:
         return {

@@ -27,6 +27,7 @@ from nat_jax.report.rows import ALL_LABELS, HEADLINE, OWN, Choice, Row, labels_n
 _VOTES = {"weighted votes": 0.07, "plain votes": None}
 _SUBSETS = "of each class the records whose names, hashed with the split, come first"
 _LARGE = 2 << 30  # features of more bytes are fitted by SGD, where eval.linear_fit is "auto"
+_MANY = 100_000  # records from which on the MLP is the authors', where the config leaves it open
 
 # Rows by what was drawn besides the seed; "" where nothing was.
 Scored = dict[str, list[Row]]
@@ -106,8 +107,8 @@ def probe_options(probe: str, settings: ConfigDict, records: int) -> dict[str, A
         "knn": lambda: {"k": max(1, min(settings.knn_k, records))},
         "linear_probe": lambda: {"fit": _linear_fit(settings, records)},
         "mlp_probe": lambda: {
-            "hidden": settings.mlp_width,
-            "epochs": settings.mlp_epochs,
+            "hidden": settings.mlp_width or (4096 if records >= _MANY else 512),
+            "epochs": settings.mlp_epochs or (100 if records >= _MANY else 50),
             "init": settings.mlp_init,
         },
     }
@@ -196,7 +197,7 @@ def _stated(settings: ConfigDict, records: int) -> dict[str, Any]:
 def _check_labels(inputs: TaskInputs) -> None:
     """Check that there are the records that a subset of labels and kNN need."""
     settings, train = inputs.settings, inputs.data.train
-    if inputs.data.num_classes is None:
+    if inputs.data.num_classes is None or not settings.probes:
         return
     for per_class in settings.labels_per_class:
         if train.labels is not None:
@@ -306,6 +307,8 @@ def _score_few(inputs: TaskInputs, extractor: FeatureExtractor) -> Scored:
 
 def _state_few(inputs: TaskInputs) -> dict[str, Any]:
     settings, labels = inputs.settings, inputs.data.train.labels
+    if not settings.probes:
+        raise InputError("eval.probes: expected at least one for task low_shot; got none")
 
     def count(amount: float) -> int:
         if labels is not None:

@@ -75,6 +75,9 @@ def judge_task(config: ConfigDict, workdir: Path) -> Path:
             **environment(),
         },
     }
+    options = inputs["protocol"].get(config.task, {})
+    if numbers := [f"{name} {v}" for name, v in options.items() if isinstance(v, int | float)]:
+        logger.info("%s: %s", config.task, ", ".join(numbers))
     kept = kept_result(output, config.task, inputs)
     place = output / "results" / f"{config.task}.json"
     known, old = workdirs.read_json(kept), workdirs.read_json(place)

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from nat_jax import config as configs
 from nat_jax import evaluate
@@ -30,6 +29,7 @@ from nat_jax.input.sources import Source, open_source
 from nat_jax.input.sources.subset import Subset
 from nat_jax.models.frozen import resolve_layers
 from nat_jax.runtime import atomic_files
+from nat_jax.training import metrics
 from nat_jax.training import workdir as workdirs
 
 logger = logging.getLogger(__name__)
@@ -141,16 +141,19 @@ def _append(
     names = (partial / _NAMES).open("r+b" if progress["names"] else "w+b")
     names.truncate(progress["names"])
     names.seek(progress["names"])
-    bar = tqdm(total=records, initial=done, unit="image", disable=None)
+    title = f"features, {protocol['split']}"
+    display = metrics.Progress(
+        start=done, total=records, unit="image", title=title, every=metrics.SECONDS
+    )
     saved = time.monotonic()
-    with names, bar, FeatureFiles(partial, done) as files:
+    with names, closing(display), FeatureFiles(partial, done) as files:
         for columns, batch_names in computed:
             if files.rows == done:
                 row_bytes = sum(v[0].nbytes for v in columns.values())
                 check_room(partial, row_bytes * (records - done), _LESS)
             files.append(columns)
             names.write("".join(json.dumps(name) + "\n" for name in batch_names).encode())
-            bar.update(files.rows - bar.n)
+            display.show(files.rows)
             if time.monotonic() - saved > _SAVE_EVERY:
                 files.sync()
                 names.flush()

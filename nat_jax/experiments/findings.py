@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from nat_jax import config as configs
 from nat_jax.evaluate.evaluator import environment
+from nat_jax.evaluate.protocols import probe_options
 from nat_jax.experiments import claims
 from nat_jax.experiments.claims import Arm, Claim
 from nat_jax.experiments.members import EXPERIMENTS, Member, Planned, values_of
@@ -134,7 +135,8 @@ def _protocol(probe: str, done: Done) -> str:
     settings, data = done.config.eval, done.record["data"]
     how = "the network's own decisions"
     if probe != OWN:
-        how = f"MLP of width {settings.mlp_width}, {settings.mlp_epochs} epochs"
+        used = probe_options("mlp_probe", settings, data["train"]["records"])
+        how = f"MLP of width {used['hidden']}, {used['epochs']} epochs"
         how += f", on {done.record['last_conv']}"
     return (
         f"{how}; {data['train']['records']:,} training images, {done.config.epochs:g} epochs, "

@@ -69,6 +69,8 @@ def plan(suite: ConfigDict) -> list[Planned]:
     scale, names = suite.suite.scale, tuple(suite.suite.experiments) or EXPERIMENTS
     if scale not in scales.SMALL:
         raise InputError(f"suite.scale: unknown {scale!r}. Known: {', '.join(scales.SMALL)}")
+    if not suite.eval.probes:
+        raise InputError("eval.probes: expected at least one for task suite; got none")
     for name in names:
         if name not in EXPERIMENTS:
             raise InputError(

@@ -15,7 +15,7 @@ import numpy as np
 from nat_jax.errors import InputError
 from nat_jax.input import counter_random
 from nat_jax.input.bad_records import BadRecordError, BadRecords
-from nat_jax.input.prefetch import check_shared_memory, prefetch_batches
+from nat_jax.input.prefetch import check_main_program, check_shared_memory, prefetch_batches
 from nat_jax.input.reader import GREY, Batch, ImageCache, ImageReader
 from nat_jax.input.sources import Source
 from nat_jax.input.transforms import Transform
@@ -324,6 +324,7 @@ def _stream(
     reader = steps.reader
     workers = 0 if reader.cached else workers  # the cache is this process's
     if workers:
+        check_main_program()
         check_shared_memory(workers, prefetch, len(steps.rows) * math.prod(reader.image_shape))
     counted = BadRecords(len(reader.source)) if bad_records is None else bad_records
 

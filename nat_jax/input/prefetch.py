@@ -5,9 +5,11 @@ A worker that hangs or dies ends the run with the name of the record that it was
 
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.spawn
 import os
 import shutil
 import signal
+import sys
 import threading
 import weakref
 from collections import deque
@@ -154,6 +156,21 @@ def _per_worker(depth: int, workers: int) -> int:
     return max(1, depth // workers)
 
 
+def check_main_program() -> None:
+    """Check that workers can import the main program, as they do when they start.
+
+    Raises:
+        InputError: it was read from standard input.
+    """
+    file = multiprocessing.spawn.get_preparation_data("").get("init_main_from_path")
+    if file is not None and not os.path.exists(file):
+        raise InputError(
+            "data.workers: worker processes import the main program, and code that was read from "
+            f"standard input ({os.path.basename(file)}) cannot be imported. Save it as a file, or "
+            "set data.workers=0 for threads"
+        )
+
+
 def check_shared_memory(
     workers: int, depth: int, batch_bytes: int, place: str = "/dev/shm"
 ) -> None:
@@ -217,10 +234,14 @@ def _cause_of_death(
             "; /dev/shm may be full: enlarge it (docker run --shm-size=4g), or lower data.prefetch"
         )
     elif not code.startswith("-") and not readings:
-        message += (
-            " before it read anything; it says why above. A script of yours that asks for workers "
-            'needs `if __name__ == "__main__":`'
-        )
+        message += " before it read anything; it says why above. "
+        if hasattr(sys.modules["__main__"], "__file__"):
+            message += 'A script of yours that asks for workers needs `if __name__ == "__main__":`'
+        else:
+            message += (
+                "Workers cannot import what a notebook or an interactive session defines: put it "
+                "in a module, or set data.workers=0 for threads"
+            )
     return message
 
 

@@ -282,7 +282,7 @@ class Layers(nnx.Module):
             if train and dense.dropout:
                 if key is None:
                     raise ValueError("dropout in training mode needs a PRNG key; pass key=")
-                keep = 1.0 - dense.dropout
+                keep = jnp.float32(1.0 - dense.dropout)  # the mask is drawn in its dtype
                 mask = jax.random.bernoulli(jax.random.fold_in(key, i), keep, x.shape)
                 x = jnp.where(mask, x / keep, 0.0).astype(x.dtype)
         outputs["logits"] = watch("head", self.head(x)).astype(jnp.float32)

@@ -128,7 +128,7 @@ def balance_layers(
             return found[HEAD]
 
         output, pull_back = jax.vjp(top, params)
-        (gradient,) = pull_back(jax.random.normal(key, output.shape))
+        (gradient,) = pull_back(jax.random.normal(key, output.shape, output.dtype))
         rates = [
             _rms(_linear(gradient, name)["kernel"]) / _rms(_linear(params, name)["kernel"])
             for name in names

@@ -8,9 +8,9 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import jax
 
@@ -22,6 +22,11 @@ _DURATIONS = 50
 
 # Columns of a terminal that does not report its width.
 _USUAL_WIDTH = 100
+
+# Between two lines on a loop inside an evaluation, where there is no terminal.
+SECONDS = 10.0
+
+T = TypeVar("T")
 
 
 class MissingPackage(UserError, ImportError):
@@ -198,22 +203,35 @@ class Timer:
 
 
 class Progress:
-    """Show a run's progress: a bar on a terminal, else a line per row; only process 0 does."""
+    """Show how far a loop is: a bar on a terminal, else lines; only process 0 does."""
 
     def __init__(
-        self, *, start: int, total: int, stream: TextIO | None = None, bar: bool | None = None
+        self,
+        *,
+        start: int,
+        total: int,
+        unit: str = "step",
+        title: str = "",
+        every: float = 0.0,
+        stream: TextIO | None = None,
+        bar: bool | None = None,
     ) -> None:
         """Start the display.
 
         Args:
-            start: steps done before.
-            total: steps of the complete run.
+            start: units done before.
+            total: units of the complete loop; 0 if they are not known.
+            unit: what is counted.
+            title: what is done, in front of the numbers; a bar with a title disappears at the end.
+            every: seconds between two lines, at least; 0 for a line at each update.
             stream: output; standard error by default.
             bar: True for a bar, False for lines; by default a bar if ``stream`` is a terminal.
         """
         self._stream = stream or sys.stderr
-        self._total = total
+        self.total, self._unit = total, unit
+        self._title, self._every = title, every
         self._first: tuple[int, float] | None = None
+        self._last_line = time.perf_counter()
         self._latest: dict[str, float] = {}
         self._bar: Any = None
         self._shown = jax.process_index() == 0
@@ -222,9 +240,11 @@ class Progress:
 
             known = _has_width(self._stream)
             self._bar = tqdm(
-                total=total,
+                desc=title or None,
+                total=total or None,
                 initial=start,
-                unit="step",
+                unit=unit,
+                leave=not title,
                 file=self._stream,
                 dynamic_ncols=known,
                 ncols=None if known else _USUAL_WIDTH,
@@ -233,25 +253,37 @@ class Progress:
 
     def update(self, row: Mapping[str, float]) -> None:
         """Show a row of metrics; a row of an evaluation always gets its own line."""
-        if not self._shown:
-            return
         step = int(row["step"])
         scores = {k.split("/", 1)[1]: v for k, v in row.items() if k.startswith("eval/")}
-        if scores:
+        if scores and self._shown:
             shown = [f"{k.removesuffix('/all')} {v:.3f}" for k, v in scores.items() if "/all" in k]
             self._line(
-                f"step {step}/{self._total}  evaluated: " + "  ".join(shown or ["few labels"])
+                f"step {step}/{self.total}  evaluated: " + "  ".join(shown or ["few labels"])
             )
+        elif not scores:
+            self._latest |= row  # steps that do not match have no cosines: a bar shows the last
+            brief = self._bar is not None
+            self.show(step, _summary(self._latest if brief else row, brief=brief))
+
+    def show(self, done: int, text: str = "") -> None:
+        """Show that so many units are done, and a text."""
+        if not self._shown:
             return
-        if self._bar is None:
-            self._line(f"step {step}/{self._total}  {_summary(row)}{self._eta(step)}")
+        if self._bar is not None:
+            self._bar.total = self.total or None
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(done - self._bar.n)
             return
-        self._latest |= row  # steps that do not match have no cosines: the bar shows the last ones
-        self._bar.set_postfix_str(_summary(self._latest, brief=True), refresh=False)
-        self._bar.update(step - self._bar.n)
+        now = time.perf_counter()
+        self._first = self._first or (done, now)
+        if now - self._last_line >= self._every:
+            self._last_line = now
+            counted = f"{self._unit} {done}" + (f"/{self.total}" if self.total else "")
+            title = f"{self._title}: " if self._title else ""
+            self._line("  ".join(filter(None, (title + counted, text, self._eta(done, now)))))
 
     def close(self) -> None:
-        """End the display; the bar stays visible."""
+        """End the display; the bar of a run stays visible."""
         if self._bar is not None:
             self._bar.close()
 
@@ -261,15 +293,23 @@ class Progress:
         else:
             print(text, file=self._stream, flush=True)
 
-    def _eta(self, step: int) -> str:
-        """Return the remaining time, estimated without the first row, which includes compiling."""
-        now = time.perf_counter()
-        if self._first is None:
-            self._first = step, now
-            return ""
+    def _eta(self, done: int, now: float) -> str:
+        """Return the remaining time, estimated without the first unit, which includes compiling."""
+        assert self._first is not None
         start, since = self._first
-        seconds = round((now - since) / max(step - start, 1) * max(self._total - step, 0))
-        return f"  ETA {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+        if done == start or not self.total:
+            return ""
+        seconds = round((now - since) / (done - start) * max(self.total - done, 0))
+        return f"ETA {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
+def shown(items: Iterable[T], total: int, title: str, unit: str = "batch") -> Iterator[T]:
+    """Yield the items of a loop that may take long, and show how many are done."""
+    progress = Progress(start=0, total=total, unit=unit, title=title, every=SECONDS)
+    with contextlib.closing(progress):
+        for done, item in enumerate(items, 1):
+            yield item
+            progress.show(done)
 
 
 def _has_width(stream: TextIO) -> bool:

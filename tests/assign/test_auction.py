@@ -1,6 +1,7 @@
 """What only the auction has: eps, prices and max_rounds."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,8 @@ def test_options_are_checked() -> None:
     cost = make("uniform", 2)
     with pytest.raises(ValueError, match="not negative, got -1"):
         auction(cost, eps=-1.0)
+    with pytest.raises(ValueError, match="not negative, got nan"):
+        jax.jit(partial(auction, eps=np.nan))(cost)
     with pytest.raises(ValueError, match="one number"):
         auction(cost, eps=np.ones(2))
     with pytest.raises(ValueError, match="max_rounds"):

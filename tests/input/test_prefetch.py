@@ -1,18 +1,29 @@
 """Batches made ahead of time: order, bounds, and workers that hang or die."""
 
 import pickle
+import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nat_jax.errors import InputError
 from nat_jax.input import prefetch
 from nat_jax.input.bad_records import BadRecordError
-from nat_jax.input.prefetch import Stalled, WorkerDied, check_shared_memory, prefetch_batches
+from nat_jax.input.prefetch import (
+    Stalled,
+    WorkerDied,
+    check_main_program,
+    check_shared_memory,
+    prefetch_batches,
+)
 from nat_jax.input.work_log import WorkLog
+
+DIED = "Worker process was terminated unexpectedly with exit code "  # grain's words
 
 
 class Steps:
@@ -128,6 +139,25 @@ def test_silence_is_a_stall_too(monkeypatch):
     release.set()
 
 
+def test_workers_need_a_main_program_that_can_be_imported(tmp_path, monkeypatch):
+    def died() -> None:
+        list(run(lambda step: (_ for _ in ()).throw(RuntimeError(f"{DIED}1. S"))))
+
+    main = types.ModuleType("__main__")
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    check_main_program()  # of a notebook or an interactive session
+    with pytest.raises(WorkerDied, match="cannot import what a notebook or an interactive session"):
+        died()
+    (tmp_path / "script.py").touch()
+    main.__file__ = str(tmp_path / "script.py")
+    check_main_program()
+    with pytest.raises(WorkerDied, match='needs `if __name__ == "__main__":`'):
+        died()
+    main.__file__ = "<stdin>"
+    with pytest.raises(InputError, match=r"data.workers: .* read from standard input \(<stdin>\)"):
+        check_main_program()
+
+
 def test_shared_memory_that_is_too_small_is_reported_before_it_overflows(tmp_path: Path):
     check_shared_memory(2, 8, 1000, str(tmp_path))
     check_shared_memory(2, 8, 1 << 60, str(tmp_path / "missing"))
@@ -142,13 +172,13 @@ def test_shared_memory_that_is_too_small_is_reported_before_it_overflows(tmp_pat
     [
         ("-9", "a data worker died with exit code -9; the system may have been short of memory"),
         ("-7", "/dev/shm may be full"),
-        ("1", r"before it read anything.*__main__"),
+        ("1", "before it read anything; it says why above"),
         ("-11", "-11$"),
     ],
 )
 def test_the_message_has_the_likely_cause_of_death(code: str, message: str):
     def make(step: int) -> None:
-        raise RuntimeError(f"Worker process was terminated unexpectedly with exit code {code}. S")
+        raise RuntimeError(f"{DIED}{code}. S")
 
     with pytest.raises(WorkerDied, match=message):
         list(run(make))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from nat_jax.assign._problem import enable_x64
 from nat_jax.errors import InputError
 from nat_jax.evaluate.features import (
     FeatureSet,
@@ -61,15 +62,16 @@ def lbfgs_probe(
             f"got {l2}, {max_iterations}, {tolerance}"
         )
     length = padded_length(len(train))
-    fit = _fit(
-        padded_rows(train.features, length),
-        padded_rows(train.labels, length),
-        np.float32(len(train)),
-        np.float32(l2),
-        np.int32(max_iterations),
-        np.float32(tolerance),
-        num_classes=num_classes,
-    )
+    with enable_x64(False):  # optax would make everything float64
+        fit = _fit(
+            padded_rows(train.features, length),
+            padded_rows(train.labels, length),
+            np.float32(len(train)),
+            np.float32(l2),
+            np.int32(max_iterations),
+            np.float32(tolerance),
+            num_classes=num_classes,
+        )
     if fit.slope > tolerance:
         logger.info(
             "linear_probe by lbfgs: stopped after %d of %d iterations with a largest derivative of "

@@ -124,6 +124,7 @@ def linear_probe_stream(
             f"got {decay}, {l2}, {learning_rate}"
         )
     trained = sgd.fit(
+        "linear_probe by sgd",
         lambda features: Linear(features, num_classes, momentum, l2),
         train_epoch,
         epochs,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
@@ -80,6 +81,7 @@ def mlp_probe_stream(
     if init not in INITS:
         raise InputError(f"mlp_probe: unknown init {init!r}; known: {', '.join(INITS)}")
     trained = sgd.fit(
+        "mlp_probe",
         lambda features: Mlp(features, hidden, num_classes, dropout, init, momentum, weight_decay),
         train_epoch,
         epochs,
@@ -162,7 +164,7 @@ class _Module(nnx.Module):
         self.fc1, self.bn1 = linear(net.features, net.hidden), norm()
         self.fc2, self.bn2 = linear(net.hidden, net.hidden), norm()
         self.fc3 = linear(net.hidden, net.classes)
-        self.dropout = nnx.Dropout(net.dropout)
+        self.dropout = nnx.Dropout(np.float32(net.dropout))  # masks are drawn in its dtype
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """Return logits; with a key in training mode (batch statistics, dropout)."""

@@ -168,7 +168,7 @@ def _products(
     inside = jnp.arange(len(labels)) < count
     x = jnp.where(inside[:, None], (features - mean) * scale, 0.0)
     exact = jax.lax.Precision.HIGHEST
-    one_hot = jax.nn.one_hot(labels, num_classes)
+    one_hot = jax.nn.one_hot(labels, num_classes, dtype=x.dtype)
     return jnp.dot(x.T, x, precision=exact), jnp.dot(x.T, one_hot, precision=exact)
 
 

@@ -5,11 +5,11 @@ of a stream of batches, `accuracy` scores them; `in_memory` makes streams of fea
 """
 
 import collections
+import contextlib
 import functools
 import inspect
-import logging
 import math
-import time
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +20,7 @@ import optax
 
 from nat_jax.errors import InputError
 from nat_jax.evaluate.features import (
+    Epoch,
     FeatureBatch,
     FeatureSet,
     TrainEpoch,
@@ -28,15 +29,13 @@ from nat_jax.evaluate.features import (
     padded_length,
     padded_rows,
 )
-
-logger = logging.getLogger(__name__)
+from nat_jax.training import metrics
 
 Tree = Any  # a pytree of arrays
 
 _PREDICT_CHUNK = 4096
 _RESIDENT_BYTES = 4 << 30  # features up to this size are kept on the device for training
 _IN_FLIGHT = 2  # steps that are computed while the next batches are made
-_SECONDS = 60.0  # between lines of progress
 _IN_MEMORY = "these features"  # the layer's name in a stream of features in memory
 
 
@@ -67,6 +66,7 @@ Trained = dict[str, tuple[Classifier, State]]  # by layer
 
 
 def fit(
+    name: str,
     make: Callable[[int], Classifier],
     train_epoch: TrainEpoch,
     epochs: int,
@@ -75,9 +75,10 @@ def fit(
     num_classes: int,
     seed: int,
 ) -> Trained:
-    """Train one classifier for each layer of a stream.
+    """Train one classifier for each layer of a stream, and show the progress.
 
     Args:
+        name: of the probe.
         make: returns the classifier for a number of features.
         train_epoch: returns the batches of an epoch, counted from 0, all of one size; called once
             for each epoch.
@@ -93,33 +94,39 @@ def fit(
     key = jax.random.key(seed)
     trained: Trained = {}
     pending: collections.deque[tuple[int, Mapping[str, jax.Array]]] = collections.deque()
-    logged = time.monotonic()
-    for epoch in range(epochs):
-        epoch_rate, epoch_key = np.float32(rate(epoch)), jax.random.fold_in(key, epoch + 1)
-        losses: dict[str, jax.Array] = {}
-        for step, batch in enumerate(train_epoch(epoch)):
-            _check_batch(batch, num_classes, "train")
-            losses = {}
-            for layer, features in batch.features.items():
-                if layer not in trained:
-                    net = make(_dimension(features, layer))
-                    trained[layer] = net, _start(jax.random.fold_in(key, 0), net=net)
-                net, state = trained[layer]
-                examples = features, batch.labels, batch.weight
-                step_key = epoch_key, np.int32(step)
-                state, losses[layer] = _step(state, *examples, *step_key, epoch_rate, net=net)
-                trained[layer] = net, state
-            pending.append((epoch, losses))
-            if len(pending) > _IN_FLIGHT:
-                _check_losses(*pending.popleft())
-        if not losses:
-            raise InputError(f"epoch {epoch} of the training features holds no batch")
-        while pending:
-            _check_losses(*pending.popleft())
-        if time.monotonic() - logged > _SECONDS:
-            logged = time.monotonic()
-            last = ", ".join(f"{layer} {float(loss):.3f}" for layer, loss in losses.items())
-            logger.info("epoch %d of %d, loss on %s", epoch + 1, epochs, last)
+    progress = metrics.Progress(start=0, total=0, title=name, every=metrics.SECONDS)
+    done = 0
+
+    def read(keep: int) -> None:
+        nonlocal done
+        while len(pending) > keep:
+            losses = _checked(*pending.popleft())
+            done += 1
+            progress.show(done, "loss " + ", ".join(f"{v:.3f} on {k}" for k, v in losses.items()))
+
+    with contextlib.closing(progress):
+        for epoch in range(epochs):
+            epoch_rate, epoch_key = np.float32(rate(epoch)), jax.random.fold_in(key, epoch + 1)
+            losses: dict[str, jax.Array] = {}
+            batches = train_epoch(epoch)
+            progress.total = epochs * operator.length_hint(batches)
+            for step, batch in enumerate(batches):
+                _check_batch(batch, num_classes, "train")
+                losses = {}
+                for layer, features in batch.features.items():
+                    if layer not in trained:
+                        net = make(_dimension(features, layer))
+                        trained[layer] = net, _start(jax.random.fold_in(key, 0), net=net)
+                    net, state = trained[layer]
+                    examples = features, batch.labels, batch.weight
+                    step_key = epoch_key, np.int32(step)
+                    state, losses[layer] = _step(state, *examples, *step_key, epoch_rate, net=net)
+                    trained[layer] = net, state
+                pending.append((epoch, losses))
+                read(keep=_IN_FLIGHT)
+            if not losses:
+                raise InputError(f"epoch {epoch} of the training features holds no batch")
+            read(keep=0)
     return trained
 
 
@@ -201,13 +208,13 @@ def shuffled(train: FeatureSet, batch_size: int, seed: int) -> TrainEpoch:
     batch = min(batch_size, len(train))
     steps, weight = len(train) // batch, np.ones(batch, np.float32)
 
-    def epoch(number: int) -> Iterator[FeatureBatch]:
+    def computed(number: int) -> Iterator[FeatureBatch]:
         order = np.random.default_rng((seed, number)).permutation(len(train))[: steps * batch]
         for rows in order.reshape(steps, batch).astype(np.int32):
             chosen = _take(features, rows) if isinstance(features, jax.Array) else features[rows]
             yield FeatureBatch({_IN_MEMORY: chosen}, train.labels[rows], weight)
 
-    return epoch
+    return lambda number: Epoch(computed(number), steps)
 
 
 def in_order(test: FeatureSet) -> Iterator[FeatureBatch]:
@@ -297,10 +304,12 @@ def _check_batch(batch: FeatureBatch, num_classes: int, name: str) -> None:
     check_labels(np.asarray(batch.labels)[np.asarray(batch.weight) > 0], num_classes, name)
 
 
-def _check_losses(epoch: int, losses: Mapping[str, jax.Array]) -> None:
-    for layer, loss in losses.items():
-        if not math.isfinite(float(loss)):
+def _checked(epoch: int, losses: Mapping[str, jax.Array]) -> dict[str, float]:
+    values = {layer: float(loss) for layer, loss in losses.items()}
+    for layer, loss in values.items():
+        if not math.isfinite(loss):
             raise InputError(
-                f"the probe on {layer} diverged in epoch {epoch} (its loss is {float(loss)}); "
+                f"the probe on {layer} diverged in epoch {epoch} (its loss is {loss}); "
                 "lower learning_rate"
             )
+    return values

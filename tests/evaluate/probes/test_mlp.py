@@ -46,7 +46,7 @@ def test_step_by_hand() -> None:
 def test_the_rate_follows_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     fits = []
     monkeypatch.setattr(
-        sgd, "fit", lambda make, epoch, *rest, **_: fits.append((make, *rest)) or {}
+        sgd, "fit", lambda name, make, epoch, *rest, **_: fits.append((make, *rest)) or {}
     )
     monkeypatch.setattr(sgd, "accuracy", lambda *_, **__: {})
     mlp_probe_stream(lambda _: [], [], num_classes=3, hidden=8)

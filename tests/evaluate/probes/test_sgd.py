@@ -1,5 +1,7 @@
 """Streams of features: weights, views, labels; features in memory, small and large."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from nat_jax.evaluate.features import FeatureBatch, FeatureSet, featured
 from nat_jax.evaluate.probes import sgd
 from nat_jax.evaluate.probes.linear import Linear
 from nat_jax.evaluate.probes.mlp import Mlp
+from nat_jax.training import metrics
 
 SCHEDULE = 4, lambda epoch: 0.1 / (1 + epoch)
 
@@ -34,7 +37,7 @@ def _batch(data: FeatureSet, weight: np.ndarray | None = None, layer: str = "a")
 
 
 def _fit(*batches: FeatureBatch, make=linear, classes: int = 3):
-    return sgd.fit(make, lambda epoch: batches, *SCHEDULE, num_classes=classes, seed=0)
+    return sgd.fit("probe", make, lambda epoch: batches, *SCHEDULE, num_classes=classes, seed=0)
 
 
 @pytest.mark.parametrize("make", [linear, mlp])
@@ -43,7 +46,7 @@ def test_features_too_large_for_the_device(make, monkeypatch: pytest.MonkeyPatch
 
     def trained() -> sgd.State:
         epochs = sgd.shuffled(train, 64, seed=5)
-        ((_, state),) = sgd.fit(make, epochs, *SCHEDULE, num_classes=3, seed=5).values()
+        ((_, state),) = sgd.fit("probe", make, epochs, *SCHEDULE, num_classes=3, seed=5).values()
         return state
 
     resident = trained()
@@ -55,6 +58,18 @@ def test_features_too_large_for_the_device(make, monkeypatch: pytest.MonkeyPatch
 
 def _leaves(state: sgd.State) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 60.0])
+def test_the_progress_is_shown_from_time_to_time(seconds: float, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(metrics, "SECONDS", seconds)
+    sgd.fit("probe", linear, sgd.shuffled(_points(300, 0), 64, 5), *SCHEDULE, num_classes=3, seed=5)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == (0 if seconds else 4 * 4)
+    for line in lines[-1:]:
+        assert re.fullmatch(
+            r"probe: step 16/16  loss 0\.\d{3} on these features  ETA 0:00:00", line
+        )
 
 
 def test_an_epoch_visits_each_record_once() -> None:
