@@ -48,6 +48,17 @@ def test_training_gives_what_it_gave(cases: tuple[str, ...], tmp_path: Path) -> 
         assert_equals_stored(case, load(case, tmp_path))
 
 
+@pytest.mark.slow
+def test_training_gives_the_same_in_64_bit_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("JAX_ENABLE_X64", "1")
+    golden.save_in_process(("table",), tmp_path)
+    found = load("table", tmp_path)
+    assert "x64" in str(found["machine"])
+    assert_equals_stored("table", found)
+
+
 @pytest.mark.parametrize("change", ["losses", "rows", "features"])
 def test_a_change_is_noticed(change: str) -> None:
     for machine in ("the same", "another"):

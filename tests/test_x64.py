@@ -1,6 +1,6 @@
 """With JAX_ENABLE_X64=1 the same programs are traced: no float64, no other random bits.
 
-Traced only; `.ci/run` trains and solves in this mode too.
+Traced only; a test of tests/test_golden.py trains in this mode, `.ci/run` trains and solves.
 """
 
 import dataclasses

@@ -64,7 +64,7 @@ def prepare(cost: jax.Array) -> Given:
     n, m = cost.shape
     problem = _problem.standardise(cost, False)
     finite = problem.cost < jnp.inf
-    prices = jnp.zeros(m)
+    prices = jnp.zeros(m, jnp.float32)
     if n == m:
         prices = -jnp.sum(problem.cost, axis=0, where=finite) / jnp.sum(finite, axis=0)
     levels = jnp.array(ROUGH_EPS if n == m else ROUGH_EPS[-1:], jnp.float32)
@@ -142,7 +142,7 @@ def test_a_row_that_cannot_be_matched_is_left_out() -> None:
     assert len(rows) == len(set(rows.tolist())) == N - 1
     assert owner[3] in (0, 1)
     nothing = prepare(np.full((N, N), np.inf, np.float32))
-    assert np.all(np.asarray(run(nothing._replace(prices=jnp.zeros(N))).owner) == -1)
+    assert np.all(np.asarray(run(nothing._replace(prices=jnp.zeros(N, jnp.float32))).owner) == -1)
 
 
 def test_the_round_limit_is_kept() -> None:
@@ -164,7 +164,7 @@ def test_the_round_limit_is_kept() -> None:
 def test_prices_are_a_start() -> None:
     cost = make("uniform", N)
     cold = run(prepare(cost))
-    given = prepare(cost)._replace(prices=cold.prices, levels=jnp.zeros(3))
+    given = prepare(cost)._replace(prices=cold.prices, levels=jnp.zeros(3, jnp.float32))
     warm = run(given)
     assert int(warm.rounds) < int(cold.rounds) / 2
     assert float(certify(cost, given, warm).gap) <= 1e-6 * N

@@ -164,7 +164,8 @@ class _Module(nnx.Module):
         self.fc1, self.bn1 = linear(net.features, net.hidden), norm()
         self.fc2, self.bn2 = linear(net.hidden, net.hidden), norm()
         self.fc3 = linear(net.hidden, net.classes)
-        self.dropout = nnx.Dropout(np.float32(net.dropout))  # masks are drawn in its dtype
+        # Masks are drawn in the rate's dtype.
+        self.dropout = nnx.Dropout(np.float32(net.dropout))  # type: ignore[arg-type]
 
     def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
         """Return logits; with a key in training mode (batch statistics, dropout)."""
