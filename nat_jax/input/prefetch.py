@@ -234,13 +234,10 @@ def _cause_of_death(
             "; /dev/shm may be full: enlarge it (docker run --shm-size=4g), or lower data.prefetch"
         )
     elif not code.startswith("-") and not readings:
-        message += " before it read anything; it says why above. "
-        if hasattr(sys.modules["__main__"], "__file__"):
-            message += 'A script of yours that asks for workers needs `if __name__ == "__main__":`'
-        else:
+        message += " before it read anything; it says why above"
+        if hasattr(sys.modules["__main__"], "__file__"):  # not in a notebook
             message += (
-                "Workers cannot import what a notebook or an interactive session defines: put it "
-                "in a module, or set data.workers=0 for threads"
+                '. A script of yours that asks for workers needs `if __name__ == "__main__":`'
             )
     return message
 
