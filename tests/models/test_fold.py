@@ -50,11 +50,16 @@ def as_trained(name: str, **changes):
     return model, params, batch_stats, pictures(model.image_size)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model, params, batch_stats, images):
+    return model.apply(params, batch_stats, images)
+
+
 def largest_difference(name: str, **changes) -> tuple[float, models.Model, models.Params]:
     model, params, batch_stats, images = as_trained(name, **changes)
     folded, plain = fold.fold_batch_norm(model, params, batch_stats)
-    before, _ = jax.jit(model.apply)(params, batch_stats, images)
-    after, stats = jax.jit(folded.apply)(plain, {}, images)
+    before, _ = jax.device_get(apply(model, params, batch_stats, images))
+    after, stats = jax.device_get(apply(folded, plain, {}, images))
     assert stats == {}
     assert {name: x.shape for name, x in before.items()} == {n: x.shape for n, x in after.items()}
     # As a share of the layer's own size, where that exceeds 1.
@@ -103,13 +108,15 @@ def without_batch_norm(name: str):
     return folded, plain, images
 
 
-def linear_outputs(model, params, images) -> dict[str, np.ndarray]:
-    def outputs(params, images):
-        found = {}
-        model.apply(params, {}, images, watch=lambda name, x: found.setdefault(name, x))
-        return found
+@functools.partial(jax.jit, static_argnums=0)
+def watched(model, params, images):
+    found = {}
+    model.apply(params, {}, images, watch=lambda name, x: found.setdefault(name, x))
+    return found
 
-    found = jax.jit(outputs)(params, images)
+
+def linear_outputs(model, params, images) -> dict[str, np.ndarray]:
+    found = watched(model, params, images)
     named = {name: found[name] for name in rescale.layers_with_weights(model)}
     return {name: np.asarray(x).reshape(-1, x.shape[-1]) for name, x in named.items()}
 
@@ -145,15 +152,18 @@ def test_a_channel_that_never_changes_is_said_and_kept(caplog):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(new))
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def top_gradient(model, params, images, key):
+    def top(params):
+        head = watched(model, params, images)["head"]
+        return jnp.sum(head * jax.random.normal(key, head.shape))
+
+    return jax.grad(top)(params)
+
+
 def rates(model, params, images, key) -> np.ndarray:
     """Return rms(gradient) / rms(kernel) of each layer by differentiation of the top itself."""
-
-    def top(params):
-        found = {}
-        model.apply(params, {}, images, watch=lambda name, x: found.setdefault(name, x))
-        return jnp.sum(found["head"] * jax.random.normal(key, found["head"].shape))
-
-    gradient = jax.jit(jax.grad(top))(params)
+    gradient = jax.device_get(top_gradient(model, params, images, key))
     kernels = [
         tree.get("map", tree)["kernel"]
         for source in (gradient, params)
@@ -174,7 +184,7 @@ def test_balanced_layers_learn_at_one_rate_and_features_stay(name):
     assert before.max() / before.min() > 2
     assert after.max() / after.min() < 1.01
     np.testing.assert_allclose(np.std(linear_outputs(model, new, images)["head"]), 1, atol=1e-3)
-    z = [jax.jit(model.apply)(p, {}, images)[0]["z"] for p in (params, new)]
+    z = [apply(model, p, {}, images)[0]["z"] for p in (params, new)]
     np.testing.assert_allclose(*z, atol=1e-5)
 
 

@@ -76,10 +76,10 @@ def test_scale_shift_and_constants_do_not_matter(digits: tuple[FeatureSet, Featu
 def test_penalty_shrinks_to_the_majority_class() -> None:
     rng = np.random.default_rng(0)
     labels = np.int32([0] * 30 + [1] * 70)
-    features = (labels[:, None] + 0.01 * rng.normal(size=(100, 2))).astype(np.float32)
-    data = FeatureSet(features, labels)
-    assert lbfgs_probe(data, data, num_classes=2) == 1.0
-    assert lbfgs_probe(data, data, num_classes=2, l2=1e3) == 0.7
+    features = (labels[:, None] + 0.01 * rng.normal(size=(100, 64))).astype(np.float32)
+    data = FeatureSet(features, labels)  # of the digits' shape, which are compiled already
+    assert lbfgs_probe(data, data, num_classes=10) == 1.0
+    assert lbfgs_probe(data, data, num_classes=10, l2=1e3) == 0.7
 
 
 def test_rejects(digits: tuple[FeatureSet, FeatureSet]) -> None:
