@@ -156,7 +156,7 @@ def test_a_channel_that_never_changes_is_said_and_kept(caplog):
 def top_gradient(model, params, images, key):
     def top(params):
         head = watched(model, params, images)["head"]
-        return jnp.sum(head * jax.random.normal(key, head.shape))
+        return jnp.sum(head * jax.random.normal(key, head.shape, head.dtype))
 
     return jax.grad(top)(params)
 
