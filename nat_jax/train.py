@@ -4,6 +4,7 @@
 """
 
 import collections
+import contextlib
 import functools
 import logging
 import math
@@ -129,7 +130,6 @@ def _train(
     checkpoints = checkpoint.Checkpoints(
         run.workdir / "checkpoints", keep=run.config.checkpoint.keep
     )
-    alone = False
     try:
         consistency.check_same(
             {"newest checkpoint": checkpoints.latest_step()},
@@ -145,13 +145,13 @@ def _train(
             )
         if int(state.step) < run.total_steps:
             state = _Loop(run, evaluator, checkpoints, began, check_lock).run(state)
-        return state
-    except Exception as error:
-        alone = startup.lost_peer(error) is not None
+    except BaseException as error:
+        if startup.lost_peer(error) is None:  # else a save would wait for the lost process
+            with contextlib.suppress(checkpoint.CheckpointError):  # follows from the first error
+                checkpoints.close()
         raise
-    finally:
-        if not alone:  # a save that is under way would wait for the lost process
-            checkpoints.close()
+    checkpoints.close()
+    return state
 
 
 def _network(run: Run, state: TrainState) -> FrozenModel:
@@ -241,6 +241,7 @@ class _Loop:
                     self._read(keep=_IN_FLIGHT)
                     state = self._after(step + 1, state, stop)
                 if requested := stop.requested():  # while the last step was saved
+                    self._checkpoints.wait()
                     raise Preempted(requested, run.total_steps)
         finally:
             batches.close()

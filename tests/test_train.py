@@ -125,8 +125,14 @@ def test_a_run_whose_lock_is_gone_saves_nothing_more(finished, tmp_path, monkeyp
             (tmp_path / "lock-1.json").unlink()
         return real(self, at, state, batch)
 
+    def close(self):
+        close_as_it_is(self)
+        raise CheckpointError("another run has removed what was being saved")
+
+    close_as_it_is = Checkpoints.close
     with monkeypatch.context() as patch:
         patch.setattr(train._Loop, "_dispatch", dispatch)
+        patch.setattr(Checkpoints, "close", close)
         with pytest.raises(WorkdirLost, match="goes on from the last checkpoint"):
             train.train_and_evaluate(tiny(), tmp_path)
     assert saved_steps(tmp_path) == [5]
