@@ -87,7 +87,7 @@ class Listing(NamedTuple):
             the root.
         files: the images, in any order.
         others: how many other files were seen, by suffix, and links that lead nowhere.
-        system: names of the folders of `SYSTEM_FOLDERS` that were left out.
+        system: names of the folders of `SYSTEM_FOLDERS`, and of runs, that were left out.
         refused: paths of the folders that could not be listed, each ending in "/", and why.
         repeated: how many names stand in a .zip more than once.
         stamp: what the root looked like.
@@ -142,6 +142,9 @@ def list_folder(root: str, progress: Callable[[int], Any]) -> Listing:
                         if is_system(name):
                             system.add(name)
                             continue
+                        if _is_drawn(entry.path):
+                            system.add(f"{prefix}{name} (of a run)")
+                            continue
                         target = os.path.join(real, name)
                         if entry.is_symlink():
                             target = stamp.links[prefix + name] = os.path.realpath(entry.path)
@@ -165,7 +168,7 @@ def list_folder(root: str, progress: Callable[[int], Any]) -> Listing:
             stamp = stamp._replace(unsettled=path)
         new = []
         for below_prefix, target in sorted(below):  # which of several links to a folder counts
-            if target not in reached and not _is_drawn(os.path.join(root, below_prefix[:-1])):
+            if target not in reached:
                 reached.add(target)
                 new.append((below_prefix, target))
         pending += reversed(new)

@@ -42,7 +42,8 @@ def test_spellings_of_splits_and_classes(tmp_path: Path):
 
 
 @pytest.mark.parametrize("workdir", ["runs/smoke", "runs/suite/seed-0", "."])
-def test_pictures_of_a_run_inside_the_folder_are_no_images(tmp_path: Path, workdir: str):
+def test_pictures_of_a_run_inside_the_folder_are_no_images(tmp_path: Path, workdir: str, caplog):
+    caplog.set_level(logging.INFO)
     root = write_tree(tmp_path, [f"{name}/{i}.jpg" for name in ("ant", "pictures") for i in "012"])
     (root / "pictures").rename(root / "cat")
     before = open_source(f"folder:{root}").fingerprint
@@ -52,6 +53,7 @@ def test_pictures_of_a_run_inside_the_folder_are_no_images(tmp_path: Path, workd
         write_tree(root / workdir, [mark])
         source = open_source(f"folder:{root}")
         assert source.fingerprint == before and source.class_names == ("ant", "cat")
+        assert f"{(Path(workdir) / 'pictures').as_posix()} (of a run)" in caplog.text
         (root / workdir / mark).unlink()
         if mark.startswith("results/judged"):
             (root / workdir / "results/judged").rmdir()
