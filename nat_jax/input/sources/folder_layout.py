@@ -106,10 +106,9 @@ def _divide(paths: Paths, place: str) -> tuple[dict[str, Paths], tuple[str, str]
         return dict.fromkeys(SPLITS, paths), None, ["no splits, so a tenth is held out for testing"]
     train, tests = found
     learned = _split_paths(parts[train], train, ())
-    known = {_top(path) for path in learned.values()} - {""}
+    known = {_folded(_top(path)) for path in learned.values()} - {""}
     held_out = {test: _split_paths(parts[test], test, known) for test in tests}
-    folded = {_folded(name) for name in known}
-    shared = (t for t in tests if any(_folded(_top(p)) in folded for p in held_out[t].values()))
+    shared = (t for t in tests if any(_folded(_top(p)) in known for p in held_out[t].values()))
     test = next(shared, tests[0])
     if len(same := [t for t in tests if _Name(t).word == _Name(test).word]) > 1:
         raise _unclear(same, place)
@@ -122,7 +121,7 @@ def _divide(paths: Paths, place: str) -> tuple[dict[str, Paths], tuple[str, str]
 
 def _split_paths(paths: Paths, split: str, classes: Collection[str]) -> Paths:
     """Return the paths below a split, without folders as in train/images/ or seg_test/seg_test/."""
-    while (top := _only_top(paths)) and top not in classes:
+    while (top := _only_top(paths)) and _folded(top) not in classes:
         if top != split and (not _Name(top).words or _Name(top).rest):
             break
         paths = _below(paths, top)

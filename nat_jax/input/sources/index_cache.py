@@ -279,7 +279,7 @@ def _annotated(listing: Listing, root: str) -> Listing:
         return listing
     except Exception as error:  # a damaged .zip has many
         raise InputError(f"folder: cannot read {notes} in {root}: {error}") from error
-    lines = [line.split("\t") for line in data.decode("utf-8", "replace").splitlines()]
+    lines = [line.split("\t") for line in data.decode("utf-8", "surrogateescape").splitlines()]
     classes = {fields[0]: fields[1] for fields in lines if len(fields) > 1}
     files, folders = [], list(listing.folders)
     numbers: dict[str, int] = {}

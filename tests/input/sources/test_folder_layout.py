@@ -130,6 +130,7 @@ def test_which_of_several_splits_is_for_testing(folders: tuple[str, ...], test: 
         (("train/7", "train/8", "test/8"), ["8"]),
         (("train/a/images", "train/b/images", "val/b/images"), ["b"]),
         (("train/a", "train/b", "test/new"), ["new"]),
+        (("train/a", "train/images", "test/Images"), ["images"]),
     ],
 )
 def test_single_folders_below_a_split(folders: tuple[str, ...], expected: list[str | None]):
