@@ -119,7 +119,8 @@ def test_tiny_imagenet_is_scored_on_its_annotated_images(tmp_path: Path, caplog)
     notes = root / "val/val_annotations.txt"
     notes.write_text("".join(f"val_{i}.JPEG\tn0{i % 2 + 1}\t0\t0\t62\t62\n" for i in range(4)))
     archive = zip_tree(root, tmp_path / "tiny.zip", prefix="tiny-imagenet-200/")
-    for path in (root, archive):
+    dotted = zip_tree(root, tmp_path / "dotted.zip", prefix="./")
+    for path in (root, archive, dotted):
         caplog.clear()
         with caplog.at_level(logging.INFO):
             test = open_source(f"folder:{path}", "test")
