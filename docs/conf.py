@@ -59,7 +59,10 @@ toc_object_entries_show_parents = "hide"
 nitpick_ignore_regex = [
     # types of other projects; resolving them would need the network
     (r"py:class", r"(jax|jaxlib|numpy|ml_collections|optax|flax|PIL|collections|os|pathlib)\..+"),
-    (r"py:class", r"ArrayTree|nat_jax\.(input\.pipeline|training\.metrics)\.T"),  # aliases and type variables
+    (
+        r"py:class",
+        r"ArrayTree|nat_jax\.(input\.pipeline|training\.metrics)\.T",
+    ),  # aliases and type variables
     # fields of a run that users do not construct
     (r"py:class", r"nat_jax\.input\.device_images\.DeviceImages"),
     # exceptions are named without their module

@@ -20,6 +20,7 @@ from nat_jax import config as configs
 from nat_jax import evaluate, report, schema
 from nat_jax.errors import InputError, UserError
 from nat_jax.evaluate.evaluator import Evaluator, write_run_result
+from nat_jax.evaluate.probe_data import some_of
 from nat_jax.export.loading import untrained_network
 from nat_jax.input import pipeline, sample
 from nat_jax.input.bad_records import BadRecords
@@ -101,11 +102,8 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> T
         for seed in config.seeds:
             # First, as it finds mistakes in the evaluation's settings.
             evaluator = Evaluator(config, *sources[1:], model, seed=seed, cache=cache)
-            if seed == config.seeds[0] and not evaluator.scores_run:
-                source, why = evaluator.inputs.data.unlabelled, "eval.probes is empty"
-                if source is not None:
-                    why = f"no labels in {source.name} ({source.split})"
-                logger.info("%s: probes are skipped, nearest neighbours are still drawn", why)
+            if seed == config.seeds[0]:
+                _log_probes(evaluator)
             place = workdirs.seed_folder(config, folder, seed)
             run = set_up(config, seed, place, mesh=mesh, sources=sources, cache=cache)
             state = _train(run, evaluator, folder, began, check_lock)
@@ -121,6 +119,20 @@ def train_and_evaluate(config: ConfigDict, workdir: str | os.PathLike[str]) -> T
                 _publish(folder, run, evaluator, results)
             consistency.wait_for_all("published")
     return state
+
+
+def _log_probes(evaluator: Evaluator) -> None:
+    """Log what the probes will learn, or why there will be no scores."""
+    data = evaluator.inputs.data
+    if evaluator.scores_run:
+        names = data.train.class_names or ()
+        counts = f"{len(data.train):,} images and are scored on {len(data.test):,}"
+        logger.info("probes learn %d classes (%s) on %s", len(names), some_of(names), counts)
+        return
+    source, why = data.unlabelled, "eval.probes is empty"
+    if source is not None:
+        why = f"no labels in {source.name} ({source.split})"
+    logger.info("%s: probes are skipped, nearest neighbours are still drawn", why)
 
 
 def _train(
@@ -172,6 +184,7 @@ def _log_health(run: Run) -> None:
         dim=run.step.model.dim,
         kind=run.config.targets.kind,
         matched_epoch=last_epoch - last_epoch % every if every else None,
+        steps=run.total_steps,
     )
     workdirs.write_json(run.workdir / "results" / "health.json", sentences)
     for sentence in sentences:

@@ -281,7 +281,7 @@ def count_classes(train: Source, test: Source) -> int | None:
         raise InputError(
             f"eval: expected the same classes in {train.name} and {test.name}; got "
             f"{train.num_classes} and {test.num_classes}, and in one of them only: "
-            f"{_some_of(only) or 'none, but in another order'}"
+            f"{some_of(only) or 'none, but in another order'}"
         )
     return train.num_classes
 
@@ -301,17 +301,18 @@ def check_learnable(train: Source, test: Source) -> None:
     if unseen := asked - learned:
         raise InputError(
             f"eval: {test.name} has test records of {len(unseen)} class(es) without a training "
-            f"record: {_some_of(names[i] for i in unseen)}. Spell every class alike in both "
+            f"record: {some_of(names[i] for i in unseen)}. Spell every class alike in both "
             f"splits, or give each of them training images. {advice}"
         )
     if len(learned) < 2:
         raise InputError(
             f"eval: expected training records of at least 2 classes in {train.name}; all are of "
-            f"{_some_of(names[i] for i in learned)}. {advice}"
+            f"{some_of(names[i] for i in learned)}. {advice}"
         )
 
 
-def _some_of(names: Iterable[str]) -> str:
+def some_of(names: Iterable[str]) -> str:
+    """Return the first names of classes, and how many more there are."""
     first = sorted(names)
     return ", ".join(first[:_SHOWN]) + (f" and {len(first) - _SHOWN} more" * (len(first) > _SHOWN))
 

@@ -8,6 +8,7 @@ from scipy.special import betaincinv
 # Features count as collapsed when their effective rank lies this near to 1, on the way from 1 (all
 # coincide) to that of points spread evenly over the sphere.
 _COLLAPSED_SHARE = 0.05
+_EARLY = 100  # steps before which the features are much as they were without training
 
 # An average cosine this much above chance is more than the noise of one batch.
 _ABOVE_CHANCE = 0.02
@@ -42,6 +43,7 @@ def sentences(
     dim: int,
     kind: str = "sphere",
     matched_epoch: int | None = None,
+    steps: int | None = None,
 ) -> list[str]:
     """Describe the health of a run in sentences; problems begin with "warning:".
 
@@ -52,12 +54,13 @@ def sentences(
         dim: D, the feature dimension.
         kind: of the targets; the chance level is known for "sphere" only.
         matched_epoch: the last epoch that reassigned its batches, counted from 0.
+        steps: how many were trained; features of fewer than 100 are still those of the start.
     """
     finite = {k: v for k, v in row.items() if v is not None and math.isfinite(v)}
     found = []
     if "train/loss" in row and "train/loss" not in finite:
         found.append("warning: the loss is not finite; lower optim.learning_rate")
-    spread, collapsed = _feature_health(finite, n, dim)
+    spread, collapsed = _feature_health(finite, n, dim, steps)
     if not collapsed:
         found += _matching_health(finite, n, dim, kind, matched_epoch)
     found += spread
@@ -103,13 +106,20 @@ def _matching_health(
     return found
 
 
-def _feature_health(row: Mapping[str, float], n: int, dim: int) -> tuple[list[str], bool]:
+def _feature_health(
+    row: Mapping[str, float], n: int, dim: int, steps: int | None
+) -> tuple[list[str], bool]:
     """Return sentences on the features' spread, and whether they collapsed."""
     if "features/effective_rank" not in row:
         return [], False
     rank = row["features/effective_rank"]
     even = 1 / (1 / n + (1 - 1 / n) / dim)
     text = f"effective rank of the features {rank:.1f}, of {even:.1f} when spread evenly"
+    if steps is not None and steps < _EARLY:
+        return [
+            f"{text}, after {steps} steps, which is too early to judge; train longer (epochs), or "
+            "in smaller batches (batch_size)"
+        ], False
     if rank - 1 < _COLLAPSED_SHARE * (even - 1):
         return [
             f"warning: {text}: the features collapse. Lower optim.learning_rate, or match more "

@@ -77,6 +77,13 @@ def test_noise_of_a_small_batch_is_no_learning() -> None:
     assert "nothing is learnt yet" in "\n".join(health.sentences(row, n=16, dim=64))
 
 
+def test_a_few_steps_are_too_early_to_judge():
+    row = GOOD | {"features/effective_rank": 1.01}
+    for steps, judged in ((99, False), (100, True)):
+        text = "\n".join(health.sentences(row, n=256, dim=10, steps=steps))
+        assert ("collapse" in text) == judged and ("too early" in text) != judged
+
+
 def test_collapsed_features_are_not_called_learning() -> None:
     text = "\n".join(health.sentences(GOOD | {"features/effective_rank": 1.01}, n=256, dim=10))
     assert "collapse" in text and "learning" not in text.replace("learning_rate", "")

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import logging
 import math
+import os
 import struct
 import zlib
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import numpy as np
 
 from nat_jax.errors import InputError
 from nat_jax.input.file_kinds import IMAGE_SUFFIXES, kind_of, kind_of_file, suffix_of
-from nat_jax.input.sources.source import Opener, Record, split_positions
+from nat_jax.input.sources.source import Opener, Record, hold_out
 
 _log = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ def open_arrays(argument: str, split: str) -> ArraySource:
     Raises:
         ValueError: nothing is there, or it is not of the expected form.
     """
-    path = Path(argument).expanduser()
+    path = Path(os.path.expanduser(argument))
     if not path.exists():
         raise InputError(f"arrays: no such file or folder: {path}")
     train, test = _read_idx_folder(path) if path.is_dir() else _read_npz(path, split)
@@ -117,15 +118,19 @@ def open_arrays(argument: str, split: str) -> ArraySource:
     known = [y[y >= 0] for part in (train, test) if part is not None and (y := part[1]) is not None]
     images, labels = test if test is not None and split == "test" else train
     if test is None:
-        positions = split_positions(len(images), split)
+        every = np.full(len(images), -1) if labels is None else labels
+        positions, chosen, _ = hold_out(every, split)
         images = images[positions]
-        labels = None if labels is None else labels[positions]
+        labels = None if labels is None else chosen
     class_names = None
     if labels is not None and labels.max() >= 0:
         values = np.unique(np.concatenate(known))
         if without := int(np.sum(labels < 0)):
-            counts = f"{without} of {len(labels)} records of {path} ({split})"
-            _log.info("arrays: %s have no label (-1); probes leave them out", counts)
+            _log.info(
+                "arrays: %d of %d records of %s (%s) have no label (-1), or are held out and the "
+                "only ones of their class; probes leave them out",
+                *(without, len(labels), path, split),
+            )
         labels = np.where(labels < 0, -1, np.searchsorted(values, labels))
         class_names = tuple(map(str, values.tolist()))
     return ArraySource(
@@ -143,7 +148,8 @@ def _read_npz(path: Path, split: str) -> tuple[Parts, Parts | None]:
         with np.load(path, allow_pickle=False) as file:
             names = tuple(file.files)
             # A test split with labels before one without.
-            for keys in sorted(_NPZ_LAYOUTS, key=lambda keys: -sum(k in names for k in keys[2:])):
+            tests = {keys: _is_labelled(file, *keys[2:], path) for keys in _NPZ_LAYOUTS}
+            for keys in sorted(tests, key=lambda keys: -tests[keys]):
                 if keys[0] in names:
                     arrays = {key: _array(file, key, path) for key in keys if key in names}
                     break
@@ -162,6 +168,13 @@ def _read_npz(path: Path, split: str) -> tuple[Parts, Parts | None]:
     if x_test is None or x_test not in arrays:
         return train, None
     return train, _checked(path, x_test, arrays[x_test], y_test, arrays.get(y_test))
+
+
+def _is_labelled(file: Any, x: str | None, y: str | None, path: Path) -> int:
+    """Return 2 for arrays with labels, 1 for arrays without, 0 where there are none."""
+    if x not in file.files:
+        return 0
+    return 1 + (y in file.files and bool(np.any(_array(file, y, path) != -1)))
 
 
 def _array(file: Any, key: str | None, path: Path) -> np.ndarray:
@@ -211,6 +224,8 @@ def _checked(
             f"arrays: {y_name} in {path} is {y.dtype}{list(y.shape)}; expected one integer label "
             f"for each of the {len(x)} images of {x_name}"
         )
+    if y.max() > np.iinfo(np.int64).max:
+        raise InputError(f"arrays: {y_name} in {path} has labels above 2^63 - 1; got {y.max()}")
     y = y.astype(np.int64)
     if y.min() < -1:
         raise InputError(

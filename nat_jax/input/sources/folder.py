@@ -96,7 +96,7 @@ def open_folder(argument: str, split: str) -> FolderSource:
 
 
 def _root(path: str) -> str:
-    return str(Path(path).expanduser().absolute())  # notebooks change their folder
+    return str(Path(os.path.expanduser(path)).absolute())  # notebooks change their folder
 
 
 def _reopen(path: str, split: str, fingerprint: str) -> FolderSource:

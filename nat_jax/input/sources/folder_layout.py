@@ -12,14 +12,12 @@ from nat_jax.errors import InputError
 from nat_jax.input.sources.source import SPLITS
 
 # Words in the names of splits; of several test splits the one whose word is first here counts.
-_TRAIN = ("train", "training", "trainset", "trainval")
-_TEST = (
-    *("test", "testing", "testset", "val", "validation", "valid", "valset"),
-    *("dev", "eval", "evaluation"),
-)
+_TRAIN = ("train", "training", "trainval")
+_TEST = ("test", "testing", "val", "validation", "valid", "dev", "eval", "evaluation")
 _NEITHER = ("unlabeled", "unlabelled", "extra", "pred", "prediction", "predictions")
 _SPLIT_WORDS = frozenset((*_TRAIN, *_TEST, *_NEITHER))
 _FILLERS = frozenset(("set", "data", "dataset", "image", "images", "img", "imgs"))
+_JOINED = re.compile(f"({'|'.join(_SPLIT_WORDS)})({'|'.join(_FILLERS)})")  # such as testset
 _WORD = re.compile(r"[A-Z]*[^\W\d_A-Z]+|[A-Z]+")  # ends at a capital, a digit or a sign
 OTHER_SPLIT = -2
 
@@ -140,7 +138,9 @@ class _Name:
 
     def __init__(self, name: str):
         found = _WORD.findall(unicodedata.normalize("NFC", name))
-        self.words = [word.lower() for word in found]
+        words = [word.lower() for word in found]
+        joined = ((word, _JOINED.fullmatch(word)) for word in words)
+        self.words = [part for word, m in joined for part in (m.groups() if m else (word,))]
         self.word = next((word for word in self.words if word in _SPLIT_WORDS), "")
         self.rest = tuple(word for word in self.words if word not in _SPLIT_WORDS | _FILLERS)
         self.plain = name.lower() == self.word

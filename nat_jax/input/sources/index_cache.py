@@ -30,7 +30,7 @@ from nat_jax.input.sources.file_listing import (
     times_of,
 )
 from nat_jax.input.sources.folder_layout import OTHER_SPLIT, read_layout
-from nat_jax.input.sources.source import SPLITS, split_positions
+from nat_jax.input.sources.source import SPLITS, hold_out
 from nat_jax.input.sources.zip_archive import MEMBER, list_zip, read_member
 from nat_jax.runtime import atomic_files, cache_dir
 
@@ -41,7 +41,7 @@ _PATIENCE = 2.0  # seconds of listing before a bar is shown
 # The name of the format (to be changed with any change of the file, or of what is listed in which
 # order), CRC-32 of all that follows (it starts from the third entry), and bytes of the header.
 _PREFIX = struct.Struct("<8sII")
-_FORMAT = b"natidx4\0"
+_FORMAT = b"natidx5\0"
 _ALIGN = 8
 _CHUNK = 2**16  # bytes
 _COLUMNS: dict[str, np.dtype[Any]] = {
@@ -205,12 +205,19 @@ def _build(listing: Listing, root: str) -> FileIndex:
     for split in SPLITS:
         labels = layout.labels[split][folder]
         if layout.splits is None:
-            positions = split_positions(len(files), split)
+            positions, labels, alone = hold_out(labels, split)
+            if alone:
+                remarks.append(
+                    f"{alone} held-out image(s) are of classes without another image: "
+                    "probes leave them out"
+                )
         else:
             positions = np.flatnonzero(labels != OTHER_SPLIT)
+            labels = labels[positions]
         outside -= len(positions)
-        chosen, names = [files[i] for i in positions.tolist()], layout.class_names[split]
-        splits[split] = _packed(chosen, labels[positions], split, names)
+        chosen = [files[i] for i in positions.tolist()]
+        names = layout.class_names[split] if (labels >= 0).any() else None
+        splits[split] = _packed(chosen, labels, split, names)
     if outside and layout.splits is not None:
         remarks.append(f"left out {outside} image(s) outside {'/ and '.join(layout.splits)}/")
     return FileIndex(splits, remarks, listing.stamp)
@@ -264,7 +271,7 @@ def _annotated(listing: Listing, root: str) -> Listing:
         InputError: val_annotations.txt lacks one of them, or cannot be read.
     """
     places = [folder.removesuffix("images/") for folder in listing.folders]
-    flat = [number for number, place in enumerate(places) if f"/{place}".endswith("/val/")]
+    flat = [number for number, place in enumerate(places) if f"/{place}".lower().endswith("/val/")]
     if len(flat) != 1:
         return listing
     number, place = flat[0], places[flat[0]]
@@ -279,7 +286,7 @@ def _annotated(listing: Listing, root: str) -> Listing:
         return listing
     except Exception as error:  # a damaged .zip has many
         raise InputError(f"folder: cannot read {notes} in {root}: {error}") from error
-    lines = [line.split("\t") for line in data.decode("utf-8", "surrogateescape").splitlines()]
+    lines = [line.split("\t") for line in data.decode("utf-8-sig", "surrogateescape").splitlines()]
     classes = {fields[0]: fields[1] for fields in lines if len(fields) > 1}
     files, folders = [], list(listing.folders)
     numbers: dict[str, int] = {}

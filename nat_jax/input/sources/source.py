@@ -107,3 +107,25 @@ def split_positions(count: int, split: str) -> np.ndarray:
     held_out = max(1, count // _HELD_OUT_SHARE)
     chosen = order[:held_out] if split == "test" else order[held_out:]
     return np.sort(chosen)
+
+
+def hold_out(labels: np.ndarray, split: str) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return one split of records that come without a test split, see `split_positions`.
+
+    Nobody can learn the class of a test record that is the only one of its class, so its label
+    becomes -1, and probes leave it out.
+
+    Args:
+        labels: int[N], of all records.
+        split: "train" or "test".
+
+    Returns:
+        The positions int64[M], their labels int[M], and how many of them became -1.
+    """
+    positions = split_positions(len(labels), split)
+    chosen = labels[positions]
+    alone = np.zeros(len(chosen), bool)
+    if split == "test":
+        learned = labels[split_positions(len(labels), "train")]
+        alone = (chosen >= 0) & ~np.isin(chosen, learned)
+    return positions, np.where(alone, -1, chosen), int(alone.sum())

@@ -49,12 +49,22 @@ def test_which_arrays_are_for_testing(tmp_path: Path, others: tuple[str, ...], c
 
 @pytest.mark.parametrize("keys", [("x", "y"), ("image", "label"), ("x_train", "y_train")])
 def test_npz_without_a_test_split_holds_a_tenth_out(tmp_path: Path, keys: tuple[str, str]):
-    x, y = images(40, 4, 4), np.arange(40)
+    x, y = images(40, 4, 4), np.arange(40) % 4
     spec = npz(tmp_path / "a.npz", **{keys[0]: x, keys[1]: y})
-    train, test = open_source(spec), open_source(spec, "test")
-    assert labels(test) == split_positions(40, "test").tolist()
-    assert sorted(labels(train) + labels(test)) == list(range(40))
-    assert all(np.array_equal(train[i]["image"], x[train[i]["label"]]) for i in range(len(train)))
+    for split in ("train", "test"):
+        source, rows = open_source(spec, split), split_positions(40, split)
+        assert labels(source) == y[rows].tolist()
+        assert all(np.array_equal(source[i]["image"], x[row]) for i, row in enumerate(rows))
+
+
+def test_a_held_out_record_that_is_alone_in_its_class_has_no_label(tmp_path: Path):
+    y = np.arange(40) % 4
+    alone, other = split_positions(40, "test")[:2]
+    y[[alone, other]] = 7, 2
+    test = open_source(npz(tmp_path / "a.npz", x=images(40, 4, 4), y=y), "test")
+    assert labels(test)[:2] == [-1, 2] and test.class_names == ("0", "1", "2", "3", "7")
+    everyone = open_source(npz(tmp_path / "b.npz", x=images(40, 4, 4), y=np.arange(40)), "test")
+    assert everyone.class_names is None
 
 
 def test_npz_without_labels(tmp_path: Path):

@@ -30,6 +30,7 @@ def classes(*folders: str) -> dict[str, list[str | None]]:
         ("trainset", "Testset"),
         ("training_data", "test-images"),
         ("TrainImages", "TestImages"),
+        ("traindata", "testimages"),
         ("seg_train", "seg_test"),
         ("TRAIN", "valid"),
         ("train", "Validation"),
