@@ -13,25 +13,34 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_REPOSITORY / ".pytest_ca
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("NAT_JAX_CACHE", str(_REPOSITORY / ".pytest_cache" / "nat_jax"))
+# Fewer passes over the machine code: compiling is most of what tests do. What XLA itself optimises
+# stays. Quick and slow tests have the same flags, so that either find the other's programs.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
 
 import pytest  # noqa: E402
 
-# Files of few long tests, whose processes use both cores: first, so that neither worker is left
-# with one of them at the end.
+# Files that take long: first, so that neither worker is left with one of them at the end.
 _FIRST = ("test_multi_device.py", "test_training.py", "test_train.py", "test_tasks.py")
+# Of the slow tests too, the longest first.
+_SLOW_FIRST = (
+    "test_shown_commands.py",
+    "test_training.py",
+    "test_multi_device.py",
+    "test_notebooks.py",
+    "test_launch.py",
+    "test_pages.py",
+    "test_golden.py",
+    "test_suite.py",
+    "test_train.py",
+)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Compile with fewer passes over the machine code, unless slow tests are to run too.
-
-    Compiling is most of what the quick tests do, and halves so. What XLA itself optimises stays.
-    """
-    if config.option.markexpr == "not slow":
-        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=1")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name not in _FIRST)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.option.markexpr == "slow":
+        place = {name: number for number, name in enumerate(_SLOW_FIRST)}
+        items.sort(key=lambda item: place.get(item.path.name, len(place)))
+    else:
+        items.sort(key=lambda item: item.path.name not in _FIRST)
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,7 @@ def environment(devices: int = 1, **more: str) -> dict[str, str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith(cluster)}
     return clean | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}",
         "NPROC": "16",  # threads of XLA's CPU client, which may deadlock with fewer than devices
         "PYTHONPATH": str(ROOT),
         "PYTHONUNBUFFERED": "1",

@@ -1,8 +1,9 @@
-"""Results that no refactoring may change, and a run and a bundle of version 0.1 that must load."""
+"""Results that no refactoring may change, and a run and a bundle of version 0.1 that must load.
+
+The table of the digits demo is compared in test_shown_commands.py, which runs the demo.
+"""
 
 import json
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -112,21 +113,3 @@ def test_a_bundle_of_version_0_1_gives_the_same_features(tmp_path: Path) -> None
     stored = load("bundle_0.1_features")
     found = np.asarray(bundle(stored["images"]))
     np.testing.assert_allclose(found, stored["z"], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_the_digits_demo_gives_the_table_it_gave(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "nat_jax.main", "--config=configs/digits.py"]
-    subprocess.run([*command, f"--workdir={tmp_path}"], cwd=golden.ROOT, check=True)
-    result = json.loads((tmp_path / "results" / "pretrain.json").read_text())
-    expected = json.loads((golden.FOLDER / "digits.json").read_text())
-    found = {_key(row): row["values"] for row in result["table"]}
-    assert found.keys() == {_key(row) for row in expected["table"]}
-    for row in expected["table"]:
-        np.testing.assert_allclose(found[_key(row)], row["values"], atol=0.003, err_msg=_key(row))
-
-
-def _key(row: dict) -> str:
-    return ", ".join(
-        (row.get("layer") or row["features"], row["network"], row["probe"], row["labels"])
-    )

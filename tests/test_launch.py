@@ -262,8 +262,14 @@ STEPS = 600  # more than two processes do in the second that a signal may take t
 
 def long_run(folder: Path) -> list[str]:
     images = write_images(folder / "images.npz")
-    source = f"--config.data.source=arrays:{images}"
-    return [CONFIG, source, f"--workdir={folder / 'run'}", f"--config.steps={STEPS}"]
+    return [
+        CONFIG,
+        f"--config.data.source=arrays:{images}",
+        f"--workdir={folder / 'run'}",
+        f"--config.steps={STEPS}",
+        f"--config.checkpoint.every_steps={STEPS}",
+        "--config.assign.reassign_every_epochs=1",  # one kind of step to compile
+    ]
 
 
 @pytest.mark.slow
@@ -293,7 +299,8 @@ def test_a_slurm_job_that_was_cancelled_or_is_wrong_is_not_queued_again(tmp_path
     (slurm.folder / "state").write_text("RUNNING")
     wrong = slurm.start(*line, "--config.batch_size=0")
     # srun's is the larger: the first to find the mistake may end the other before that finds it.
-    assert wrong.wait(120)[0] in (2, 75, 134), wrong.output(0)
+    # JAX aborts that one (134), now and then with a segmentation fault on the way (139).
+    assert wrong.wait(120)[0] in (2, 75, 134, 139), wrong.output(0)
     assert "batch_size" in wrong.output(0)
     assert slurm.asked() == ""
 

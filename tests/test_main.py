@@ -2,7 +2,6 @@
 
 import json
 
-import pytest
 from project import ROOT, python
 
 DIGITS = f"--config={ROOT / 'configs' / 'digits.py'}"
@@ -155,11 +154,3 @@ def test_a_mistake_is_one_message_and_any_other_error_a_traceback(tmp_path):
 def test_the_package_is_a_program_too(tmp_path):
     done = python("-m", "nat_jax", "--help", cwd=tmp_path)
     assert done.stdout.startswith("usage: python -m nat_jax.main"), done.stderr
-
-
-@pytest.mark.slow
-def test_a_config_of_the_library_runs_from_anywhere(tmp_path):
-    line = ["-m", "nat_jax.main", "--config=configs/smoke.py", "--config.epochs=1"]
-    result = python(*line, cwd=tmp_path)
-    assert "raw pixels" in result.stdout
-    assert (tmp_path / "runs" / "smoke" / "report.html").exists()

@@ -36,6 +36,14 @@ def test_on_eight_simulated_devices(files):
     run(*files, JAX_DISABLE_MOST_OPTIMIZATIONS="1")  # of the machine code: collectives remain
 
 
+ULPS = "shares_and_virtual_rows"  # are equal to two ulp with all optimisations only
+
+
 @pytest.mark.slow
 def test_slow_ones_on_eight_simulated_devices():
-    run(FOLDER, "-m", "slow")
+    run(FOLDER, "-m", "slow", "-k", f"not {ULPS}", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
+
+
+@pytest.mark.slow
+def test_ulps_on_eight_simulated_devices():
+    run(f"{FOLDER}/test_programs.py", "-m", "slow", "-k", ULPS)

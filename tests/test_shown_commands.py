@@ -6,6 +6,7 @@ others without running them: they take hours, or want data or hardware. .ci/run 
 the linters.
 """
 
+import json
 import re
 import shlex
 import shutil
@@ -13,6 +14,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import golden
 import numpy as np
 import pytest
 from pages import CHECKS, MAIN, SHELL, TEXTS, blocks, commands, header
@@ -22,9 +24,9 @@ from project import ROOT, python
 # test_contributing.py runs this one, which needs the recipes of the page.
 ELSEWHERE = {"python -m nat_jax.main --config=configs/bars.py"}
 PLACEHOLDER = ("folder:PATH", "folder:images")  # what a reader fills in, and what the test does
-# Trainings are short: `make release-check` and test_golden.py run the complete demo.
+# Shorter than shown: `make release-check` runs the complete demo.
 DEMO = "python -m nat_jax.main --config=configs/digits.py"
-SHORT_DEMO = ["--config.epochs=4"]
+ONE_SEED = ["--config.seeds=(0,)"]
 SHORT = ["--config.epochs=1", "--config.batch_size=32", "--config.eval.probes=knn"]
 EMBEDDED = ("configs/digits.py", "configs/smoke.py")
 
@@ -95,14 +97,18 @@ class Place:
         if PLACEHOLDER[0] in command and "task=" not in command:
             arguments += SHORT
         if command == DEMO:
-            arguments += SHORT_DEMO
+            arguments += ONE_SEED
         if "task=mlp_probe" in command:
             arguments += ["--config.eval.mlp_epochs=5"]
+        if "task=low_shot" in command:
+            arguments += ["--config.eval.few_labels=(10,)", "--config.eval.few_splits=(0,)"]
         self._printed[command] = self.call(arguments)
         return self._printed[command]
 
     def call(self, arguments: list[str]) -> str:
-        return python(*arguments, cwd=self.folder).stdout
+        # The table that the demo's is compared with was made with XLA's default settings.
+        flags = {"XLA_FLAGS": ""} if "--config=configs/digits.py" in arguments else {}
+        return python(*arguments, cwd=self.folder, **flags).stdout
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +123,30 @@ def test_a_shown_command_runs(place: Place, command: str) -> None:
     named = re.findall(r"^(?:report|result|bundle|features): (.+)$", printed, re.MULTILINE)
     assert named or "task=convert" in command
     assert [name for name in named if not (place.folder / name).exists()] == []
+
+
+def assert_equals_golden(table: list[dict]) -> None:
+    """Compare a table of the demo's first seed with the stored one: equal within 0.3 %."""
+
+    def by_name(rows: list[dict]) -> dict[str, float]:
+        names = ("layer", "network", "probe", "labels")
+        return {" ".join(str(row[name]) for name in names): row["values"][0] for row in rows}
+
+    found = by_name(table)
+    expected = by_name(json.loads((golden.FOLDER / "digits.json").read_text())["table"])
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, atol=0.003, err_msg=name)
+
+
+@pytest.mark.slow
+def test_the_digits_demo_gives_the_table_it_gave(place: Place) -> None:
+    place.run(DEMO)
+    result = json.loads((place.folder / "runs/digits/results/pretrain.json").read_text())
+    assert_equals_golden(result["table"])
+    result["table"][-1]["values"][0] += 0.01
+    with pytest.raises(AssertionError, match="mlp_probe"):
+        assert_equals_golden(result["table"])
 
 
 @pytest.mark.slow

@@ -170,7 +170,9 @@ def test_a_killed_suite_goes_on_to_the_same_result(tmp_path):
         command = [
             *(sys.executable, "-m", "nat_jax.main", "--config=configs/paper/suite.py:digits"),
             "--config.suite.experiments=('table3_imagenet', 'table1_softmax')",
-            *("--config.seeds=(0,)", "--config.epochs=60", f"--workdir={tmp_path / folder}"),
+            *("--config.seeds=(0,)", "--config.epochs=60", "--config.checkpoint.every_epochs=5"),
+            *("--config.eval.probes=('knn',)", "--config.eval.mlp_epochs=2"),
+            f"--workdir={tmp_path / folder}",
         ]
         return Run(tmp_path / "logs", [command], [environment()])
 

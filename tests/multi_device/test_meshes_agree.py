@@ -42,10 +42,7 @@ def test_there_are_eight_devices():
     assert jax.device_count() == 8
 
 
-@pytest.mark.parametrize(
-    ("shape", "placement"),
-    [((4, 2), "device"), later((2, 4), "host"), later((2, 4), "device"), later((8, 1), "device")],
-)
+@pytest.mark.parametrize(("shape", "placement"), [((4, 2), "device"), later((2, 4), "host")])
 def test_one_step_agrees_with_one_device(shape, placement):
     """Also where the wide layer is split along the second axis of the mesh."""
     found = outcome(shape, network="wide", placement=placement)
@@ -152,6 +149,9 @@ def test_images_on_the_devices_are_split_like_the_batch():
     np.testing.assert_array_equal(np.asarray(found), expected)
 
 
+FC_WIDTH = 256  # of a layer that free runs split, after 64 values
+
+
 def run_config(**mesh):
     c = config.default()
     c.epochs = 1.0
@@ -211,20 +211,31 @@ def test_a_permutation_that_cannot_be_sharded_is_refused():
 
 
 def end_of_a_free_run(shape: tuple[int, int], folder, **changes) -> float:
-    """Train configs/smoke.py on a mesh, check its permutation, and return its last losses' mean."""
+    """Train configs/smoke.py on a mesh, check its permutation, and return its last losses' mean.
+
+    It re-matches in every epoch, and SciPy solves: there is less to compile.
+    """
     c = runpy.run_path(str(ROOT / "configs" / "smoke.py"))["get_config"]()
-    c.model.options.fc_width = 16384  # of 64 values: just large enough to be split
+    c.model.options.fc_width = FC_WIDTH
+    c.epochs = 3.0
+    c.assign.reassign_every_epochs, c.assign.solver = 1, "scipy"
     c.eval.every_epochs = 0
     c.log.every_steps = 1
     c.update_from_flattened_dict(changes)
-    run = set_up(c, 0, folder, mesh=mesh_of(*shape), sources=open_sources(c), cache=ImageCache())
-    saver = Checkpoints(folder / "checkpoints")
-    state = train._Loop(run, None, saver, time.perf_counter()).run(initial_state(run))
-    saver.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "SPLIT_FROM", 64 * FC_WIDTH)
+        run = set_up(
+            c, 0, folder, mesh=mesh_of(*shape), sources=open_sources(c), cache=ImageCache()
+        )
+        saver = Checkpoints(folder / "checkpoints")
+        state = train._Loop(run, None, saver, time.perf_counter()).run(initial_state(run))
+        saver.close()
+    (wide,) = (leaf for leaf in jax.tree.leaves(state.params) if leaf.shape == (64, FC_WIDTH))
+    assert {each.data.shape for each in wide.addressable_shards} == {(64, FC_WIDTH // shape[1])}
     np.testing.assert_array_equal(np.sort(state.assignment), np.arange(1437))
     assert np.any(state.assignment != np.arange(1437))
     losses = [row["train/loss"] for row in metrics.read_rows(folder)]
-    assert len(losses) == 44
+    assert len(losses) == 33
     return float(np.mean(losses[-11:]))
 
 
@@ -236,7 +247,7 @@ def alone(tmp_path_factory) -> float:
 @pytest.mark.slow
 def test_free_runs_end_alike_on_every_mesh(alone, tmp_path):
     """Rounding decides between rows that are equally good, and runs drift apart, but not far."""
-    for shape, placement in {(8, 1): "device", (2, 4): "device", (4, 2): "host"}.items():
+    for shape, placement in {(8, 1): "device", (4, 2): "host"}.items():
         folder = tmp_path / str(shape)
         end = end_of_a_free_run(shape, folder, **{"assign.placement": placement})
         np.testing.assert_allclose(end, alone, rtol=0.01)

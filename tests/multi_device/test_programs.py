@@ -129,7 +129,7 @@ def test_each_device_computes_its_own_share_of_a_table(mesh):
     assert memory.temp_size_in_bytes < N * 16 * 4 / 2
 
 
-@pytest.mark.slow  # with all optimisations, which the ulp are about
+@pytest.mark.slow  # run with more optimisations than the others, as ulp depend on them
 def test_shares_and_virtual_rows_are_equal_to_two_ulp(mesh):
     split = sharding.over_data(mesh)
     held, _ = targets.make_targets("sphere", 1003, 24, KEY, storage="table", sharding=split)
