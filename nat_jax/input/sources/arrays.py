@@ -148,7 +148,7 @@ def _read_npz(path: Path, split: str) -> tuple[Parts, Parts | None]:
         with np.load(path, allow_pickle=False) as file:
             names = tuple(file.files)
             # A test split with labels before one without.
-            tests = {keys: _is_labelled(file, *keys[2:], path) for keys in _NPZ_LAYOUTS}
+            tests = {keys: _is_labelled(file, keys[2], keys[3], path) for keys in _NPZ_LAYOUTS}
             for keys in sorted(tests, key=lambda keys: -tests[keys]):
                 if keys[0] in names:
                     arrays = {key: _array(file, key, path) for key in keys if key in names}
