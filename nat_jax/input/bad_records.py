@@ -57,8 +57,9 @@ class BadRecords:
             self._reasons[bad.index] = f"{bad.name}: {bad.reason}"
         if self.count > self.limit:
             raise TooManyBadRecords(
-                f"{self.summary()}. At most {self.limit} may be (1 %). Repair or delete these "
-                "files; this changes the data's fingerprint, so start in another --workdir"
+                f"{self.summary()}. At most {self.limit} may be (1 %), and there may be more that "
+                "were not read yet. Repair or delete them; this changes the data's fingerprint, so "
+                "start in another --workdir"
             )
         if new and self.count <= _NAMES_SHOWN:
             _log.warning("bad record, used as grey with weight 0: %s: %s", bad.name, bad.reason)
