@@ -196,14 +196,16 @@ def _wait_until_stale(path: Path, workdir: Path) -> None:
 
 
 _UNKNOWN = dict.fromkeys(("pid", "host", "since"), "?")
+_KNOWN = {"run", "host", "pid", "since", "kernel", "started", "thread"}
 
 
 def _owner(data: bytes) -> dict[str, Any]:
     """Return what a lock says of its owner; nothing if it was not written to its end."""
-    try:
-        return json.loads(data)
-    except ValueError:
-        return {}
+    with contextlib.suppress(ValueError):
+        found = json.loads(data)
+        if isinstance(found, dict) and found.keys() >= _KNOWN:
+            return found
+    return {}
 
 
 def _is_gone(owner: dict[str, Any]) -> bool:

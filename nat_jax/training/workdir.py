@@ -19,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 # Lengths may grow: "more epochs" extends a finished run.
 LENGTHS = ("epochs", "steps")
+_WRITTEN_TO = ("checkpoints", "results", "pictures")  # folders of a run
 
 
 def training(config: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
@@ -73,9 +74,10 @@ def check(workdir: Path, config: ConfigDict) -> None:
             f"--workdir: expected a folder; got {address[0]}/... To keep a run in a bucket, mount "
             "it (Cloud Storage FUSE, for instance) and give the path of the mount"
         )
-    if workdir.is_file():
-        raise InputError(f"--workdir: expected a folder; {workdir} is a file. Choose another")
     check_writable(workdir, "--workdir", "Choose another")
+    for place in (workdir, *sorted(workdir.glob("seed-*"))):
+        for name in _WRITTEN_TO:
+            check_writable(place / name, "--workdir", "Choose another")
     workdir.mkdir(parents=True, exist_ok=True)
     saved = read_json(workdir / "config.json")
     if saved is None or not any(workdir.glob("**/checkpoints/[0-9]*")):
@@ -111,8 +113,15 @@ def check_writable(folder: Path, key: str, advice: str) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file; None if there is no file."""
-    return json.loads(path.read_text()) if path.exists() else None
+    """Return the content of a JSON file; None if there is no file.
+
+    Raises:
+        InputError: it cannot be read, or is damaged.
+    """
+    try:
+        return json.loads(path.read_text()) if path.exists() else None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read: {error}. Restore or delete this file") from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -127,7 +127,7 @@ def test_the_authors_mlp_learns_from_fresh_crops_and_is_tested_on_ten(tmp_path):
     )
     result = judged(tmp_path, "mlp_probe", data__flip=True, **changes)
     assert result["protocol"]["stream"]["test_views"] == 10
-    upright = tasks._set_up(settings("mlp_probe", **changes), tmp_path)[0].records.inputs
+    upright = tasks._set_up(settings("mlp_probe", **changes), tmp_path, tmp_path)[0].records.inputs
     assert upright.test_transform.count == 5 and not upright.test_transform.both_ways
     assert "RandomCrop(size=6, resize=8)" in result["protocol"]["stream"]["augmentation"]
     assert result["protocol"]["mlp_probe"]["init"] == "torch"

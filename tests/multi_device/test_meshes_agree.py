@@ -228,7 +228,9 @@ def end_of_a_free_run(shape: tuple[int, int], folder, **changes) -> float:
             c, 0, folder, mesh=mesh_of(*shape), sources=open_sources(c), cache=ImageCache()
         )
         saver = Checkpoints(folder / "checkpoints")
-        state = train._Loop(run, None, saver, time.perf_counter()).run(initial_state(run))
+        state = train._Loop(run, None, saver, time.perf_counter(), lambda: None).run(
+            initial_state(run)
+        )
         saver.close()
     (wide,) = (leaf for leaf in jax.tree.leaves(state.params) if leaf.shape == (64, FC_WIDTH))
     assert {each.data.shape for each in wide.addressable_shards} == {(64, FC_WIDTH // shape[1])}

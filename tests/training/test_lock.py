@@ -53,6 +53,13 @@ def test_it_is_there_inside_only_however_that_ends(tmp_path: Path, end: Any) -> 
         assert locks(tmp_path / "run") == []
 
 
+@pytest.mark.parametrize("content", ["", "[]", "3", '{"run": "x"}'])
+def test_a_damaged_lock_is_stale_after_a_while(tmp_path: Path, content: str) -> None:
+    (tmp_path / "lock-1.json").write_text(content)
+    with held(tmp_path):
+        assert locks(tmp_path) == ["lock-2.json"]
+
+
 def test_a_living_owner_elsewhere_is_named(tmp_path: Path) -> None:
     path = leave(tmp_path, **ELSEWHERE, since="2026-01-02 03:04:05 +0000")
     ended = threading.Event()

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -37,8 +38,24 @@ def test_an_address_is_no_folder(tmp_path, monkeypatch, address):
 
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="--workdir: expected a folder; .*file is a file"):
+    with pytest.raises(InputError, match="--workdir: cannot use .*file is a file. Choose another"):
         workdir.check(tmp_path / "file", valid())
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "results", "seed-0/checkpoints"])
+def test_a_run_that_cannot_write_is_refused_before_it_trains(tmp_path, monkeypatch, name):
+    (tmp_path / name).mkdir(parents=True)
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda p, m: p != tmp_path / name and allowed(p, m))
+    with pytest.raises(InputError, match=f"--workdir: cannot use .*{name} is not writable"):
+        workdir.check(tmp_path, valid())
+
+
+@pytest.mark.parametrize("content", ["", '{"epochs": 1'])
+def test_a_damaged_config_is_one_message(claimed, content):
+    (claimed / "config.json").write_text(content)
+    with pytest.raises(InputError, match=r"config\.json: cannot be read: .*Restore or delete"):
+        workdir.check(claimed, valid())
 
 
 @pytest.mark.parametrize(
