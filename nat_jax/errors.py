@@ -1,5 +1,7 @@
 """Errors that the user can fix: the program prints their message, and a traceback of all others."""
 
+from collections.abc import Iterable
+
 
 class UserError(Exception):
     """A mistake in the input, or a condition outside the program, that the user can correct.
@@ -16,3 +18,10 @@ class UserError(Exception):
 
 class InputError(UserError, ValueError):
     """A setting, a file, a data set or an argument is not what it must be."""
+
+
+def some_of(names: Iterable[object], most: int, separator: str = ", ") -> str:
+    """Return the first names of several for a message, and how many more there are."""
+    texts = [*map(str, names)]
+    more = f" and {len(texts) - most:,} more" if len(texts) > most else ""
+    return separator.join(texts[:most]) + more

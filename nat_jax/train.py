@@ -18,9 +18,8 @@ from ml_collections import ConfigDict
 
 from nat_jax import config as configs
 from nat_jax import evaluate, report, schema
-from nat_jax.errors import InputError, UserError
+from nat_jax.errors import InputError, UserError, some_of
 from nat_jax.evaluate.evaluator import Evaluator, write_run_result
-from nat_jax.evaluate.probe_data import some_of
 from nat_jax.export.loading import untrained_network
 from nat_jax.input import pipeline, sample
 from nat_jax.input.bad_records import BadRecords
@@ -127,7 +126,7 @@ def _log_probes(evaluator: Evaluator) -> None:
     if evaluator.scores_run:
         names = data.train.class_names or ()
         counts = f"{len(data.train):,} images and are scored on {len(data.test):,}"
-        logger.info("probes learn %d classes (%s) on %s", len(names), some_of(names), counts)
+        logger.info("probes learn %d classes (%s) on %s", len(names), some_of(names, 5), counts)
         return
     source, why = data.unlabelled, "eval.probes is empty"
     if source is not None:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from nat_jax import __version__
-from nat_jax.errors import InputError
+from nat_jax.errors import InputError, some_of
 from nat_jax.evaluate.features import (
     Apply,
     Batch,
@@ -281,7 +281,7 @@ def count_classes(train: Source, test: Source) -> int | None:
         raise InputError(
             f"eval: expected the same classes in {train.name} and {test.name}; got "
             f"{train.num_classes} and {test.num_classes}, and in one of them only: "
-            f"{some_of(only) or 'none, but in another order'}"
+            f"{some_of(sorted(only), _SHOWN) or 'none, but in another order'}"
         )
     return train.num_classes
 
@@ -299,22 +299,17 @@ def check_learnable(train: Source, test: Source) -> None:
     learned = {*np.unique(train.labels).tolist()} - {-1}
     asked = set() if test.labels is None else {*np.unique(test.labels).tolist()} - {-1}
     if unseen := asked - learned:
+        lacking = some_of(sorted(names[i] for i in unseen), _SHOWN)
         raise InputError(
             f"eval: {test.name} has test records of {len(unseen)} class(es) without a training "
-            f"record: {some_of(names[i] for i in unseen)}. Spell every class alike in both "
-            f"splits, or give each of them training images. {advice}"
+            f"record: {lacking}. Spell every class alike in both splits, or give each of them "
+            f"training images. {advice}"
         )
     if len(learned) < 2:
         raise InputError(
             f"eval: expected training records of at least 2 classes in {train.name}; all are of "
-            f"{some_of(names[i] for i in learned)}. {advice}"
+            f"{some_of((names[i] for i in learned), _SHOWN)}. {advice}"
         )
-
-
-def some_of(names: Iterable[str]) -> str:
-    """Return the first names of classes, and how many more there are."""
-    first = sorted(names)
-    return ", ".join(first[:_SHOWN]) + (f" and {len(first) - _SHOWN} more" * (len(first) > _SHOWN))
 
 
 def labelled(source: Source) -> Source:

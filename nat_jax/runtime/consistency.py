@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from nat_jax.errors import UserError
+from nat_jax.errors import UserError, some_of
 from nat_jax.runtime import sharding
 
 PyTree = Any
@@ -70,7 +70,7 @@ def check_same(values: Mapping[str, Any], hint: str) -> None:
         if differing:
             got = others[differing[0] - 1].get(name)
             raise Disagreement(
-                f"{name}: process {_listed(differing)} of {jax.process_count()} differs from "
+                f"{name}: process {some_of(differing, 8)} of {jax.process_count()} differs from "
                 f"process 0: {_short(got)} instead of {_short(expected)}. {hint}"
             )
 
@@ -103,7 +103,7 @@ def check_shared(folder: Path) -> None:
     if not seen.all():
         raise Disagreement(
             f"--workdir: process 0 writes into {folder.absolute()}, which is another folder for "
-            f"process {_listed(np.flatnonzero(~seen).tolist())}. Give the path of a file system "
+            f"process {some_of(np.flatnonzero(~seen), 8)}. Give the path of a file system "
             "that all hosts share"
         )
 
@@ -151,7 +151,7 @@ def check_copies(tree: PyTree, what: str) -> None:
             if len(by_checksum) > 1:
                 name = jax.tree_util.keystr(path, simple=True)
                 owners = sorted(by_checksum.values(), key=len)
-                named = " against ".join(f"process {_listed(sorted(each))}" for each in owners)
+                named = " against ".join(f"process {some_of(sorted(each), 8)}" for each in owners)
                 raise Disagreement(
                     f"{what}: the copies of {name!r} differ: that of {named}. Nothing was saved; "
                     "the same command line goes on from the last checkpoint. If it happens again, "
@@ -192,12 +192,6 @@ def _mix(x: jax.Array) -> jax.Array:
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
-
-
-def _listed(numbers: list[int]) -> str:
-    """Return up to eight numbers as text."""
-    shown = ", ".join(map(str, numbers[:8]))
-    return f"{shown} and {len(numbers) - 8} more" if len(numbers) > 8 else shown
 
 
 def _short(value: Any) -> str:

@@ -23,7 +23,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from nat_jax.errors import InputError, UserError
+from nat_jax.errors import InputError, UserError, some_of
 from nat_jax.runtime import consistency, sharding
 from nat_jax.training import assignment_state
 
@@ -336,10 +336,9 @@ class Checkpoints:
             if there != here:
                 wrong.append(f"{name}: checkpoint {there}, this run {here}")
         if wrong:
-            more = f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""
             raise self._error(
                 step,
-                f"has another model or state ({'; '.join(wrong[:5])}{more}). "
+                f"has another model or state ({some_of(wrong, 5, '; ')}). "
                 "Use the settings it was made with, or another workdir",
             )
 

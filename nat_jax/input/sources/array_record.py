@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nat_jax.errors import InputError
+from nat_jax.errors import InputError, some_of
 from nat_jax.input.sources.examples import Fields, content, guess_fields
 from nat_jax.input.sources.metadata import SplitShards, read_metadata
 from nat_jax.input.sources.shards import Shards
@@ -186,9 +186,10 @@ def _open_shards(
     complete = {*split.paths, *itertools.chain(*map(_complete_set, sets.values()))}
     missing = sorted(path for path in complete if not path.exists())
     if missing:
+        shown = some_of((path.name for path in missing), _SHOWN)
         raise InputError(
             f"{name}: {len(missing)} of {len(complete)} shards are missing in "
-            f"{missing[0].parent}: {_some(missing)}. Copy or make them once more"
+            f"{missing[0].parent}: {shown}. Copy or make them once more"
         )
     shards = Shards(split.paths)
     stated = split.lengths or shards.lengths
@@ -199,7 +200,9 @@ def _open_shards(
                 "prepare the data once more"
             )
     if not len(shards):
-        raise InputError(f"{name}: no records in {_some(shards.paths)}")
+        raise InputError(
+            f"{name}: no records in {some_of((path.name for path in shards.paths), _SHOWN)}"
+        )
     try:
         first = _first_readable(shards)
         fields = fields or guess_fields(first)
@@ -257,8 +260,3 @@ def _complete_set(path: Path) -> Sequence[Path]:
         return [path]
     numbers = (f"-{i:0{len(match[1])}}-of-{match[2]}" for i in range(int(match[2])))
     return [path.with_name(path.name.replace(match[0], number, 1)) for number in numbers]
-
-
-def _some(paths: Sequence[Path]) -> str:
-    more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
-    return ", ".join(path.name for path in paths[:_SHOWN]) + more

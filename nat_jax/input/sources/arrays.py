@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from nat_jax.errors import InputError
+from nat_jax.errors import InputError, some_of
 from nat_jax.input.file_kinds import IMAGE_SUFFIXES, kind_of, kind_of_file, suffix_of
 from nat_jax.input.sources.source import Opener, Record, hold_out
 
@@ -162,7 +162,7 @@ def _read_npz(path: Path, split: str) -> tuple[Parts, Parts | None]:
             f"arrays: {path} is not a readable .npz file: {error}. Copy or download it again"
         ) from error
     if split == "train" and (others := [name for name in names if name not in keys]):
-        _log.info("arrays: %s: left out %s", path, _some(others))
+        _log.info("arrays: %s: left out %s", path, some_of(others, _SHOWN))
     x, y, x_test, y_test = keys
     train = _checked(path, x, arrays[x], y, arrays.get(y))
     if x_test is None or x_test not in arrays:
@@ -192,15 +192,10 @@ def _array(file: Any, key: str | None, path: Path) -> np.ndarray:
 
 
 def _other_keys(path: Path, names: Sequence[str]) -> str:
-    found, hint = _some(names) or "nothing", ""
+    found, hint = some_of(names, _SHOWN) or "nothing", ""
     if any(suffix_of(name) in IMAGE_SUFFIXES for name in names):
         hint = f". A .zip of image files is read by folder:{path}"
     return f"arrays: {path} holds {found}; expected arrays named {_NPZ_FORMS}{hint}"
-
-
-def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 def _checked(

@@ -126,6 +126,5 @@ def hold_out(labels: np.ndarray, split: str) -> tuple[np.ndarray, np.ndarray, in
     chosen = labels[positions]
     alone = np.zeros(len(chosen), bool)
     if split == "test":
-        learned = labels[split_positions(len(labels), "train")]
-        alone = (chosen >= 0) & ~np.isin(chosen, learned)
+        alone = (chosen >= 0) & ~np.isin(chosen, np.delete(labels, positions))
     return positions, np.where(alone, -1, chosen), int(alone.sum())
