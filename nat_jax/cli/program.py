@@ -18,19 +18,22 @@ from absl import flags
 from absl import logging as absl_logging
 
 from nat_jax.errors import UserError
+from nat_jax.runtime import host_memory
 
 # What is printed where the output's encoding lacks a sign; "?" for others.
 _ASCII = {"±": "+-", "–": "-", "→": "->"}
 
 
 def set_up() -> None:
-    """Set up output, logging to stderr, SIGTERM, and the environment that 'scipy' needs."""
+    """Set up output, logging to stderr, SIGTERM, memory, and the environment that 'scipy' needs."""
     take_any_text(sys.stdout)
     signal.signal(signal.SIGTERM, _terminate)
     sys.unraisablehook = _print_unraisable
     absl_logging.set_verbosity(absl_logging.WARNING)
     if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) == 1:
         os.environ.setdefault("NPROC", "2")  # on one thread 'scipy' would wait for itself
+    if host_memory.only_cpu():
+        host_memory.keep_freed_pages()
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(message)s"))
     package = logging.getLogger("nat_jax")

@@ -39,7 +39,7 @@ class Model:
         image_size: side of the square input in pixels.
         frontend: a key of ``FRONTENDS``.
         dtype: compute dtype; parameters and batch statistics are float32 throughout.
-        platform: "cpu", "gpu" or "tpu"; picks the form of max-pooling.
+        platform: "cpu", "gpu" or "tpu"; on CPUs layers are written in other forms (``on_cpu``).
         bn_groups: equal parts of a training batch that batch norm takes its statistics over.
     """
 

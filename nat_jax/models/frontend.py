@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from nat_jax.models import on_cpu
+
 # Constant images have no deviation to divide by; half a grey level keeps them at zero.
 _MIN_DEVIATION = 0.5 / 255.0
 
@@ -51,10 +53,13 @@ def highpass_kernel(size: int = 5, sigma: float = 1.0) -> np.ndarray:
     return np.repeat(kernel[:, :, None, None].astype(np.float32), 3, axis=2) / 3.0
 
 
-def _filter(images: jax.Array, kernel: np.ndarray) -> jax.Array:
+def _filter(images: jax.Array, kernel: np.ndarray, platform: str | None) -> jax.Array:
     """Apply a fixed kernel with zero padding, as the authors' frozen first layer does."""
+    x = standardise(images)
+    if (platform or jax.default_backend()) == "cpu":
+        return on_cpu.filter_grey(jnp.sum(x, axis=-1), kernel[:, :, 0])
     return jax.lax.conv_general_dilated(
-        standardise(images),
+        x,
         jnp.asarray(kernel),
         window_strides=(1, 1),
         padding="SAME",
@@ -62,23 +67,23 @@ def _filter(images: jax.Array, kernel: np.ndarray) -> jax.Array:
     )
 
 
-def rgb(images: jax.Array) -> jax.Array:
+def rgb(images: jax.Array, platform: str | None = None) -> jax.Array:
     """Return the standardised colours, float32[B, H, W, 3]."""
     return standardise(images)
 
 
-def highpass(images: jax.Array) -> jax.Array:
+def highpass(images: jax.Array, platform: str | None = None) -> jax.Array:
     """Return the standardised image without its low frequencies, float32[B, H, W, 1]."""
-    return _filter(images, highpass_kernel())
+    return _filter(images, highpass_kernel(), platform)
 
 
-def sobel(images: jax.Array) -> jax.Array:
+def sobel(images: jax.Array, platform: str | None = None) -> jax.Array:
     """Return horizontal and vertical gradients, float32[B, H, W, 2]."""
-    return _filter(images, sobel_kernel())
+    return _filter(images, sobel_kernel(), platform)
 
 
-# name -> (function, channels it returns)
-FRONTENDS: dict[str, tuple[Callable[[jax.Array], jax.Array], int]] = {
+# name -> (function of images and the platform that it runs on, None for JAX's default; channels)
+FRONTENDS: dict[str, tuple[Callable[..., jax.Array], int]] = {
     "rgb": (rgb, 3),
     "highpass": (highpass, 1),
     "sobel": (sobel, 2),

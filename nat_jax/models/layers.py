@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from nat_jax.errors import InputError
+from nat_jax.models import on_cpu
 from nat_jax.models.frontend import FRONTENDS
 
 # The authors' nn.Normalize guards its division with 1e-10.
@@ -71,24 +72,6 @@ class Spec:
     batch_norm: bool = True
 
 
-def max_pool(x: jax.Array, window: int, stride: int, *, platform: str) -> jax.Array:
-    """Max-pool [B, H, W, C] without padding.
-
-    On the CPU as a maximum of strided slices: XLA:CPU's gradient of reduce_window costs more than
-    the convolutions around it. Equal values; gradients differ on exact ties only.
-    """
-    if platform != "cpu":
-        return nnx.max_pool(x, (window, window), (stride, stride), "VALID")
-    height = (x.shape[1] - window) // stride + 1
-    width = (x.shape[2] - window) // stride + 1
-    slices = (
-        x[:, i : i + stride * (height - 1) + 1 : stride, j : j + stride * (width - 1) + 1 : stride]
-        for i in range(window)
-        for j in range(window)
-    )
-    return functools.reduce(jnp.maximum, slices)
-
-
 def unit_norm(x: jax.Array) -> jax.Array:
     """Scale rows [..., D] to unit length in float32, whatever the compute dtype."""
     x = x.astype(jnp.float32)
@@ -119,16 +102,19 @@ def _unwatched(name: str, output: jax.Array) -> jax.Array:
     return output
 
 
-def norm_in_parts(norm: nnx.BatchNorm, x: jax.Array, parts: int) -> jax.Array:
-    """Apply training-mode batch norm with separate statistics for each part of the batch.
+def batch_statistics(norm: nnx.BatchNorm, x: jax.Array, parts: int) -> tuple[jax.Array, jax.Array]:
+    """Return what training-mode batch norm subtracts, and by what it multiplies the rest.
 
-    Only the means over each image's pixels are regrouped, so that devices exchange [B, C] values at
-    the most, however the parts lie on them.
+    Each part of the batch has statistics of its own. Only the means over each image's pixels are
+    regrouped, so that devices exchange [B, C] values at the most, however the parts lie on them.
 
     Args:
         norm: whose running statistics follow the mean over the parts.
         x: [B, ..., C].
         parts: how many consecutive parts B is divided into.
+
+    Returns:
+        Two float32[B, ..., C], of one pixel; [1, ..., C] for one part.
 
     Raises:
         ValueError: B cannot be divided.
@@ -140,20 +126,22 @@ def norm_in_parts(norm: nnx.BatchNorm, x: jax.Array, parts: int) -> jax.Array:
         )
 
     def mean_of_part(x: jax.Array) -> jax.Array:
+        if parts == 1:
+            return jnp.mean(x, axis=(0, *pixels))[None]
         each_image = jnp.mean(x, axis=pixels)
         return jnp.mean(each_image.reshape(parts, -1, x.shape[-1]), axis=1)
 
     def to_each_image(of_part: jax.Array) -> jax.Array:
-        return jnp.expand_dims(jnp.repeat(of_part, batch // parts, axis=0), pixels)
+        each = of_part if parts == 1 else jnp.repeat(of_part, batch // parts, axis=0)
+        return jnp.expand_dims(each, pixels)
 
-    dtype, x = x.dtype, x.astype(jnp.float32)
+    x = x.astype(jnp.float32)
     mean = mean_of_part(x)
     variance = jnp.maximum(mean_of_part(jnp.square(x)) - jnp.square(mean), 0.0)
     for running, new in ((norm.mean, mean), (norm.var, variance)):
         running[...] = norm.momentum * running[...] + (1 - norm.momentum) * jnp.mean(new, axis=0)
     scale = jax.lax.rsqrt(variance + norm.epsilon) * norm.scale[...]  # type: ignore[index]
-    y = (x - to_each_image(mean)) * to_each_image(scale) + norm.bias[...]  # type: ignore[index]
-    return y.astype(dtype)
+    return to_each_image(mean), to_each_image(scale)
 
 
 class Block(nnx.Module):
@@ -170,20 +158,42 @@ class Block(nnx.Module):
         *,
         batch_norm: bool,
         bn_groups: int,
+        platform: str,
         dtype,
         rngs,
     ):
-        self.map, self.bn_groups = map_, bn_groups
+        self.map, self.bn_groups, self.platform = map_, bn_groups, platform
         norm = functools.partial(nnx.BatchNorm, momentum=0.9, epsilon=EPSILON, dtype=dtype)
         self.norm = norm(features, scale_init=scale_init, rngs=rngs) if batch_norm else None
 
-    def after_map(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Apply batch norm and ReLU to the linear map's output."""
+    def after_map(
+        self, x: jax.Array, *, train: bool, pool: tuple[int, int] | None = None
+    ) -> jax.Array:
+        """Apply batch norm, ReLU and, with ``pool``, max-pooling to the linear map's output."""
+        if pool is not None and self.platform == "cpu":
+            return on_cpu.normalise_pool(x, *self._normalisation(x, train=train), *pool)
+        if self.norm is not None and train and self.bn_groups > 1:
+            mean, scale, bias = self._normalisation(x, train=True)
+            x = ((x.astype(jnp.float32) - mean) * scale + bias).astype(x.dtype)
+        elif self.norm is not None:
+            x = self.norm(x, use_running_average=not train)
+        x = nnx.relu(x)
+        if pool is not None:
+            window, stride = pool
+            x = nnx.max_pool(x, (window, window), (stride, stride), "VALID")
+        return x
+
+    def _normalisation(
+        self, x: jax.Array, *, train: bool
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return what batch norm subtracts from ``x``, multiplies by and adds, each float32."""
         if self.norm is None:
-            return nnx.relu(x)
-        if train and self.bn_groups > 1:
-            return nnx.relu(norm_in_parts(self.norm, x, self.bn_groups))
-        return nnx.relu(self.norm(x, use_running_average=not train))
+            return jnp.float32(0), jnp.float32(1), jnp.float32(0)
+        bias = self.norm.bias[...]  # type: ignore[index]
+        if train:
+            return *batch_statistics(self.norm, x, self.bn_groups), bias
+        scale = jax.lax.rsqrt(self.norm.var[...] + EPSILON) * self.norm.scale[...]  # type: ignore[index]
+        return self.norm.mean[...], scale, bias
 
 
 class Layers(nnx.Module):
@@ -203,8 +213,14 @@ class Layers(nnx.Module):
     ):
         self.spec, self.frontend, self.dtype, self.platform = spec, frontend, dtype, platform
         block = functools.partial(
-            Block, batch_norm=spec.batch_norm, bn_groups=bn_groups, dtype=dtype, rngs=rngs
+            Block,
+            batch_norm=spec.batch_norm,
+            bn_groups=bn_groups,
+            platform=platform,
+            dtype=dtype,
+            rngs=rngs,
         )
+        convolve = on_cpu if platform == "cpu" else jax.lax
         channels, side = FRONTENDS[frontend][1], image_size
         for name, conv in self._named_convs():
             kernel, bias, scale = _initialisers(channels * conv.kernel**2, spec.torch_init)
@@ -217,6 +233,7 @@ class Layers(nnx.Module):
                 kernel_init=kernel,
                 bias_init=bias,
                 dtype=dtype,
+                conv_general_dilated=convolve.conv_general_dilated,
                 rngs=rngs,
             )
             setattr(self, name, block(layer, conv.features, scale))
@@ -267,12 +284,10 @@ class Layers(nnx.Module):
             ReLU; ``logits`` float32[B, D], what the head returns; ``z``, the same of unit norm.
         """
         outputs = {}
-        x = FRONTENDS[self.frontend][0](images).astype(self.dtype)
+        x = FRONTENDS[self.frontend][0](images, self.platform).astype(self.dtype)
         for name, conv in self._named_convs():
             block = getattr(self, name)
-            x = block.after_map(watch(name, block.map(x)), train=train)
-            if conv.pool is not None:
-                x = max_pool(x, *conv.pool, platform=self.platform)
+            x = block.after_map(watch(name, block.map(x)), train=train, pool=conv.pool)
             outputs[name] = x
         x = x.reshape(x.shape[0], -1)
         for i, (name, dense) in enumerate(self._named_denses()):
