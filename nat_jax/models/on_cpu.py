@@ -141,7 +141,7 @@ def filter_grey(x: jax.Array, kernel: np.ndarray) -> jax.Array:
 def normalise_pool(
     x: jax.Array, mean: jax.Array, scale: jax.Array, bias: jax.Array, window: int, stride: int
 ) -> jax.Array:
-    """Return what max-pooling makes of relu((x - mean) * scale + bias), exactly.
+    """Return what max-pooling makes of relu((x - mean) * scale + bias).
 
     As all of that is monotonic, the greatest (under a negative scale the smallest) values of ``x``
     are chosen first, and the rest is done for these only. The gradient goes to the first of equal
