@@ -149,14 +149,19 @@ def pivot(corner: str, cells: Mapping[tuple[str, str], str], columns: Iterable[s
 
 
 def write(output: Path | None, results: Mapping[str, Any], text: str = "") -> None:
-    """Write results as JSON, and their tables to a .md file of the same name, if there are any."""
+    """Write results as JSON, and their tables to a .md file of the same name, if there are any.
+
+    A program that is killed while it writes leaves the old JSON.
+    """
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         head = json.dumps({k: v for k, v in results.items() if k != "rows"}, indent=1)
         if "rows" in results:  # which may be long: each on a line of its own
             rows = ",\n".join(f"  {json.dumps(row)}" for row in results["rows"])
             head = head.removesuffix("\n}") + f',\n "rows": [\n{rows}\n ]\n}}'
-        output.write_text(head + "\n", encoding="utf-8")
+        partial = output.with_name(f"{output.name}.part")
+        partial.write_text(head + "\n", encoding="utf-8")
+        partial.replace(output)
         if text:
             output.with_suffix(".md").write_text(text, encoding="utf-8")
 

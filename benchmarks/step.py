@@ -55,14 +55,14 @@ _SETTINGS = ("GLIBC_TUNABLES", "XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
 # Steps that start from one state differ by rounding only.
 _AGREE = 1e-4
 
-# Dense TFLOP/s from the vendors' data sheets: of bfloat16, and of what JAX makes of float32
-# matrices by default (TF32 on these GPUs, one pass of bfloat16 on TPUs).
+# Dense TFLOP/s from the vendors' data sheets: of bfloat16, of what JAX makes of float32 matrices by
+# default (TF32 on these GPUs, one pass of bfloat16 on TPUs), and of float32 without tensor cores.
 PEAKS = {
-    "NVIDIA H200": {"bfloat16": 989.0, "float32": 494.0},
-    "NVIDIA H100 80GB HBM3": {"bfloat16": 989.0, "float32": 494.0},
-    "NVIDIA A100-SXM4-80GB": {"bfloat16": 312.0, "float32": 156.0},
-    "NVIDIA A100-SXM4-40GB": {"bfloat16": 312.0, "float32": 156.0},
-    "NVIDIA L4": {"bfloat16": 121.0, "float32": 60.0},
+    "NVIDIA H200": {"bfloat16": 989.0, "float32": 494.0, "full float32": 67.0},
+    "NVIDIA H100 80GB HBM3": {"bfloat16": 989.0, "float32": 494.0, "full float32": 67.0},
+    "NVIDIA A100-SXM4-80GB": {"bfloat16": 312.0, "float32": 156.0, "full float32": 19.5},
+    "NVIDIA A100-SXM4-40GB": {"bfloat16": 312.0, "float32": 156.0, "full float32": 19.5},
+    "NVIDIA L4": {"bfloat16": 121.0, "float32": 60.0, "full float32": 30.3},
     "TPU v4": {"bfloat16": 275.0, "float32": 275.0},
     "TPU v5 lite": {"bfloat16": 197.0, "float32": 197.0},
     "TPU v5p": {"bfloat16": 459.0, "float32": 459.0},
@@ -96,26 +96,39 @@ def compare(problem: Problem, options: argparse.Namespace) -> dict[str, Any]:
     """Let the contenders take turns at a problem; return results, ratios and what was wrong."""
     batches = steps.make_batches(problem, options.seed)
     running = list(steps.contenders(problem, batches, options.solvers, options.seed))
-    wrong = warm_up(running)
-    each = max(1, round(options.seconds / running[0].turn(1)["seconds"]))
-    begin = time.perf_counter()
-    for contender in measure.interleave(running, options.rounds):
-        contender.turns.append(contender.turn(each))
-    measure.log(f"{problem.name}: {options.rounds} rounds, {time.perf_counter() - begin:.0f} s")
-    for contender in running:
-        if not math.isfinite(float(contender.metrics[steps.LOSS])):
-            wrong.append(f"{problem.name}, {contender.name}: the loss is not finite")
-    ratios = list(all_ratios(running))
-    costs = running[1].lowered().cost_analysis() if running[1].lowered else None
-    flops = float(costs["flops"]) if costs and "flops" in costs else None
+    each, wrong = take_turns(problem, running, options.rounds, options.seconds)
+    flops = operations(running[1])
+    peak = options.peak or PEAKS.get(jax.devices()[0].device_kind, {}).get(problem.dtype)
     return {
         "problem": dataclasses.asdict(problem),
         "steps_per_turn": each,
         "flops_of_a_step": flops,
-        "results": [summary(each, problem, flops, options.peak) for each in running],
-        "ratios": ratios,
+        "results": [summary(each, problem, flops, peak) for each in running],
+        "ratios": list(all_ratios(running)),
         "wrong": wrong,
     }
+
+
+def take_turns(
+    problem: Problem, running: Sequence[Contender], rounds: int, seconds: float
+) -> tuple[int, list[str]]:
+    """Warm the contenders up and let them take turns; return a turn's steps, and what was wrong."""
+    wrong = warm_up(running)
+    each = max(1, round(seconds / running[0].turn(1)["seconds"]))
+    begin = time.perf_counter()
+    for contender in measure.interleave(running, rounds):
+        contender.turns.append(contender.turn(each))
+    measure.log(f"{problem.name}: {rounds} rounds, {time.perf_counter() - begin:.0f} s")
+    for contender in running:
+        if not math.isfinite(float(contender.metrics[steps.LOSS])):
+            wrong.append(f"{problem.name}, {contender.name}: the loss is not finite")
+    return each, wrong
+
+
+def operations(contender: Contender) -> float | None:
+    """Return the floating-point operations of a step by hand, None where JAX does not count."""
+    costs = contender.lowered().cost_analysis() if contender.lowered else None
+    return float(costs["flops"]) if costs and "flops" in costs else None
 
 
 def warm_up(running: Iterable[Contender]) -> list[str]:
@@ -132,14 +145,14 @@ def warm_up(running: Iterable[Contender]) -> list[str]:
     return [
         f"{one} and {other} differ: {first[one]} and {first[other]}"
         for one, other in pairs
-        if not math.isclose(first[one], first[other], abs_tol=_AGREE)
+        if {one, other} <= set(first) and not math.isclose(first[one], first[other], abs_tol=_AGREE)
     ]
 
 
 def summary(
     contender: Contender, problem: Problem, flops: float | None, peak: float | None
 ) -> dict[str, Any]:
-    """Return the medians of a contender's turns."""
+    """Return the medians of a contender's turns; ``peak`` is in TFLOP/s."""
     low, median, high = measure.quartiles([1000 * turn["seconds"] for turn in contender.turns])
     cpu = statistics.median(turn["cpu"] for turn in contender.turns)
     found = {
@@ -157,9 +170,7 @@ def summary(
     for name in ("rounds", "moved", "cosine_before", "cosine_after"):
         if f"assign/{name}" in contender.metrics:
             found[name] = measure.short(float(contender.metrics[f"assign/{name}"]))
-    device = jax.devices()[0]
-    peak = peak or PEAKS.get(device.device_kind, {}).get(problem.dtype)
-    if flops and peak and device.platform != "cpu":
+    if flops and peak and jax.default_backend() != "cpu":
         found["share_of_peak"] = measure.short(flops / (median / 1000) / (peak * 1e12))
         found["peak_tflops"] = peak
     return found

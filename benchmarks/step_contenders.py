@@ -9,6 +9,7 @@ else.
 import collections
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -137,7 +138,7 @@ class Contender:
         name: as in the tables.
         step: of (state, batch), the state donated.
         state: before the next step.
-        batches: what it trains on, again and again.
+        batches: what it trains on, without end.
         turns: seconds and processor seconds of a step in each turn that counts and, where the host
             solves, the seconds of solving.
         metrics: of the last step.
@@ -148,7 +149,7 @@ class Contender:
     name: str
     step: Callable[[State, Batch], tuple[State, dict[str, Any]]]
     state: State
-    batches: Sequence[Batch]
+    batches: Iterator[Batch]
     turns: list[dict[str, float]] = dataclasses.field(default_factory=list)
     metrics: dict[str, Any] = dataclasses.field(default_factory=dict)
     done: int = 0
@@ -161,8 +162,7 @@ class Contender:
         def run() -> None:
             nonlocal solving
             for _ in range(steps):
-                batch = self.batches[self.done % len(self.batches)]
-                self.state, self.metrics = self.step(self.state, batch)
+                self.state, self.metrics = self.step(self.state, next(self.batches))
                 self.done += 1
                 solving += self.metrics.get(SOLVER_SECONDS, 0.0)
                 waiting.append(self.metrics)
@@ -182,6 +182,13 @@ def contenders(
     yield by_hand(problem, batches, BY_HAND, noise_loss, seed)
     yield by_hand(problem, batches, SOFTMAX, classifier_loss, seed)
     yield of_library(problem, batches, SUPERVISED, seed, supervised=True, loss="softmax")
+    yield from rematching(problem, batches, solvers, seed)
+
+
+def rematching(
+    problem: Problem, batches: Sequence[Batch], solvers: Sequence[str], seed: int
+) -> Iterator[Contender]:
+    """Yield the library's steps that re-match, by solver and placement."""
     for solver in solvers:
         for placement in ("device",) if solver == KERNEL else ("device", "host"):
             name = f"{PLAIN}, re-matching, {placement}, {solver}"
@@ -211,7 +218,8 @@ def of_library(
     state = jax.device_put(state, state_shardings(step))
     names = ("image", "index", "weight", *["label"] * supervised)
     used = [{name: batch[name] for name in names} for batch in batches]
-    return Contender(name, lambda state, batch: run(state, chosen, batch), state, used)
+    again = itertools.cycle(used)
+    return Contender(name, lambda state, batch: run(state, chosen, batch), state, again)
 
 
 def by_hand(
@@ -263,7 +271,7 @@ def by_hand(
         name,
         lambda state, batch: run(state, batch, noise),
         state,
-        used,
+        itertools.cycle(used),
         lowered=lambda: run.lower(*shapes),
     )
 
