@@ -22,11 +22,18 @@ re-match): the exit status is 1 if it does not.
 On an accelerator the problems are the convnet and AlexNet with B = 256 in float32 and bfloat16, the
 Pallas kernel is among the solvers of an NVIDIA GPU, and the share of the peak is reported: the
 operations of the hand-written program before optimisation, over ``--peak`` or the data sheet's
-figure for the device (``PEAKS``). ``--start`` times the first steps of new processes that compile,
-and of others that find the compiled programs.
+figure for the device (``PEAKS``).
+
+``--torch`` adds PyTorch to the turns: its plain step, and features in evaluation mode by it and by
+the library. It runs in an environment of its own, with as many threads as there are cores, and its
+features before training have to be the library's. malloc keeps freed pages on both sides.
+
+``--start`` times the first steps of new processes that compile, and of others that find the
+compiled programs.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -47,6 +54,8 @@ import step_contenders as steps
 from measure import number, words
 from step_contenders import PROBLEMS, SOLVERS, Contender, Problem
 
+from nat_jax.runtime import host_memory
+
 _ON_CPU = ("convnet", "alexnet-16")
 _ON_ACCELERATOR = ("convnet", "alexnet", "alexnet-bf16")
 _PACKAGES = ("nat_jax", "jax", "jaxlib", "flax", "optax", "numpy", "scipy")
@@ -54,6 +63,8 @@ _PACKAGES = ("nat_jax", "jax", "jaxlib", "flax", "optax", "numpy", "scipy")
 _SETTINGS = ("GLIBC_TUNABLES", "XLA_FLAGS", "JAX_NUM_CPU_DEVICES")
 # Steps that start from one state differ by rounding only.
 _AGREE = 1e-4
+# Unit features of two libraries with the same weights.
+_SAME_FEATURES = 1e-3
 
 # Dense TFLOP/s from the vendors' data sheets: of bfloat16, of what JAX makes of float32 matrices by
 # default (TF32 on these GPUs, one pass of bfloat16 on TPUs), and of float32 without tensor cores.
@@ -79,6 +90,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=1.0, help="of a turn; at least one step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--peak", type=float, help="TFLOP/s of the device")
+    parser.add_argument("--torch", metavar="PYTHON", help="Python of an environment with PyTorch")
     parser.add_argument("--start", type=words, default=[], help="problems to time first steps of")
     parser.add_argument("--output", type=Path, help="JSON; the tables go to a .md file next to it")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -96,12 +108,23 @@ def compare(problem: Problem, options: argparse.Namespace) -> dict[str, Any]:
     """Let the contenders take turns at a problem; return results, ratios and what was wrong."""
     batches = steps.make_batches(problem, options.seed)
     running = list(steps.contenders(problem, batches, options.solvers, options.seed))
-    each, wrong = take_turns(problem, running, options.rounds, options.seconds)
+    with contextlib.ExitStack() as stack:
+        wrong, other = [], {}
+        if options.torch:
+            running.append(steps.features(problem, batches, options.seed))
+            theirs, other = stack.enter_context(
+                steps.torch_contenders(options.torch, problem, batches, options.seed)
+            )
+            wrong += compare_features(running[-1], other.pop("features"))
+            running += theirs
+        each, more = take_turns(problem, running, options.rounds, options.seconds)
+        wrong += more
     flops = operations(running[1])
     peak = options.peak or PEAKS.get(jax.devices()[0].device_kind, {}).get(problem.dtype)
     return {
         "problem": dataclasses.asdict(problem),
         "steps_per_turn": each,
+        **other,
         "flops_of_a_step": flops,
         "results": [summary(each, problem, flops, peak) for each in running],
         "ratios": list(all_ratios(running)),
@@ -123,6 +146,13 @@ def take_turns(
         if not math.isfinite(float(contender.metrics[steps.LOSS])):
             wrong.append(f"{problem.name}, {contender.name}: the loss is not finite")
     return each, wrong
+
+
+def compare_features(ours: Contender, theirs: Sequence[Sequence[float]]) -> list[str]:
+    """Return a complaint if PyTorch does not compute the library's features of a batch."""
+    _, found = ours.step(ours.state, next(ours.batches))
+    difference = float(jnp.max(jnp.abs(found[steps.Z] - jnp.asarray(theirs))))
+    return [f"PyTorch's features differ by {difference}"] * (not difference < _SAME_FEATURES)
 
 
 def operations(contender: Contender) -> float | None:
@@ -182,10 +212,14 @@ def all_ratios(running: Sequence[Contender]) -> Iterator[dict[str, Any]]:
     plain, supervised = named[steps.PLAIN], named[steps.SUPERVISED]
     for other in (steps.BY_HAND, steps.SOFTMAX, steps.SUPERVISED):
         yield ratio("step", [plain], [named[other]])
-    for one in running:
-        if one.name.startswith(f"{steps.PLAIN}, "):
-            yield ratio("step", [one], [plain])
-            yield ratio("cycle", [one, plain, plain], [supervised] * 3)
+    rematching = [one for one in running if one.name.startswith(f"{steps.PLAIN}, ")]
+    for one in rematching:
+        yield ratio("step", [one], [plain])
+        yield ratio("cycle", [one, plain, plain], [supervised] * 3)
+    if steps.TORCH in named:
+        for one in (plain, *rematching):
+            yield ratio("step", [one], [named[steps.TORCH]])
+        yield ratio("features", [named[steps.FEATURES]], [named[steps.TORCH_FEATURES]])
 
 
 def ratio(what: str, some: Sequence[Contender], others: Sequence[Contender]) -> dict[str, Any]:
@@ -296,6 +330,8 @@ def tables(results: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, and show the tables and what was wrong."""
+    if host_memory.only_cpu():
+        host_memory.keep_freed_pages()  # as the program does
     options = parse()
     if options.child:
         print(json.dumps(first_steps(options.child)))

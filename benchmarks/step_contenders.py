@@ -7,10 +7,16 @@ else.
 """
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
+import json
+import os
+import subprocess
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,10 +32,14 @@ from nat_jax.train_step import Step, create_state, state_shardings
 from nat_jax.training.host_matching import SOLVER_SECONDS, compile_step
 
 PLAIN = "NAT"
+FEATURES = "features"
+TORCH = "PyTorch"
+TORCH_FEATURES = "PyTorch, features"
 BY_HAND = "by hand"
 SOFTMAX = "softmax on z"
 SUPERVISED = "supervised"
 LOSS = "train/loss"
+Z = "z"
 
 KERNEL = "auction as a kernel"
 # Settings of a step that re-matches. The kernel is for NVIDIA GPUs; elsewhere it is the auction.
@@ -38,6 +48,11 @@ SOLVERS: dict[str, dict[str, Any]] = {
     KERNEL: dict(solver="auction", solver_options=(("kernel", True),)),
     "scipy": dict(solver="scipy"),
 }
+# What ``host_memory.keep_freed_pages`` does, for a process of PyTorch.
+_KEEPS_PAGES = (
+    "glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.arena_max=1:"
+    "glibc.malloc.trim_threshold=18446744073709551615:glibc.malloc.top_pad=268435456"
+)
 _IN_FLIGHT = 2  # steps, as in the training loop
 
 Batch = dict[str, jax.Array]
@@ -174,6 +189,95 @@ class Contender:
         return {name: value / steps for name, value in (taken | {"solving": solving}).items()}
 
 
+@dataclasses.dataclass(kw_only=True)
+class TorchContender(Contender):
+    """A step of PyTorch, done by ``step_torch.py`` in another environment.
+
+    Attributes:
+        process: which does it.
+        work: "train" or "features".
+    """
+
+    process: subprocess.Popen[str]
+    work: str
+    step: Any = None
+    state: State = None
+    batches: Iterator[Batch] = iter(())
+
+    def turn(self, steps: int) -> dict[str, float]:
+        """Do some steps there; return the seconds of each."""
+        self.done += steps
+        answer = ask(self.process, {"work": self.work, "count": steps})
+        self.metrics = {LOSS: answer["value"]}
+        return {name: answer[name] / steps for name in ("seconds", "cpu")} | {"solving": 0.0}
+
+
+def ask(process: subprocess.Popen[str], request: dict[str, Any] | None) -> dict[str, Any]:
+    """Send a request, if there is one, to ``step_torch.py`` and return its next answer."""
+    assert process.stdin is not None and process.stdout is not None
+    if request is not None:
+        print(json.dumps(request), file=process.stdin, flush=True)
+    line = process.stdout.readline()
+    if not line:
+        raise RuntimeError(f"step_torch.py ended with exit status {process.wait()}")
+    return json.loads(line)
+
+
+@contextlib.contextmanager
+def torch_contenders(
+    python: str, problem: Problem, batches: Sequence[Batch], seed: int
+) -> Iterator[tuple[list[TorchContender], dict[str, Any]]]:
+    """Start PyTorch on the same network, images and targets; give its contenders and versions.
+
+    The versions come with its features of the first batch before training.
+    """
+    rows, assignment = _targets(problem, seed)
+    model, used = problem.model(), batches[: problem.batches]
+    params, _ = _first_weights(problem, seed)
+    network = dataclasses.asdict(model.spec) | dataclasses.asdict(problem)
+    arrays = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        np.savez(
+            f"{folder}/problem.npz",
+            settings=json.dumps(network),
+            images=np.stack([batch["image"] for batch in used]),
+            targets=np.stack([rows[assignment[batch["index"]]] for batch in used]),
+            **arrays,
+        )
+        program = Path(__file__).with_name("step_torch.py")
+        with subprocess.Popen(
+            [python, str(program), f"{folder}/problem.npz"],
+            env=os.environ | {"GLIBC_TUNABLES": _KEEPS_PAGES},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process:
+            first = ask(process, None)
+            works = {TORCH: "train", TORCH_FEATURES: "features"}
+            yield [TorchContender(name, process=process, work=works[name]) for name in works], first
+            process.stdin.close()  # type: ignore[union-attr]  # which ends it
+
+
+def features(problem: Problem, batches: Sequence[Batch], seed: int) -> Contender:
+    """Return the evaluation pass: unit features of a batch by the running statistics."""
+    model = problem.model()
+
+    @jax.jit
+    def run(weights: Any, batch: Batch) -> tuple[Any, dict[str, Any]]:
+        outputs, _ = model.apply(*weights, batch["image"])
+        return weights, {Z: outputs["z"], LOSS: jnp.sum(outputs["z"])}
+
+    again = itertools.cycle([{"image": batch["image"]} for batch in batches])
+    return Contender(FEATURES, run, _first_weights(problem, seed), again)
+
+
+def _first_weights(problem: Problem, seed: int) -> tuple[models.Params, models.Params]:
+    return problem.model().init(jax.random.split(jax.random.key(seed))[0])
+
+
 def contenders(
     problem: Problem, batches: Sequence[Batch], solvers: Sequence[str], seed: int
 ) -> Iterator[Contender]:
@@ -232,8 +336,8 @@ def by_hand(
     """Return a step as anybody would write it; ``loss`` is of (params, z, batch, targets)."""
     model = problem.model()
     optimizer = optax.sgd(problem.rate, problem.momentum or None)
-    init_key, key = jax.random.split(jax.random.key(seed))
-    network, batch_stats = model.init(init_key)
+    network, batch_stats = _first_weights(problem, seed)
+    key = jax.random.split(jax.random.key(seed))[1]
     params = {"network": network}
     if loss is classifier_loss:
         shape = (problem.dim, problem.classes)
