@@ -31,6 +31,6 @@ def get_config() -> ConfigDict:
     c.optim.schedule = "cosine"
     c.eval.mlp_width = 256
     c.eval.mlp_epochs = 50
-    c.checkpoint.every_epochs = 10.0
+    c.checkpoint.every_epochs = 25.0
     c.log.every_steps = 55  # five epochs
     return c

@@ -1,15 +1,18 @@
 """What is compiled, when, and that a later process need not compile it again."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
+from one_step import N, make_step
 from processes import CONFIG, WORKER, write_images
 from project import python
 
 from nat_jax import config, train
-from nat_jax.training import metrics
+from nat_jax.runtime import sharding
+from nat_jax.training import metrics, setup
 
 
 def tiny(solves: str):
@@ -91,6 +94,23 @@ def test_another_shape_would_be_counted(compiled):
         twice(np.zeros(size, np.float32))
         counts.append(len(compiled))
     assert 0 < counts[0] == counts[1] < counts[2]
+
+
+def test_seeds_share_the_program_of_their_first_state(compiled):
+    step = make_step(sharding.make_mesh(1, 1))
+    states, counts = [], []
+    for seed in (0, 1):
+        run = SimpleNamespace(
+            seed=seed,
+            step=step,
+            sources=SimpleNamespace(train=range(N)),
+            config=SimpleNamespace(targets=SimpleNamespace(kind="sphere")),
+        )
+        states.append(setup.initial_state(run))
+        counts.append(len(compiled))
+    assert 0 < counts[0] == counts[1]
+    kernels = [state.params["conv1"]["map"]["kernel"] for state in states]
+    assert not np.array_equal(*kernels)
 
 
 def start(folder: Path, workdir: str, steps: int) -> tuple[set[str], int]:

@@ -133,21 +133,22 @@ def test_a_program_is_the_same_in_64_bit_mode(name: str) -> None:
     assert differences(*PROGRAMS[name]) == set()
 
 
-def test_the_probe_of_optax_runs_in_32_bits(monkeypatch) -> None:
-    fit, seen = lbfgs._fit, []
+def test_lbfgs_computes_in_32_bits(monkeypatch) -> None:
+    loss, seen = lbfgs._loss, set()
 
-    def spied(*arguments, **options):
-        seen.append(jnp.ones(1).dtype)
-        return fit(*arguments, **options)
+    def spied(*arguments):
+        found = loss(*arguments)
+        seen.update(str(array.dtype) for array in found)
+        return found
 
-    monkeypatch.setattr(lbfgs, "_fit", spied)
+    monkeypatch.setattr(lbfgs, "_loss", spied)
     rng = np.random.default_rng(0)
     labels = np.int32([0] * 30 + [1] * 70)
     features = (labels[:, None] + 0.01 * rng.normal(size=(100, 2))).astype(np.float32)
     data = FeatureSet(features, labels)
     with enable_x64(True):
         assert lbfgs.lbfgs_probe(data, data, num_classes=2) == 1.0
-    assert seen == ["float32"]
+    assert seen == {"float32"}
 
 
 def test_a_draw_without_a_dtype_is_found() -> None:

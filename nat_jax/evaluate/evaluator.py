@@ -231,21 +231,22 @@ class Evaluator:
         if (known := workdirs.read_json(path)) is not None:
             return known["rows"]
         rows: list[Row] = []
+        extractors = [self.extractor(self.trained, trained)]
         if self.scores_run:
-            networks = {UNTRAINED: untrained(), self.trained: trained}
-            rows = [row for one in self.extractors(networks) for row in self.score(one)[""]]
-        self._draw(workdir / "pictures", trained)
+            extractors = self.extractors({UNTRAINED: untrained(), self.trained: trained})
+        while extractors:
+            extractor = extractors.pop(0)  # the features of the others need no memory then
+            rows += self.score(extractor)[""] if self.scores_run else []
+        self._draw(workdir / "pictures", trained, extractor)
         workdirs.write_json(path, {**key, "rows": rows})
         return rows
 
-    def _draw(self, folder: Path, network: FrozenModel) -> None:
+    def _draw(self, folder: Path, network: FrozenModel, extractor: FeatureExtractor) -> None:
         """Draw the first layer's filters and some test images' nearest neighbours."""
         kernel = jax.device_get(network.params["conv1"]["map"]["kernel"])
         drawn = report.filters(kernel, "First-layer filters")
         atomic_files.write(folder / "filters.png", drawn)
-        layers = tuple(dict.fromkeys(("z", network.model.last_conv)))
-        extractor = self.extractor(self.trained, network, layers)
-        for layer in layers:
+        for layer in ("z", network.model.last_conv):
             found = retrieval.find(
                 self.inputs.data, extractor, layer, queries=_QUERIES, count=_NEIGHBOURS
             )

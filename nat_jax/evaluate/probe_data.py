@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import platform
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -84,7 +85,7 @@ class ProbeData:
             max_train: at most so many of the former, drawn by seed; 0: all.
             seed: of that draw.
             cache: keeps decoded images from pass to pass.
-            store: keeps features; None computes them each time, in memory.
+            store: keeps features; None computes them in memory, once for each extractor.
 
         Raises:
             InputError: the two sources do not have the same classes.
@@ -96,6 +97,10 @@ class ProbeData:
         self._drawn = {"max": max_train, "seed": seed} if self.train is not train else None
         self._batch_size, self._reading = batch_size, reading
         self._cache, self._store = cache, store
+        # {extractor: {split: {layer: features}}} without a store, while the extractor is in use.
+        self._extracted: weakref.WeakKeyDictionary[
+            FeatureExtractor, dict[str, dict[str, FeatureSet]]
+        ] = weakref.WeakKeyDictionary()
         # One count over all passes, so that a bad record is reported once.
         self._bad = {source.split: BadRecords(len(source)) for source in (self.train, test)}
 
@@ -133,7 +138,8 @@ class ProbeData:
             layers: some of its layers; all if None.
 
         Returns:
-            {layer: features with record numbers}, mapped from files if there is a store.
+            {layer: features with record numbers}, mapped from files if there is a store; else kept
+            in memory as long as the extractor exists.
 
         Raises:
             InputError: there is no record; or the disk has no room, which is found out with the
@@ -141,7 +147,10 @@ class ProbeData:
         """
         wanted = extractor.layers if layers is None else layers
         if self._store is None:
-            return joined(self._columns(extractor, split, wanted))
+            known = self._extracted.setdefault(extractor, {}).setdefault(split, {})
+            if missing := tuple(layer for layer in wanted if layer not in known):
+                known |= joined(self._columns(extractor, split, missing))
+            return {layer: known[layer] for layer in wanted}
         keys = {layer: self._key(extractor, split, layer) for layer in wanted}
         kept = ((layer, self._store.find(key)) for layer, key in keys.items())
         found = {layer: features for layer, features in kept if features is not None}

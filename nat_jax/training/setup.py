@@ -1,7 +1,9 @@
 """Construction of one seed's run from a config: records, network, targets and state."""
 
 import dataclasses
+import functools
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -200,18 +202,28 @@ def place_images(run: Run) -> DeviceImages | None:
 
 def initial_state(run: Run) -> TrainState:
     """Return a run's state before its first step, on the devices of its mesh."""
-    key, number = jax.random.key(run.seed), len(run.sources.train)
-    _, length = sharding.permutation_storage(run.step.storage, number, run.step.mesh)
+    create = first_state(run.step, run.config.targets.kind, len(run.sources.train))
+    return create(jax.random.key(run.seed))
 
-    def create() -> TrainState:
+
+@functools.cache
+def first_state(step: Step, kind: str, number: int) -> Callable[[jax.Array], TrainState]:
+    """Return a compiled function of a seed's key that returns a state; all seeds share it.
+
+    Args:
+        step: the settings.
+        kind: of targets.
+        number: of training images.
+    """
+    _, length = sharding.permutation_storage(step.storage, number, step.mesh)
+
+    def create(key: jax.Array) -> TrainState:
         assignment = targets.initial_assignment(
-            run.config.targets.kind, number, jax.random.fold_in(key, 2), length=length
+            kind, number, jax.random.fold_in(key, 2), length=length
         )
-        return create_state(
-            run.step.model, run.step.optimizer, assignment, jax.random.fold_in(key, 0)
-        )
+        return create_state(step.model, step.optimizer, assignment, jax.random.fold_in(key, 0))
 
-    return jax.jit(create, out_shardings=state_shardings(run.step))()
+    return jax.jit(create, out_shardings=state_shardings(step))
 
 
 def restore_or_create(run: Run, checkpoints: checkpoint.Checkpoints) -> TrainState:

@@ -1,9 +1,11 @@
 """Features on disk: found by all that they depend on, complete or not at all, damage noticed."""
 
+import dataclasses
 import json
 import os
 import shutil
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -161,6 +163,17 @@ def test_features_are_the_same_in_memory_on_disk_and_read_back(tmp_path):
     shutil.rmtree(next(tmp_path.iterdir()))
     assert_equal(again.sets(), in_memory)
     assert 0 < again.calls <= 12
+
+
+def test_without_a_store_an_extractor_computes_once_and_takes_its_features_along():
+    extracted = Extracted(None)
+    wide, calls = weakref.ref(extracted.sets()[0]["wide"]), extracted.calls
+    assert extracted.data.extract(extracted.extractor, TRAIN, ("wide",))["wide"] is wide()
+    assert extracted.calls == calls > 0
+    extracted.extractor = dataclasses.replace(extracted.extractor)  # another, as of other weights
+    assert wide() is None
+    extracted.sets()
+    assert extracted.calls == 2 * calls
 
 
 def test_too_much_is_found_out_with_the_first_batch(tmp_path, monkeypatch):

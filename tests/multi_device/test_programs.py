@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import re
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,6 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from one_step import D, make_step
 from programs import (
-    FAST,
     B,
     N,
     arguments,
@@ -24,7 +22,7 @@ from programs import (
 from nat_jax import targets
 from nat_jax.runtime import sharding
 from nat_jax.targets import SphereTable, Targets
-from nat_jax.train_step import Step, state_shardings
+from nat_jax.train_step import Step
 from nat_jax.training import setup
 from nat_jax.training.host_matching import HostStep, compile_step
 
@@ -142,28 +140,17 @@ def test_shares_and_virtual_rows_are_equal_to_two_ulp(mesh):
     np.testing.assert_array_max_ulp(np.asarray(one), alone.rows[np.asarray(rows)], maxulp=2)
 
 
-def first_state_bytes(step: Step) -> int:
+def first_state_bytes(step: Step, kind: str) -> int:
     """Return the temporary bytes of a device that makes its part of a run's first state."""
-    beginning = SimpleNamespace(
-        seed=0,
-        step=step,
-        sources=SimpleNamespace(train=range(N - 1)),  # padded by one entry
-        config=SimpleNamespace(targets=SimpleNamespace(kind="sphere")),
-    )
-    function = jax.jit(lambda: setup.initial_state(beginning), out_shardings=state_shardings(step))
-    return function.lower().compile(FAST).memory_analysis().temp_size_in_bytes
+    function = setup.first_state(step, kind, N - 1)  # padded by one entry
+    return compiled(function, KEY).memory_analysis().temp_size_in_bytes
 
 
-def test_each_device_makes_its_own_share_of_the_first_permutation(mesh, monkeypatch):
+def test_each_device_makes_its_own_share_of_the_first_permutation(mesh):
     step = make_step(mesh, storage="sharded")
-    assert first_state_bytes(step) < N // 8 * 4
-
-    def joined(kind, number, key, *, length):
-        parts = jnp.arange(number, dtype=jnp.int32), jnp.arange(number, length, dtype=jnp.int32)
-        return jnp.concatenate(parts)
-
-    monkeypatch.setattr(targets, "initial_assignment", joined)
-    assert first_state_bytes(step) >= N * 4  # a complete one on each device would be seen
+    assert first_state_bytes(step, "sphere") < N // 8 * 4
+    # A random one is sorted, complete on each device, and is seen.
+    assert first_state_bytes(step, "basis") >= N * 4
 
 
 def test_devices_along_model_share_the_wide_layer_and_convolve_images_of_their_own():

@@ -1,5 +1,9 @@
 """The handwritten digits that ship with scikit-learn: real images without a download."""
 
+import functools
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 
 from nat_jax.errors import InputError
@@ -10,6 +14,19 @@ from nat_jax.input.sources.arrays import ArraySource
 _TRAIN = 1437
 
 
+@functools.cache
+def _read() -> tuple[np.ndarray, np.ndarray]:
+    """Return the pixels float64[1797, 8, 8] and labels int64[1797] of ``load_digits``.
+
+    Without importing scikit-learn, which takes longer than a run's other imports.
+    """
+    package = importlib.util.find_spec("sklearn")
+    assert package is not None and package.submodule_search_locations
+    file = Path(package.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz"
+    table = np.loadtxt(file, delimiter=",")
+    return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
+
+
 def open_digits(argument: str, split: str) -> ArraySource:
     """Open `digits`: 1,797 grey images of 8x8 pixels, the first 1,437 for training.
 
@@ -18,16 +35,14 @@ def open_digits(argument: str, split: str) -> ArraySource:
     """
     if argument:
         raise InputError(f"digits takes no argument, got digits:{argument}")
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    images = np.round(data.images * (255 / 16)).astype(np.uint8)  # pixels come as 0..16
+    pixels, labels = _read()
+    images = np.round(pixels * (255 / 16)).astype(np.uint8)  # pixels come as 0..16
     part = slice(_TRAIN) if split == "train" else slice(_TRAIN, None)
     return ArraySource(
         name="digits",
         split=split,
         images=images[part],
-        labels=data.target[part],
+        labels=labels[part],
         class_names=tuple(str(c) for c in range(10)),
         reopen=(open_digits, ""),
     )

@@ -7,7 +7,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from nat_jax.evaluate.features import FeatureSet, padded_rows
+from nat_jax.evaluate.features import FeatureSet
 from nat_jax.evaluate.probes.lbfgs import lbfgs_probe
 
 module = importlib.import_module("nat_jax.evaluate.probes.lbfgs")
@@ -22,18 +22,10 @@ def _reference(train: FeatureSet, l2: float) -> tuple[StandardScaler, LogisticRe
 def test_coefficients_equal_scikit_learn(digits: tuple[FeatureSet, FeatureSet]) -> None:
     train, l2 = digits[0], 2e-2
     _, model = _reference(train, l2)
-    fit = module._fit(
-        padded_rows(train.features, 1536),
-        padded_rows(train.labels, 1536),
-        np.float32(1437),
-        np.float32(l2),
-        np.int32(1000),
-        np.float32(2e-6),
-        num_classes=10,
-    )
-    kernel = np.asarray(fit.params["kernel"]).T
+    fit = module.solve(train, 10, l2, max_iterations=1000, tolerance=2e-6)
+    kernel = fit.params[:-1].T
     # The penalty leaves a common shift of the biases free.
-    bias = np.asarray(fit.params["bias"]) - np.mean(fit.params["bias"])
+    bias = fit.params[-1] - np.mean(fit.params[-1])
     np.testing.assert_allclose(kernel, model.coef_, atol=0.02)
     np.testing.assert_allclose(bias, model.intercept_ - model.intercept_.mean(), atol=0.02)
     _, other = _reference(train, 5 * l2)  # the tolerance tells penalties apart
