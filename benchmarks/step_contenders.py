@@ -266,12 +266,16 @@ def features(problem: Problem, batches: Sequence[Batch], seed: int) -> Contender
     model = problem.model()
 
     @jax.jit
-    def run(weights: Any, batch: Batch) -> tuple[Any, dict[str, Any]]:
-        outputs, _ = model.apply(*weights, batch["image"])
-        return weights, {Z: outputs["z"], LOSS: jnp.sum(outputs["z"])}
+    def run(weights: Any, images: jax.Array) -> dict[str, Any]:
+        outputs, _ = model.apply(*weights, images)
+        return {Z: outputs["z"], LOSS: jnp.sum(outputs["z"])}
 
-    again = itertools.cycle([{"image": batch["image"]} for batch in batches])
-    return Contender(FEATURES, run, _first_weights(problem, seed), again)
+    return Contender(
+        FEATURES,
+        lambda weights, batch: (weights, run(weights, batch["image"])),
+        _first_weights(problem, seed),
+        itertools.cycle(batches),
+    )
 
 
 def _first_weights(problem: Problem, seed: int) -> tuple[models.Params, models.Params]:
