@@ -240,7 +240,7 @@ def preset(options: Options, save: Save) -> None:
             train_and_evaluate(config, run)
             finished = True
         clock.cancel()
-        scores = (workdir.read_json(run / "results" / "pretrain.json") or {}).get("rows")
+        scores = (workdir.read_json(run / "results" / "pretrain.json") or {}).get("table")
         found = dict(finished=finished, metrics=metrics.read_rows(run), scores=scores)
         save(source=options.data or "random images", **found)
 

@@ -169,6 +169,26 @@ def ratios_of_steps() -> str:
     return table(("time of one / of the other", *(g["problem"]["name"] for g in groups)), lines)
 
 
+def beside_pytorch() -> str:
+    """Return a step's and a pass's times over PyTorch's, wall clock and processor time."""
+    matching = "NAT, re-matching, device, auction"
+    pairs = {
+        ("NAT", "PyTorch"): "a step",
+        (matching, "PyTorch"): "a step that re-matches",
+        ("features", "PyTorch, features"): "features, evaluation mode",
+    }
+    lines = []
+    for cores, name in ((1, "step_one_core"), (2, "step")):
+        for group in measured(name)["groups"]:
+            found = {(ratio["one"], ratio["other"]): ratio for ratio in group["ratios"]}
+            for pair, what in pairs.items():
+                low, middle, high = found[pair]["quartiles"]
+                wall = f"{middle:.2f} ({low:.2f} to {high:.2f})"
+                row = [group["problem"]["name"], str(cores), what, wall]
+                lines.append([*row, f"{found[pair]['cpu']:.2f}"])
+    return table(("network", "cores", "time over PyTorch's", "wall clock", "processor"), lines)
+
+
 def first_steps() -> str:
     """Return the seconds that a new process takes to its first steps."""
     starts = measured("step")["start"]
@@ -300,6 +320,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "solvers in training": solvers_in_training,
     "steps": steps,
     "ratios of steps": ratios_of_steps,
+    "beside PyTorch": beside_pytorch,
     "first steps": first_steps,
     "loading": loading,
     "data set sizes": data_set_sizes,

@@ -147,16 +147,17 @@ def test_gpu_checks_run_without_packages_for_data_and_configs(tmp_path: Path) ->
     for name in ("grain", "ml_collections", "tensorflow_datasets", "array_record"):
         problem = f"raise ModuleNotFoundError({name!r}, name={name!r})\n"
         (absent / f"{name}.py").write_text(problem)
-    program = [BENCHMARKS / "gpu_checks.py", "--dry", f"--output={output}"]
+    some = "--part=kernel-tests,lap,alexnet-f32,input,cifar10"
+    program = [BENCHMARKS / "gpu_checks.py", "--dry", f"--output={output}", some]
     python(*program, PYTHONPATH=str(absent))
     first = json.loads(output.read_text())["parts"]
     assert {name: part["status"] for name, part in first.items() if part["status"] != "done"} == {
         "input": "needs grain",
         "cifar10": "needs grain",
     }
-    assert first["kernel-tests"]["outcomes"]["passed"] > first["loop-tests"]["outcomes"]["passed"]
+    assert first["kernel-tests"]["outcomes"]["passed"] > 0
     assert {row["solver"] for row in first["lap"]["results"]} > {"auction", "scipy"}
-    assert [row["name"] for row in first["alexnet-bf16"]["steps"]][0] == "NAT"
+    assert [row["name"] for row in first["alexnet-f32"]["steps"]] == ["NAT"]
     python(*program)
     parts = json.loads(output.read_text())["parts"]
     assert parts["input"]["images_per_second"]["step, fed by the input"] > 0
