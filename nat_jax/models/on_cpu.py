@@ -18,7 +18,8 @@ from jax import lax
 _NUMBERS = ("NHWC", "HWIO", "NHWC")
 # Patches that are made at once stay in a core's cache.
 _PATCH_BYTES = 1_250_000
-# XLA's convolution is slower than a product with patches of at most this many values.
+# XLA's convolution is slower than a product with patches of at most this many values, and very slow
+# where the kernel is larger than the image, as XLA exchanges the two then.
 _SMALL_PATCH = 32
 
 # Number of no tap of a window.
@@ -57,8 +58,13 @@ def _plain(x: jax.Array, kernel: jax.Array, strides, padding: _Padding) -> jax.A
     return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=_NUMBERS)
 
 
+def _multiplies_patches(x: jax.Array, kernel: jax.Array) -> bool:
+    size = max(kernel.shape[:2])
+    return math.prod(kernel.shape[:3]) <= _SMALL_PATCH or min(x.shape[1:3]) < size
+
+
 def _convolve_forward(x: jax.Array, kernel: jax.Array, strides, padding: _Padding) -> Any:
-    if math.prod(kernel.shape[:3]) > _SMALL_PATCH:
+    if not _multiplies_patches(x, kernel):
         return _plain(x, kernel, strides, padding), (x, kernel, None)
     patches = _patches(x, kernel.shape, strides, padding)
     return patches @ kernel.reshape(-1, kernel.shape[3]), (x, kernel, patches)
@@ -66,10 +72,12 @@ def _convolve_forward(x: jax.Array, kernel: jax.Array, strides, padding: _Paddin
 
 def _convolve_backward(strides, padding: _Padding, kept: Any, g: jax.Array) -> Any:
     x, kernel, patches = kept
-    _, pullback = jax.vjp(lambda x: _plain(x, kernel, strides, padding), x)
     if patches is None:
+        _, pullback = jax.vjp(lambda x: _plain(x, kernel, strides, padding), x)
         return *pullback(g), _kernel_gradient(x, g, kernel, strides, padding)
-    return *pullback(g), _as_kernel(_product(g, patches), kernel)
+    _, pullback = jax.vjp(lambda x: _patches(x, kernel.shape, strides, padding), x)
+    of_patches = g @ kernel.reshape(-1, kernel.shape[3]).T
+    return *pullback(of_patches), _as_kernel(_product(g, patches), kernel)
 
 
 _convolve.defvjp(_convolve_forward, _convolve_backward)

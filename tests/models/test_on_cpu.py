@@ -40,6 +40,7 @@ def plain(x, kernel, strides, padding):
     ("side", "size", "stride", "pad", "channels", "patch_bytes", "dtype"),
     [
         (7, 3, 1, 1, 2, 1, "float32"),  # few values in a patch: the product with all patches
+        (2, 3, 1, 1, 4, 1, "float32"),  # a kernel larger than the image: likewise
         (8, 3, 2, 1, 4, 1, "float32"),  # the others image by image
         (9, 5, 1, 2, 4, 1, "float32"),
         (31, 11, 4, 2, 2, 1, "float32"),
