@@ -150,7 +150,7 @@ class ProbeData:
             known = self._extracted.setdefault(extractor, {}).setdefault(split, {})
             if missing := tuple(layer for layer in wanted if layer not in known):
                 known |= joined(self._columns(extractor, split, missing))
-            return {layer: known[layer] for layer in wanted}
+            return {layer: features for layer, features in known.items() if layer in wanted}
         keys = {layer: self._key(extractor, split, layer) for layer in wanted}
         kept = ((layer, self._store.find(key)) for layer, key in keys.items())
         found = {layer: features for layer, features in kept if features is not None}

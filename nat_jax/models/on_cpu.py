@@ -200,7 +200,7 @@ def _normalise_pool_forward(x, mean, scale, bias, window: int, stride: int) -> A
     for number in reversed(range(len(taps) - 1)):
         which = jnp.where(taps[number] == y, np.uint8(number), which)
     which = jnp.where(result > 0, which, _NONE)
-    return result, (which, y, mean, scale, bias, jnp.empty((0, *x.shape[1:])))
+    return result, (which, y, mean, scale, bias, jnp.empty((0, *x.shape[1:]), x.dtype))
 
 
 def _normalise_pool_backward(window: int, stride: int, kept: Any, g: jax.Array) -> Any:
