@@ -31,7 +31,7 @@ _ASKING = ("--help", "-help", "-h", "-?", "--helpshort", "-helpshort")
 _TOP = """\
 usage: python -m nat_jax.main --config=FILE [--config.KEY=VALUE ...] [--workdir=FOLDER]
 
-Image features without labels, by predicting noise. A minute and a half on 2 CPU cores:
+Image features without labels, by predicting noise. A minute on 2 CPU cores:
   python -m nat_jax.main --config=configs/digits.py"""
 
 
