@@ -366,17 +366,18 @@ def feature_diversity(z: jax.Array) -> Metrics:
 
     ``features/effective_rank`` is the participation ratio (tr M)^2 / tr(M^2) of their second
     moment M: 1 when all coincide, min(b, D) at the most. ``features/uniformity`` is
-    ``log mean exp(-2 |z_i - z_j|^2)`` over distinct pairs (Wang & Isola 2020): 0 when all coincide.
+    ``log mean exp(-2 |z_i - z_j|^2)`` over distinct pairs (Wang & Isola 2020): 0 when all coincide;
+    it is left out where a block has no pairs (b = 1).
     """
     b = z.shape[1]
     gram = jnp.einsum("kid,kjd->kij", z, z)
     rank = b**2 / jnp.sum(jnp.square(gram), axis=(1, 2))
+    if b == 1:
+        return {"features/effective_rank": rank}
     potential = jnp.exp(-4.0 * (1.0 - gram))
-    pairs = (jnp.sum(potential, axis=(1, 2)) - b) / max(b * (b - 1), 1)
-    return {
-        "features/effective_rank": rank,
-        "features/uniformity": jnp.log(jnp.maximum(pairs, jnp.finfo(jnp.float32).tiny)),
-    }
+    pairs = (jnp.sum(potential, axis=(1, 2)) - b) / (b * (b - 1))
+    uniformity = jnp.log(jnp.maximum(pairs, jnp.finfo(jnp.float32).tiny))
+    return {"features/effective_rank": rank, "features/uniformity": uniformity}
 
 
 def update(

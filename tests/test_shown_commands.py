@@ -14,7 +14,6 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-import golden
 import numpy as np
 import pytest
 from pages import CHECKS, MAIN, SHELL, TEXTS, blocks, commands, header
@@ -125,28 +124,28 @@ def test_a_shown_command_runs(place: Place, command: str) -> None:
     assert [name for name in named if not (place.folder / name).exists()] == []
 
 
-def assert_equals_golden(table: list[dict]) -> None:
-    """Compare a table of the demo's first seed with the stored one: equal within 0.3 %."""
+def assert_equals_the_shown(table: list[dict]) -> None:
+    """Compare a table of the demo's first seed with the pages': equal within 0.3 %."""
 
     def by_name(rows: list[dict]) -> dict[str, float]:
         names = ("layer", "network", "probe", "labels")
         return {" ".join(str(row[name]) for name in names): row["values"][0] for row in rows}
 
     found = by_name(table)
-    expected = by_name(json.loads((golden.FOLDER / "digits.json").read_text())["table"])
+    expected = by_name(json.loads((ROOT / "docs/results/digits.json").read_text())["table"])
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         np.testing.assert_allclose(found[name], value, atol=0.003, err_msg=name)
 
 
 @pytest.mark.slow
-def test_the_digits_demo_gives_the_table_it_gave(place: Place) -> None:
+def test_the_digits_demo_gives_the_table_that_is_shown(place: Place) -> None:
     place.run(DEMO)
     result = json.loads((place.folder / "runs/digits/results/pretrain.json").read_text())
-    assert_equals_golden(result["table"])
+    assert_equals_the_shown(result["table"])
     result["table"][-1]["values"][0] += 0.01
     with pytest.raises(AssertionError, match="mlp_probe"):
-        assert_equals_golden(result["table"])
+        assert_equals_the_shown(result["table"])
 
 
 @pytest.mark.slow

@@ -220,6 +220,7 @@ def test_feature_diversity_measures_collapse():
     np.testing.assert_allclose(ranks[1:], [1, D], rtol=1e-5)
     np.testing.assert_allclose(uniformity[1], 0, atol=1e-5)
     assert uniformity[2] < uniformity[0] < 0
+    assert feature_diversity(even[:, None]).keys() == {"features/effective_rank"}  # no pairs
 
 
 @pytest.mark.slow
