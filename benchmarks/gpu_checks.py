@@ -88,6 +88,7 @@ def parts() -> dict[str, tuple[int, Part]]:
 
 def tests(options: Options, save: Save, *, kernel: bool) -> None:
     """Run the tests; those of the kernel alone only for it."""
+    import hypothesis  # noqa: F401  # needed later: before any work
     import pytest
 
     from nat_jax import assign
@@ -326,10 +327,14 @@ def parse() -> Options:
     parser.add_argument("--wheels", type=Path, help="folder of wheels to install for this run")
     parser.add_argument("--dry", action="store_true", help="tiny sizes on a CPU")
     options = parser.parse_args()
+    if options.output.suffix != ".json":
+        parser.error(f"--output: {options.output} has to end in .json")
     try:
         options.before = json.loads(options.output.read_text()) if options.output.exists() else {}
-    except ValueError as error:
-        parser.error(f"--output: {options.output} is no JSON ({error}); choose another file")
+    except (OSError, ValueError) as error:
+        parser.error(f"--output: {options.output} is no JSON file ({error}); choose another")
+    if options.before and "parts" not in options.before:
+        parser.error(f"--output: {options.output} is of another program; choose another")
     if options.before.get("dry", options.dry) != options.dry:
         parser.error(f"--output: {options.output} is of a run with another --dry; choose another")
     if options.wheels and not [*options.wheels.glob("*.whl")]:
@@ -372,7 +377,7 @@ def main() -> None:
             if found.get(name, {}).get("status") == "done":
                 continue
             if left < seconds:
-                why = f"skipped: takes up to {seconds} s, {left:.0f} s are left"
+                why = f"skipped: takes up to {seconds} s, {max(0, left):.0f} s are left"
                 found.setdefault(name, {"status": why})  # what an earlier run found stays
             else:
                 found[name] = finished(part, seconds, options)

@@ -40,6 +40,7 @@ import json
 import math
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -101,6 +102,11 @@ def parse() -> argparse.Namespace:
     ):
         if unknown := sorted(chosen - set(known)):
             parser.error(f"unknown: {', '.join(unknown)}; known: {', '.join(known)}")
+    if arguments.torch:
+        try:
+            subprocess.run([arguments.torch, "-c", "import torch, numpy"], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            parser.error(f"--torch: it has to be a Python with torch and NumPy ({error})")
     return arguments
 
 

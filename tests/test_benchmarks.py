@@ -128,7 +128,8 @@ def test_gpu_checks_refuse_what_they_cannot_go_on_with(
     output = tmp_path / "gpu.json"
     for text, options, complaint in (
         ("{", [], "is no JSON"),
-        ('{"dry": true}', [], "is of a run with another --dry"),
+        ('{"benchmark": "step"}', [], "is of another program"),
+        ('{"dry": true, "parts": {}}', [], "is of a run with another --dry"),
         ("{}", [f"--wheels={tmp_path}"], "no .whl files"),
         ("{}", ["--part=lap,laps"], "no laps; known: kernel-tests, loop-tests, lap"),
     ):

@@ -3,6 +3,9 @@
 XLA:CPU computes a convolution's gradient with respect to the kernel as a convolution whose kernel
 is as large as the image, several times slower than a matrix product of the same work, and the
 gradient of max-pooling value by value.
+
+The gradients are custom VJPs: there is no forward-mode differentiation (``jax.jvp``, ``jacfwd``),
+and ``shard_map`` needs ``check_vma=False``. A network with ``platform="gpu"`` has XLA's own forms.
 """
 
 import functools
@@ -37,13 +40,13 @@ def conv_general_dilated(
 ) -> jax.Array:
     """Convolve [B, H, W, I] with [k, k, I, O]; what ``nnx.Conv`` calls in place of ``lax``'s.
 
-    Equal to ``lax.conv_general_dilated`` but for rounding, gradients included.
+    Equal to ``lax.conv_general_dilated`` but for rounding, gradients included (B > 0).
 
     Args:
         x: float[B, H, W, I].
         kernel: float[k, k, I, O].
         window_strides: of height and width.
-        padding: (before, after) of height and width.
+        padding: (before, after) of height and width, not negative.
         **settings: others of ``nnx.Conv``, which have to be its defaults.
     """
     return _convolve(x, kernel, tuple(window_strides), tuple(map(tuple, padding)))

@@ -31,11 +31,12 @@ def keep_freed_pages() -> bool:
     Afterwards this process keeps them, so that its resident memory stays at its peak.
 
     To be called before JAX starts its threads, each of which gets a heap of its own otherwise. Does
-    nothing without Linux and glibc, nor where GLIBC_TUNABLES is set, which decides then.
+    nothing without Linux and glibc, nor where GLIBC_TUNABLES or a variable MALLOC_... is set, which
+    decide then.
     """
     if sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return False
-    if "GLIBC_TUNABLES" in os.environ:
+    if any(name == "GLIBC_TUNABLES" or name.startswith("MALLOC_") for name in os.environ):
         return False
     libc = ctypes.CDLL(None)
     libc.malloc.restype = ctypes.c_void_p

@@ -21,8 +21,13 @@ def _read() -> tuple[np.ndarray, np.ndarray]:
     Without importing scikit-learn, which takes longer than a run's other imports.
     """
     package = importlib.util.find_spec("sklearn")
-    assert package is not None and package.submodule_search_locations
-    file = Path(package.submodule_search_locations[0]) / "datasets" / "data" / "digits.csv.gz"
+    if package is None or package.origin is None:
+        raise InputError(
+            "digits come with scikit-learn, which is missing: pip install scikit-learn"
+        )
+    file = Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz"
+    if not file.exists():
+        raise InputError(f"digits come with scikit-learn, whose {file} is missing: install it anew")
     table = np.loadtxt(file, delimiter=",")
     return table[:, :-1].reshape(-1, 8, 8), table[:, -1].astype(np.int64)
 
