@@ -16,7 +16,7 @@ from project import ROOT, python
 BENCHMARKS = ROOT / "benchmarks"
 COMMANDS = (
     *("ablations", "aot", "assign", "fuzz_assign", "fuzz_input", "gpu_checks", "input_pipeline"),
-    *("kill_resume", "scale", "solver_for_training", "step"),
+    *("kill_resume", "match_points", "scale", "solver_for_training", "step"),
 )
 
 

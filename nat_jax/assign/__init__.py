@@ -14,15 +14,18 @@ from jax.typing import ArrayLike
 from nat_jax.assign._assignment import Assignment, AssignmentError, Status
 from nat_jax.assign._auction import auction
 from nat_jax.assign._optax import hungarian
+from nat_jax.assign._points import PointMatching, match_points
 from nat_jax.assign._scipy import scipy
 
 __all__ = [
     "SOLVERS",
     "Assignment",
     "AssignmentError",
+    "PointMatching",
     "Status",
     "auction",
     "hungarian",
+    "match_points",
     "scipy",
     "solve",
 ]

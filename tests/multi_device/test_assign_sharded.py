@@ -12,7 +12,7 @@ from problems import differences, stack
 from programs import collectives, collectives_in_loops, compiled
 
 from nat_jax import assign
-from nat_jax.assign import Assignment, _auction
+from nat_jax.assign import Assignment, _auction, _points
 
 N = 7
 BATCH = P("batch")
@@ -93,3 +93,16 @@ def test_without_shard_map_every_round_would_wait(spread: jax.Array) -> None:
 def test_a_difference_would_be_noticed(alone: Assignment, costs: np.ndarray) -> None:
     other = compiled(jax.jit(assign.auction), costs)(np.roll(costs, 1, axis=0))
     assert all_differences(alone, other)
+
+
+def test_points_are_matched_alike_on_any_number_of_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_points, "_WIDE", 20)
+    monkeypatch.setattr(_points, "_BLOCK", N)
+    x, y = np.random.default_rng(0).normal(size=(2, 61, 3))
+    one, all_of_them, other = (
+        assign.match_points(x, y, devices=jax.devices()[:number], seed=seed)
+        for number, seed in ((1, 0), (8, 0), (8, 1))
+    )
+    np.testing.assert_array_equal(one.col4row, all_of_them.col4row)
+    np.testing.assert_array_equal(one.prices, all_of_them.prices)
+    assert not np.array_equal(one.col4row, other.col4row)
