@@ -71,13 +71,12 @@ def bid(
         The columns, int32[n], and the prices, float32[m].
     """
     n, m = len(x), len(y)
-    filling = -m % LANES
-    y = jnp.pad(y, ((0, filling), (0, 0))).reshape(-1, LANES, y.shape[1])
+    y, prices = _in_lanes(y, prices)
     rows = jnp.arange(n, dtype=jnp.int32)
     none = jnp.zeros((n, LANES))
     state = _State(
-        prices=jnp.pad(prices, (0, filling), constant_values=_OUT_OF_REACH),
-        owner=jnp.full(m + filling, -1, jnp.int32).at[column].set(rows),
+        prices=prices.reshape(-1),
+        owner=jnp.full(prices.size, -1, jnp.int32).at[column].set(rows),
         column=column,
         stale=jnp.ones(n, bool),
         values=none,
@@ -112,9 +111,7 @@ def bid(
 
 def best_values(x: jax.Array, y: jax.Array, prices: jax.Array) -> jax.Array:
     """Return ``max_j(x[i] @ y[j] - prices[j])``, float32[n], without an [n, m] array."""
-    filling = -len(y) % LANES
-    prices = jnp.pad(prices, (0, filling), constant_values=_OUT_OF_REACH).reshape(-1, LANES)
-    y = jnp.pad(y, ((0, filling), (0, 0))).reshape(-1, LANES, y.shape[1])
+    y, prices = _in_lanes(y, prices)
 
     def of_batch(x: jax.Array) -> jax.Array:
         def step(best: jax.Array, lane: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
@@ -124,6 +121,13 @@ def best_values(x: jax.Array, y: jax.Array, prices: jax.Array) -> jax.Array:
 
     batches = jnp.pad(x, ((0, -len(x) % _BATCH), (0, 0))).reshape(-1, _BATCH, x.shape[1])
     return lax.map(of_batch, batches).reshape(-1)[: len(x)]
+
+
+def _in_lanes(y: jax.Array, prices: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return columns [m / LANES, LANES, D] and their prices, filled up with ones out of reach."""
+    filling = -len(y) % LANES
+    prices = jnp.pad(prices, (0, filling), constant_values=_OUT_OF_REACH).reshape(-1, LANES)
+    return jnp.pad(y, ((0, filling), (0, 0))).reshape(-1, LANES, y.shape[1]), prices
 
 
 def _values(x: jax.Array, y: jax.Array, prices: jax.Array) -> jax.Array:

@@ -192,7 +192,7 @@ class Block(nnx.Module):
         bias = self.norm.bias[...]  # type: ignore[index]
         if train:
             return *batch_statistics(self.norm, x, self.bn_groups), bias
-        scale = jax.lax.rsqrt(self.norm.var[...] + EPSILON) * self.norm.scale[...]  # type: ignore[index]
+        scale = jax.lax.rsqrt(self.norm.var[...] + self.norm.epsilon) * self.norm.scale[...]  # type: ignore[index]
         return self.norm.mean[...], scale, bias
 
 
