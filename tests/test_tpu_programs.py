@@ -28,7 +28,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from nat_jax import models
 from nat_jax.runtime import sharding
 from nat_jax.training import assignment_state
-from nat_jax.models.frozen import layer_outputs
+from nat_jax.models.frozen import compiled_layer_outputs
 
 devices = list(topologies.get_topology_desc(platform="tpu", topology_name=sys.argv[1]).devices)
 processes = 1 + max(device.process_index for device in devices)
@@ -51,7 +51,8 @@ def judging(devices):
     images = jax.ShapeDtypeStruct(
         (64, 8, 8, 3), jnp.uint8, sharding=NamedSharding(mesh, P("data"))
     )
-    layer_outputs.lower(network, ("conv1", "z"), None, *weights, images).compile()
+    outputs = compiled_layer_outputs("tpu")
+    outputs.lower(network, ("conv1", "z"), None, *weights, images).compile()
 
 here = [device for device in devices if device.process_index == 0]
 attempt("judging alone", lambda: judging(sharding.standalone_devices(here, processes)))

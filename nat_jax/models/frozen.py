@@ -10,7 +10,7 @@ import numpy as np
 from flax import traverse_util
 
 from nat_jax.errors import InputError
-from nat_jax.models import Model, Params
+from nat_jax.models import Model, Params, on_cpu
 from nat_jax.models.pooling import pool
 from nat_jax.runtime import sharding
 
@@ -44,9 +44,11 @@ class FrozenModel:
             float[B, ...] by name, on all devices of this process.
         """
 
+        outputs = compiled_layer_outputs(self.model.platform)
+
         def extract(images: np.ndarray) -> dict[str, jax.Array]:
             batch = sharding.local_batch(images)
-            return layer_outputs(self.model, layers, max_features, *self._on_devices, batch)
+            return outputs(self.model, layers, max_features, *self._on_devices, batch)
 
         return extract
 
@@ -70,7 +72,16 @@ class FrozenModel:
         return digest.hexdigest()
 
 
-@functools.partial(jax.jit, static_argnames=("model", "layers", "max_features"))
+@functools.cache
+def compiled_layer_outputs(platform: str) -> Callable[..., dict[str, jax.Array]]:
+    """Return ``layer_outputs`` as a function of ``jax.jit`` for networks on a platform."""
+    return jax.jit(
+        layer_outputs,
+        static_argnames=("model", "layers", "max_features"),
+        compiler_options=on_cpu.compiler_options(platform),
+    )
+
+
 def layer_outputs(
     model: Model,
     layers: tuple[str, ...],

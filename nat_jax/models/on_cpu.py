@@ -30,6 +30,33 @@ _NONE = np.uint8(255)
 
 _Padding = tuple[tuple[int, int], ...]
 
+# Which operations YNNPACK computes: all that XLA:CPU gives it by default but convolutions.
+_YNNPACK = "LIBRARY_FUSION_TYPE_REDUCE,LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT"
+
+
+@functools.cache
+def compiler_options(platform: str) -> dict[str, str] | None:
+    """Return the options with which ``jax.jit`` should compile a network for a platform.
+
+    On CPUs convolutions are left to Eigen, which divides them among all cores. YNNPACK, XLA's
+    default there, computes those of up to 128 channels in one thread.
+
+    Args:
+        platform: "cpu", "gpu" or "tpu".
+
+    Returns:
+        The options; None, which are XLA's defaults, elsewhere and if XLA does not know the option.
+    """
+    if platform != "cpu":
+        return None
+    options = {"xla_cpu_experimental_ynn_fusion_type": _YNNPACK}
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        try:
+            jax.jit(lambda: 0, compiler_options=options).lower().compile()
+        except jax.errors.JaxRuntimeError:
+            return None
+    return options
+
 
 def conv_general_dilated(
     x: jax.Array,

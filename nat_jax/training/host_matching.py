@@ -23,6 +23,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from nat_jax.errors import InputError
+from nat_jax.models import on_cpu
 from nat_jax.runtime import sharding
 from nat_jax.targets import Targets
 from nat_jax.train_step import (
@@ -87,6 +88,7 @@ def compile_step(step: Step, *, reassign: bool) -> Callable[..., tuple[TrainStat
         donate_argnums=0,
         in_shardings=(at, None, batch_shardings(step)),
         out_shardings=(at, sharding.replicated(step.mesh)),
+        compiler_options=on_cpu.compiler_options(step.model.platform),
     )
 
 
@@ -118,13 +120,17 @@ class HostStep:
             solution = unpack_solutions(packed_solutions)
             return post_match(step, state, targets, batch, problem, solution)
 
-        self.pre_match = jax.jit(step_before_match, in_shardings=(at, None, batch_at))
+        options = on_cpu.compiler_options(step.model.platform)
+        self.pre_match = jax.jit(
+            step_before_match, in_shardings=(at, None, batch_at), compiler_options=options
+        )
         self.post_match = jax.jit(
             step_after_match,
             donate_argnums=0,
             keep_unused=True,  # the old batch statistics, which are donated with the rest
             in_shardings=(at, None, sharding.over_data(step.mesh), None, None),
             out_shardings=(at, sharding.replicated(step.mesh)),
+            compiler_options=options,
         )
         self._solver = HostSolver(step)
 

@@ -1,5 +1,7 @@
 """The CPU's forms of layers against XLA's own, and that accelerators keep theirs."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -145,3 +147,18 @@ def test_accelerators_keep_the_forms_of_xla(platform, own_forms):
     program = str(jax.make_jaxpr(features)(*shapes, images))
     assert ("custom_vjp_call" in program) == own_forms
     assert ("reduce_window_max" in program) != own_forms
+
+
+def test_compiler_options_are_of_cpus_and_change_no_result():
+    x, kernel = random(4, 6, 6, 8), random(3, 3, 8, 16)
+    convolve = functools.partial(plain, strides=(1, 1), padding=((1, 1), (1, 1)))
+    chosen = jax.jit(convolve, compiler_options=on_cpu.compiler_options("cpu"))(x, kernel)
+    assert_close([chosen], [convolve(x, kernel)], 1e-5)
+    assert on_cpu.compiler_options("gpu") is on_cpu.compiler_options("tpu") is None
+
+
+def test_an_xla_that_does_not_know_the_options_compiles_with_its_own(monkeypatch):
+    monkeypatch.setattr(on_cpu, "_YNNPACK", "no such type")
+    on_cpu.compiler_options.cache_clear()
+    assert on_cpu.compiler_options("cpu") is None
+    on_cpu.compiler_options.cache_clear()
