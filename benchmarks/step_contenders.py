@@ -2,8 +2,8 @@
 
 Every step is a jitted function of (state, batch) whose state is donated. Those of the library are
 what ``nat_jax.training.host_matching.compile_step`` returns. The others are written here as anybody
-would write them: the network's ``apply`` under ``jax.value_and_grad``, optax's SGD, and nothing
-else.
+would write them, with the library's compiler options: the network's ``apply`` under
+``jax.value_and_grad``, optax's SGD, and nothing else.
 """
 
 import collections
@@ -27,6 +27,8 @@ import optax
 from sklearn.datasets import load_sample_images
 
 from nat_jax import models, optim, targets
+from nat_jax.models import on_cpu
+from nat_jax.models.frozen import compiled_layer_outputs
 from nat_jax.runtime import sharding
 from nat_jax.train_step import Step, create_state, state_shardings
 from nat_jax.training.host_matching import SOLVER_SECONDS, compile_step
@@ -264,11 +266,11 @@ def torch_contenders(
 def features(problem: Problem, batches: Sequence[Batch], seed: int) -> Contender:
     """Return the evaluation pass: unit features of a batch by the running statistics."""
     model = problem.model()
+    outputs = compiled_layer_outputs(model.platform)
 
-    @jax.jit
     def run(weights: Any, images: jax.Array) -> dict[str, Any]:
-        outputs, _ = model.apply(*weights, images)
-        return {Z: outputs["z"], LOSS: jnp.sum(outputs["z"])}
+        z = outputs(model, (Z,), None, *weights, images)[Z]
+        return {Z: z, LOSS: z[0, 0]}
 
     return Contender(
         FEATURES,
@@ -362,7 +364,9 @@ def by_hand(
         )
         return loss(params, outputs["z"], batch, noise), batch_stats
 
-    @functools.partial(jax.jit, donate_argnums=0)
+    options = on_cpu.compiler_options(model.platform)
+
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=options)
     def run(state: State, batch: Batch, noise: Targets) -> tuple[State, dict[str, Any]]:
         (value, batch_stats), gradient = jax.value_and_grad(objective, has_aux=True)(
             state["params"], state, batch, noise

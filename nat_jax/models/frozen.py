@@ -43,7 +43,6 @@ class FrozenModel:
             A function of images uint8[B, H, W, 3] that returns the features of each layer,
             float[B, ...] by name, on all devices of this process.
         """
-
         outputs = compiled_layer_outputs(self.model.platform)
 
         def extract(images: np.ndarray) -> dict[str, jax.Array]:
