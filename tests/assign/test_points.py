@@ -103,6 +103,26 @@ def test_the_gap_is_a_bound(
 
 
 @pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize(("m", "metric"), [(N, "cosine"), (N + 6, "sqeuclidean")])
+def test_prices_of_nearly_the_same_points_save_a_pass(
+    m: int, metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_points, "_WIDE", 100)
+    x, y = draw(N, m)
+    before = match_points(x, y, metric=metric)
+    x += 0.01 * draw(seed=2)[1]
+    options: dict[str, Any] = {"metric": metric, "budget": 1, "certify": True}
+    cold = match_points(x, y, **options)
+    warm = match_points(x, y, start=before.col4row, prices=before.prices, **options)
+    misled = match_points(x, y, prices=np.arange(m), **options)
+    costs = cdist(x, y, metric)
+    for result in (cold, warm, misled):
+        assert_matching(result, costs)
+        assert result.gap is not None and result.gap >= result.cost - best(costs)
+    assert warm.gap is not None and cold.gap is not None and warm.gap < cold.gap / 2
+
+
+@pytest.mark.usefixtures("small_parts")
 def test_a_gap_that_is_no_bound_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row that does not look at all columns does not find how much it could save."""
     x, y = draw()
@@ -206,6 +226,12 @@ X, Y = (np.ones((3, 2)), np.ones((4, 2)))
         ((X, Y), {"seed": -1}, "seed must not be negative, got -1"),
         ((X, Y), {"devices": []}, "devices must be one or more, each once"),
         ((X, Y * 1e20), {"metric": "sqeuclidean"}, r"y holds numbers beyond 3.3e\+18"),
+        (
+            (X, Y),
+            {"prices": np.zeros(3)},
+            r"prices must be finite and have shape \(4,\), got \(3,\)",
+        ),
+        ((X, Y), {"prices": [0, 1, np.nan, 0]}, "prices must be finite"),
         ((X, Y), {"start": [0, 1]}, r"shape \(3,\), got \(2,\)"),
         ((X, Y), {"start": [0, 1, 4]}, "0 to 3, got 0 to 4"),
         ((X, Y), {"start": [0, 2, 2]}, "point 2 of y 2 times"),
