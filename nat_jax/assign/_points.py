@@ -88,8 +88,8 @@ def match_points(
         y: real numbers [m, D], n <= m.
         metric: "cosine" (1 - the cosine of the angle) or "sqeuclidean" (squared distance), as in
             ``scipy.spatial.distance.cdist``.
-        start: integers [n]; a matching to improve: the result is at least as good. None: point i
-            with point i.
+        start: integers [n]; a matching that the result is at least as good as. It saves time only
+            together with its `prices`. None: point i with point i.
         prices: real numbers [m]; `PointMatching.prices` of points that were nearly the same. With
             the `start` that belongs to them, the first pass takes less time, as pairs that are
             still good stay. Used where all rows bid for all columns.
