@@ -150,7 +150,7 @@ def _look(x: jax.Array, y: jax.Array, prices: jax.Array) -> tuple[jax.Array, jax
     low = jnp.full((len(x), LANES), -jnp.inf)
     start = (low, low, jnp.zeros(low.shape, jnp.int32))
     (best, second, place), _ = lax.scan(step, start, (jnp.arange(len(y)), y, lanes))
-    listed = place * LANES + jnp.arange(LANES, dtype=jnp.int32)
+    listed = place * LANES + jnp.arange(LANES, dtype=jnp.int32)[None]
     return best + prices[listed], listed, jnp.max(second, axis=1)
 
 

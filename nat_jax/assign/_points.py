@@ -69,6 +69,7 @@ def match_points(
     *,
     metric: str = "cosine",
     start: ArrayLike | None = None,
+    prices: ArrayLike | None = None,
     budget: int = 2,
     certify: bool = False,
     seed: int = 0,
@@ -87,8 +88,11 @@ def match_points(
         y: real numbers [m, D], n <= m.
         metric: "cosine" (1 - the cosine of the angle) or "sqeuclidean" (squared distance), as in
             ``scipy.spatial.distance.cdist``.
-        start: integers [n]; a matching to improve: the result is at least as good. None: point i
-            with point i.
+        start: integers [n]; a matching that the result is at least as good as. It saves time only
+            together with its `prices`. None: point i with point i.
+        prices: real numbers [m]; `PointMatching.prices` of points that were nearly the same. With
+            the `start` that belongs to them, the first pass takes less time, as pairs that are
+            still good stay. Used where all rows bid for all columns.
         budget: number of passes. The first comes within some thousandths of the optimum where all
             rows bid for all columns; the next are more accurate.
         certify: compute `PointMatching.gap`, which takes about as long as half a pass.
@@ -115,12 +119,9 @@ def match_points(
     """
     if metric not in METRICS:
         raise ValueError(f"unknown metric {metric!r}; known metrics: {', '.join(METRICS)}")
-    try:
-        passes = operator.index(budget)
-    except TypeError:
-        raise TypeError(f"budget must be an integer, a number of passes, got {budget!r}") from None
-    if passes < 0:
-        raise ValueError(f"budget must not be negative, got {passes}")
+    passes = _as_number("budget", budget, "a number of passes")
+    seed = _as_number("seed", seed, "which starts the random numbers")
+    mesh = _mesh(devices)
     rows, columns = _as_points("x", x), _as_points("y", y)
     n, m = len(rows), len(columns)
     if rows.shape[1] != columns.shape[1]:
@@ -130,26 +131,47 @@ def match_points(
     if n > m:
         raise ValueError(f"x must not have more points than y, got {n} and {m}; exchange them")
     col4row = np.arange(n, dtype=np.int32) if start is None else _as_matching(start, n, m)
-    if n == 0:
-        return PointMatching(jnp.asarray(col4row), 0.0, jnp.zeros(m), 0.0 if certify else None)
-    problem = _standardise(rows, columns, metric)
-    first = col4row
-    col4row, prices = _improve(problem, first.copy(), passes, seed, _mesh(devices))
-    cost = _mean_cost(rows, columns, col4row, metric)
-    if passes:  # blocks are compared in float32
-        before = _mean_cost(rows, columns, first, metric)
-        if before <= cost:
-            col4row, cost = first, before
-    gap = _gap(problem, col4row, prices) if certify else None
-    in_units = prices * problem.unit + problem.offset
-    return PointMatching(jnp.asarray(col4row), cost, jnp.asarray(in_units, jnp.float32), gap)
+    known = None if prices is None else _as_prices(prices, m)
+    # In any program's settings, points come from the host and numbers are 32 bits wide.
+    with jax.enable_x64(False), jax.transfer_guard("allow"):
+        if n == 0:
+            return PointMatching(jnp.asarray(col4row), 0.0, jnp.zeros(m), 0.0 if certify else None)
+        problem = _standardise(rows, columns, metric)
+        first = col4row
+        if known is not None:
+            known = (known - problem.offset) / problem.unit
+            known = (known - (known.mean() if n == m else known.min())).astype(np.float32)
+        col4row, found = _improve(problem, first.copy(), known, passes, seed, mesh)
+        cost = _mean_cost(rows, columns, col4row, metric)
+        if passes:  # blocks are compared in float32
+            before = _mean_cost(rows, columns, first, metric)
+            if before <= cost:
+                col4row, cost = first, before
+        gap = _gap(problem, col4row, found) if certify else None
+        in_units = found * problem.unit + problem.offset
+        return PointMatching(jnp.asarray(col4row), cost, jnp.asarray(in_units, jnp.float32), gap)
+
+
+def _as_number(name: str, number: int, meaning: str) -> int:
+    try:
+        integer = operator.index(number)
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, {meaning}, got {number!r}") from None
+    if integer < 0:
+        raise ValueError(f"{name} must not be negative, got {integer}")
+    return integer
+
+
+def _as_array(name: str, array: ArrayLike) -> np.ndarray:
+    if isinstance(array, jax.core.Tracer):
+        raise TypeError(f"match_points runs outside jit, got a traced {name}")
+    return np.asarray(array)
 
 
 def _as_points(name: str, points: ArrayLike) -> np.ndarray:
-    if isinstance(points, jax.core.Tracer):
-        raise TypeError(f"match_points runs outside jit, got a traced {name}")
-    array = np.asarray(points)
-    if array.dtype.kind not in "fiub" and not jnp.issubdtype(array.dtype, jnp.floating):
+    array = _as_array(name, points)
+    real = jnp.integer, jnp.floating, jnp.bool_
+    if not any(jnp.issubdtype(array.dtype, kind) for kind in real):
         raise TypeError(f"{name} must hold real numbers, got dtype {array.dtype}")
     if array.ndim != 2 or array.shape[1] == 0:
         raise ValueError(f"{name} must have shape [points, D], got {array.shape}")
@@ -157,7 +179,7 @@ def _as_points(name: str, points: ArrayLike) -> np.ndarray:
 
 
 def _as_matching(start: ArrayLike, n: int, m: int) -> np.ndarray:
-    array = np.asarray(start)
+    array = _as_array("start", start)
     if array.dtype.kind not in "iu":
         raise TypeError(f"start must hold integers, got dtype {array.dtype}")
     if array.shape != (n,):
@@ -176,8 +198,21 @@ def _as_matching(start: ArrayLike, n: int, m: int) -> np.ndarray:
     return array.astype(np.int32)
 
 
+def _as_prices(prices: ArrayLike, m: int) -> np.ndarray:
+    array = _as_array("prices", prices)
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"prices must hold real numbers, got dtype {array.dtype}")
+    if array.shape != (m,) or not np.isfinite(array).all():
+        raise ValueError(f"prices must be finite and have shape ({m},), got {array.shape}")
+    return array.astype(np.float64)
+
+
 def _mesh(devices: Sequence[jax.Device] | None) -> jax.sharding.Mesh:
     some = jax.local_devices() if devices is None else devices
+    if not isinstance(some, Sequence) or not {*some} <= {*jax.local_devices()}:
+        raise TypeError(f"devices must be a list of this process's devices, got {devices!r}")
+    if not 0 < len(some) == len({*some}):
+        raise ValueError(f"devices must be one or more, each once, got {devices!r}")
     return jax.sharding.Mesh(np.array(some), ("part",))
 
 
@@ -196,11 +231,17 @@ class _Problem(NamedTuple):
 
 def _chunks(points: np.ndarray, metric: str, name: str = "") -> Iterator[tuple[slice, np.ndarray]]:
     """Yield parts of the points in float64, of norm 1 under "cosine"."""
+    limit = np.sqrt(np.finfo(np.float32).max / points.shape[1]) / 4
     for begin in range(0, len(points), _CHUNK):
         part = points[begin : begin + _CHUNK].astype(np.float64)
         if name and not np.isfinite(part).all():
             bad = begin + int(np.argmin(np.isfinite(part).all(axis=1)))
             raise ValueError(f"{name} must be finite, but {name}[{bad}] holds NaN or infinity")
+        if name and metric == "sqeuclidean" and np.abs(part).max() > limit:
+            raise ValueError(
+                f"{name} holds numbers beyond {limit:.2g}, whose squared distances float32 cannot "
+                "hold; divide x and y by one number"
+            )
         if metric == "cosine":
             largest = np.abs(part).max(axis=1, keepdims=True)
             if name and not largest.all():
@@ -256,27 +297,38 @@ def _mean_cost(rows: np.ndarray, columns: np.ndarray, col4row: np.ndarray, metri
 
 
 def _improve(
-    problem: _Problem, col4row: np.ndarray, passes: int, seed: int, mesh: jax.sharding.Mesh
+    problem: _Problem,
+    col4row: np.ndarray,
+    known: np.ndarray | None,
+    passes: int,
+    seed: int,
+    mesh: jax.sharding.Mesh,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return a better matching, if one is found, and prices."""
     n, m = len(problem.x), len(problem.y)
-    prices = _first_prices(problem)
+    prices = _first_prices(problem) if known is None else known
     if _number_of_parts(n, m, _BLOCK) == 1 and passes:
         solution = auction(-_products(problem.x, problem.y))
         return np.asarray(solution.col4row), np.asarray(solution.prices)
     wide = _number_of_parts(n, m, _WIDE)
-    eps = np.float32(0)
+    # Known prices are about as good as those of a first pass.
+    done = 0 if known is None else 1
+    eps = np.float32(_EPS[0] * problem.deviation)
     for number in range(passes if problem.deviation > 0 else 0):
         random = np.random.default_rng([seed, number])
         # Bids at the smallest eps for all columns leave nothing to be improved by bids.
-        if wide > 1 or number < len(_EPS):
-            if number and n < m:
+        if wide > 1 or done + number < len(_EPS):
+            # Between parts there is more to gain than within one: each pass is as the first, for
+            # prices of other parts take longer to correct than to find.
+            stage = 0 if wide > 1 else done + number
+            if wide > 1:
+                prices = _first_prices(problem)
+            elif n < m and stage:
                 # Columns that stay free must end at the lowest price, and bids lower none.
                 prices = np.maximum(prices - _LOWERED * eps, 0)
-            # Between parts there is more to gain than within one.
-            eps = np.float32(_EPS[0 if wide > 1 else number] * problem.deviation)
+            eps = np.float32(_EPS[stage] * problem.deviation)
             rows, columns = _parts(problem, col4row, wide, number, random)
-            leave = np.int32(0 if number else rows.shape[1] // _LEFT)
+            leave = np.int32(rows.shape[1] // _LEFT if stage == 0 or number == 0 else 0)
             new, raised = _run(
                 _bid_in_parts, mesh, problem, rows, columns, prices[columns], eps=eps, leave=leave
             )
@@ -344,8 +396,14 @@ def _run(
     filled = [
         np.concatenate([part, part[:1].repeat(-number % mesh.size, axis=0)]) for part in parts
     ]
-    results = _on_devices(function, mesh)(problem.x, problem.y, tuple(filled), shared)
-    return [np.asarray(result)[:number] for result in results]
+    # An interrupt waits for the end of a call, and bids of one part take long.
+    each = mesh.size if function is _bid_in_parts else len(filled[0])
+    calls = []
+    for begin in range(0, len(filled[0]), each):
+        some = tuple(part[begin : begin + each] for part in filled)
+        results = _on_devices(function, mesh)(problem.x, problem.y, some, shared)
+        calls.append([np.asarray(result) for result in results])
+    return [np.concatenate(results)[:number] for results in zip(*calls, strict=True)]
 
 
 @lru_cache

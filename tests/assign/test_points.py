@@ -1,9 +1,11 @@
 """Matching points: always a matching, never worse than its start, and the gap is a bound."""
 
+from contextlib import ExitStack
 from itertools import pairwise
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy.optimize import linear_sum_assignment
@@ -101,6 +103,26 @@ def test_the_gap_is_a_bound(
 
 
 @pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize(("m", "metric"), [(N, "cosine"), (N + 6, "sqeuclidean")])
+def test_prices_of_nearly_the_same_points_save_a_pass(
+    m: int, metric: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_points, "_WIDE", 100)
+    x, y = draw(N, m)
+    before = match_points(x, y, metric=metric)
+    x += 0.01 * draw(seed=2)[1]
+    options: dict[str, Any] = {"metric": metric, "budget": 1, "certify": True}
+    cold = match_points(x, y, **options)
+    warm = match_points(x, y, start=before.col4row, prices=before.prices, **options)
+    misled = match_points(x, y, prices=np.arange(m), **options)
+    costs = cdist(x, y, metric)
+    for result in (cold, warm, misled):
+        assert_matching(result, costs)
+        assert result.gap is not None and result.gap >= result.cost - best(costs)
+    assert warm.gap is not None and cold.gap is not None and warm.gap < cold.gap / 2
+
+
+@pytest.mark.usefixtures("small_parts")
 def test_a_gap_that_is_no_bound_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A row that does not look at all columns does not find how much it could save."""
     x, y = draw()
@@ -132,6 +154,49 @@ def test_points_that_repeat(kind: str) -> None:
 
 
 @pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize(("scale", "offset"), [(1e-30, 0), (1e15, 0.0), (1, 1e8)])
+def test_the_unit_and_the_origin_do_not_matter(scale: float, offset: float) -> None:
+    x, y = draw()
+    here, there = (
+        match_points(*points, metric="sqeuclidean", budget=1, certify=True)
+        for points in ((x, y), (x * scale + offset, y * scale + offset))
+    )
+    assert np.array_equal(here.col4row, there.col4row)
+    assert here.gap is not None and there.gap is not None
+    found, expected = (there.cost, there.gap), (here.cost * scale**2, here.gap * scale**2)
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+
+def strictly() -> ExitStack:
+    """Enter JAX's strict settings and 64-bit mode."""
+    stack = ExitStack()
+    for context in (
+        jax.enable_x64(True),
+        jax.numpy_rank_promotion("raise"),
+        jax.numpy_dtype_promotion("strict"),
+        jax.transfer_guard("disallow"),
+        jax.debug_nans(True),
+    ):
+        stack.enter_context(context)
+    return stack
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_strict_settings_change_nothing() -> None:
+    x, y = draw()
+    matrix = jnp.ones((2, 3))
+    vector = matrix[0]
+    expected = match_points(x, y, budget=1, certify=True)
+    with strictly():
+        found = match_points(x, y, budget=1, certify=True)
+        with pytest.raises(ValueError, match="rank_promotion"):  # they are on
+            matrix + vector
+    assert (found.cost, found.gap) == (expected.cost, expected.gap)
+    for one, other in ((found.col4row, expected.col4row), (found.prices, expected.prices)):
+        assert one.dtype == other.dtype and np.array_equal(one, other)
+
+
+@pytest.mark.usefixtures("small_parts")
 def test_the_seed_decides() -> None:
     x, y = draw()
     first, again, other = (match_points(x, y, budget=1, seed=seed) for seed in (0, 0, 1))
@@ -158,6 +223,15 @@ X, Y = (np.ones((3, 2)), np.ones((4, 2)))
         ((X * [[1], [1], [0]], Y), {}, r"x\[2\] is zero and has no direction"),
         ((X, Y), {"metric": "euclidean"}, "'euclidean'; known metrics: cosine, sqeuclidean"),
         ((X, Y), {"budget": -1}, "budget must not be negative, got -1"),
+        ((X, Y), {"seed": -1}, "seed must not be negative, got -1"),
+        ((X, Y), {"devices": []}, "devices must be one or more, each once"),
+        ((X, Y * 1e20), {"metric": "sqeuclidean"}, r"y holds numbers beyond 3.3e\+18"),
+        (
+            (X, Y),
+            {"prices": np.zeros(3)},
+            r"prices must be finite and have shape \(4,\), got \(3,\)",
+        ),
+        ((X, Y), {"prices": [0, 1, np.nan, 0]}, "prices must be finite"),
         ((X, Y), {"start": [0, 1]}, r"shape \(3,\), got \(2,\)"),
         ((X, Y), {"start": [0, 1, 4]}, "0 to 3, got 0 to 4"),
         ((X, Y), {"start": [0, 2, 2]}, "point 2 of y 2 times"),
@@ -177,6 +251,8 @@ def test_wrong_values_are_one_clear_message(
         ((X, [["a", "b"]]), {}, "y must hold real numbers, got dtype <U1"),
         ((X, Y), {"start": [0.0, 1.0, 2.0]}, "start must hold integers, got dtype float64"),
         ((X, Y), {"budget": 0.5}, "number of passes, got 0.5"),
+        ((X, Y), {"seed": None}, "seed must be an integer, .* got None"),
+        ((X, Y), {"devices": "cpu"}, "list of this process's devices, got 'cpu'"),
     ],
 )
 def test_wrong_types_are_one_clear_message(
@@ -189,3 +265,5 @@ def test_wrong_types_are_one_clear_message(
 def test_under_jit_it_is_refused() -> None:
     with pytest.raises(TypeError, match="outside jit, got a traced x"):
         jax.jit(lambda x: match_points(x, Y).col4row)(X)
+    with pytest.raises(TypeError, match="outside jit, got a traced start"):
+        jax.jit(lambda start: match_points(X, Y, start=start).col4row)(np.arange(3))
