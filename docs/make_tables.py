@@ -21,6 +21,7 @@ from nat_jax.cli.help_text import markdown_table_of_keys
 from nat_jax.experiments import pages as suite_pages
 from nat_jax.report import markdown_table
 from nat_jax.report import rows as result_rows
+from nat_jax.report.rows import NO_NETWORK
 from nat_jax.report.tables import network_name, probe_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -92,7 +93,7 @@ def baselines() -> str:
         bold = [cells[column] == best[column] for column in columns]
         lines.append(
             [
-                NONE if layer in ("pixels", "patches") else layer,
+                NONE if layer in NO_NETWORK else layer,
                 network_name(network),
                 *(f"**{text}**" if top else text for text, top in zip(shown, bold, strict=True)),
             ]
@@ -101,7 +102,7 @@ def baselines() -> str:
 
 
 def _order(layer: str) -> int:
-    return ("pixels", "patches", "z").index(layer) if not layer.startswith("conv") else 3
+    return [*NO_NETWORK, "z"].index(layer) if not layer.startswith("conv") else len(NO_NETWORK) + 1
 
 
 def ablations() -> str:
