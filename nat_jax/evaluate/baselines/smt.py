@@ -166,14 +166,14 @@ def _moments(
         cell = (row * _CELLS // codes.shape[1]) * _CELLS + col * _CELLS // codes.shape[2]
         cell = (image * _CELLS**2 + cell).reshape(-1)
         patch, atom = np.nonzero(codes.reshape(-1, count))
-        ones, cells = np.ones(len(patch)), len(images) * _CELLS**2
+        ones, cells = np.ones(len(patch), np.float32), _TOGETHER * _CELLS**2
         active = scipy.sparse.csr_array((ones, (patch, atom)), (len(cell), count))
         within += (active.T @ active).toarray()
         # The sums over cells: entries of one cell and atom are added up.
         sums = scipy.sparse.csr_array((ones, (cell[patch], atom)), (cells, count)).toarray()
-        members = np.bincount(cell, minlength=cells)[:, None]
-        between += (sums / np.maximum(members, 1)).T @ sums
-        total, patches = total + sums.sum(axis=0), patches + len(cell)
+        members = np.bincount(cell, minlength=cells)[:, None].astype(np.float32)
+        between += np.asarray(_products(sums / np.sqrt(np.maximum(members, 1))))
+        total, patches = total + sums.sum(axis=0, dtype=np.float64), patches + len(cell)
     average = total / patches
     outer = np.outer(average, average)
     return average, within / patches - outer, between / patches - outer
@@ -198,6 +198,11 @@ def _embedding(within: np.ndarray, between: np.ndarray) -> np.ndarray:
 def _codes(coder: Coder, images: jax.Array, most: int) -> jax.Array:
     """Return bool[B, rows, cols, K] of images, coded `most` at a time."""
     return jax.lax.map(coder, images, batch_size=most)
+
+
+@jax.jit
+def _products(x: jax.Array) -> jax.Array:
+    return jnp.matmul(x.T, x, precision=EXACT)
 
 
 @functools.partial(jax.jit, static_argnames="most")
