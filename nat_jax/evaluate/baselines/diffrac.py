@@ -73,8 +73,8 @@ def learn_diffrac(
         seed: of the patches, the first clusters and the blocks.
 
     Raises:
-        InputError: fewer than 2 clusters, fewer images than clusters, or what `learn_patches`
-            rejects.
+        InputError: fewer than 2 clusters, fewer images than clusters, equal images, or what
+            `learn_patches` rejects.
     """
     if clusters < 2:
         raise InputError(f"diffrac: clusters: expected at least 2, got {clusters}")
@@ -95,6 +95,8 @@ def learn_diffrac(
     variance, axes = np.linalg.eigh(np.asarray(_gram(x), np.float64) / len(x))
     # In these coordinates of unit variance, the first ones vary most, and ridge is a product.
     kept = variance[::-1] > 1e-6
+    if not kept.any():
+        raise InputError("diffrac: expected images that differ, got equal ones")
     variance, axes = variance[::-1][kept], axes[:, ::-1][:, kept]
     to_axes = (axes / np.sqrt(variance)).astype(np.float32)
     x = np.asarray(jnp.matmul(x, to_axes, precision=EXACT))

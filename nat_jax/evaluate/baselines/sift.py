@@ -11,11 +11,13 @@ window at its centre, and images are not smoothed before.
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture
 
 from nat_jax.errors import InputError
@@ -92,7 +94,10 @@ def learn_fisher_vectors(
         max_iter=_ITERATIONS,
         tol=1e-2,
         random_state=seed,
-    ).fit(found @ axes)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # the last iteration will do
+        mixture.fit(found @ axes)
     return FisherVectors(
         mean,
         axes,

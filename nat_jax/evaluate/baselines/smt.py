@@ -139,7 +139,10 @@ def learn_sparse_manifold(
             "more images, or fewer atoms"
         )
     patches = patches.reshape(len(patches), -1)
-    mean, whitener = zca(patches, _WHITENING_FLOOR * float(patches.var(axis=0).mean()))
+    variance = float(patches.var(axis=0).mean())
+    if not variance:
+        raise InputError("smt: expected images that are not flat, got flat ones alone")
+    mean, whitener = zca(patches, _WHITENING_FLOOR * variance)
     chosen = np.random.default_rng(seed).choice(len(patches), atoms, replace=False)
     white = jnp.matmul(patches[np.sort(chosen)] - mean, whitener, precision=EXACT)
     coder = Coder(mean, whitener, np.asarray(_unit(white)), size, stride)
