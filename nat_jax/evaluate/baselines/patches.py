@@ -157,6 +157,11 @@ def windows(image: jax.Array, size: int, stride: int) -> jax.Array:
     return jnp.concatenate(pixels, axis=-1)
 
 
+def unit_vectors(x: jax.Array) -> jax.Array:
+    """Scale vectors [..., n] to unit length; zero stays zero."""
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-8)
+
+
 @jax.jit
 def _normalised(patches: jax.Array) -> jax.Array:
     """Return float32[n, d] of zero mean and about unit deviation each, of grey levels [n, d]."""

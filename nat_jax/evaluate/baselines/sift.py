@@ -22,7 +22,7 @@ from sklearn.mixture import GaussianMixture
 
 from nat_jax.errors import InputError
 from nat_jax.evaluate.baselines.codebooks import EXACT
-from nat_jax.evaluate.baselines.patches import first_images
+from nat_jax.evaluate.baselines.patches import first_images, unit_vectors
 from nat_jax.evaluate.features import padded_rows
 from nat_jax.input import counter_random
 
@@ -128,7 +128,7 @@ def dense_sift(image: jax.Array, cell: int, step: int) -> jax.Array:
     tall, wide = (_cells(side, cell, step) for side in image.shape)
     x = jnp.einsum("hwo,rih,cjw->rcijo", maps, tall, wide, precision=EXACT)
     x = x.reshape(*x.shape[:2], 128)
-    return _unit(jnp.minimum(_unit(x), 0.2))
+    return unit_vectors(jnp.minimum(unit_vectors(x), 0.2))
 
 
 def _cells(side: int, cell: int, step: int) -> np.ndarray:
@@ -181,23 +181,22 @@ def _all_descriptors(images: jax.Array, stride: int) -> jax.Array:
 @jax.jit
 def _describe(fisher: FisherVectors, images: jax.Array) -> jax.Array:
     """Return the improved Fisher vectors of images: means, then variances, [B, 2 K D]."""
-    log_scale = jnp.log(fisher.weights) - jnp.sum(jnp.log(fisher.deviations), axis=1)
+    product = functools.partial(jnp.matmul, precision=EXACT)
+    centres, precision = fisher.centres, 1 / jnp.square(fisher.deviations)
+    constant = jnp.sum(jnp.log(precision) - jnp.square(centres) * precision, axis=1) / 2
+    constant += jnp.log(fisher.weights)
 
     def one(image: jax.Array) -> jax.Array:
-        x = jnp.matmul(
-            _descriptors(image, fisher.stride) - fisher.mean, fisher.axes, precision=EXACT
-        )
-        away = (x[:, None] - fisher.centres) / fisher.deviations  # [T, K, D]
-        owner = jax.nn.softmax(log_scale - jnp.sum(jnp.square(away), axis=2) / 2, axis=1)
+        x = product(_descriptors(image, fisher.stride) - fisher.mean, fisher.axes)
+        away = product(jnp.square(x) / 2, precision.T) - product(x, (centres * precision).T)
+        owner = jax.nn.softmax(constant - away, axis=1)  # [T, K]
+        count = jnp.sum(owner, axis=0)[:, None]
+        first, second = product(owner.T, x), product(owner.T, jnp.square(x))
+        means = (first - count * centres) / fisher.deviations
+        spread = second - 2 * centres * first + count * jnp.square(centres)
         root = jnp.sqrt(fisher.weights)[:, None] * len(x)
-        means = jnp.einsum("tk,tkd->kd", owner, away, precision=EXACT) / root
-        spread = jnp.einsum("tk,tkd->kd", owner, jnp.square(away) - 1, precision=EXACT)
-        vector = jnp.concatenate([means.reshape(-1), (spread / (root * 2**0.5)).reshape(-1)])
-        return _unit(jnp.sign(vector) * jnp.sqrt(jnp.abs(vector)))
+        blocks = means / root, (spread * precision - count) / (root * 2**0.5)
+        vector = jnp.concatenate([block.reshape(-1) for block in blocks])
+        return unit_vectors(jnp.sign(vector) * jnp.sqrt(jnp.abs(vector)))
 
     return jax.lax.map(one, images, batch_size=_TOGETHER)
-
-
-def _unit(vectors: jax.Array) -> jax.Array:
-    norm = jnp.linalg.norm(vectors, axis=-1, keepdims=True)
-    return vectors / jnp.maximum(norm, 1e-8)

@@ -27,6 +27,7 @@ from nat_jax.evaluate.baselines.patches import (
     check_images,
     first_images,
     sample,
+    unit_vectors,
     windows,
     zca,
 )
@@ -67,7 +68,7 @@ class Coder:
         """Return bool[rows, cols, K] of an image [H, W, 3], at least one true in a row."""
         patches = windows(_centred(image), self.size, self.stride)
         white = jnp.matmul(patches - self.mean, self.whitener, precision=EXACT)
-        cosine = jnp.matmul(_unit(white), self.atoms.T, precision=EXACT)
+        cosine = jnp.matmul(unit_vectors(white), self.atoms.T, precision=EXACT)
         return cosine >= jnp.minimum(_COSINE, jnp.max(cosine, axis=-1, keepdims=True))
 
 
@@ -145,7 +146,7 @@ def learn_sparse_manifold(
     mean, whitener = zca(patches, _WHITENING_FLOOR * variance)
     chosen = np.random.default_rng(seed).choice(len(patches), atoms, replace=False)
     white = jnp.matmul(patches[np.sort(chosen)] - mean, whitener, precision=EXACT)
-    coder = Coder(mean, whitener, np.asarray(_unit(white)), size, stride)
+    coder = Coder(mean, whitener, np.asarray(unit_vectors(white)), size, stride)
     average, within, between = _moments(coder, batches)
     projection = _embedding(within, between)
     return SparseManifold(
@@ -215,8 +216,8 @@ def _describe(manifold: SparseManifold, images: jax.Array, most: int) -> jax.Arr
     def one(image: jax.Array) -> jax.Array:
         codes = manifold.coder(image).astype(jnp.float32)
         embedded = jnp.matmul(codes, manifold.projection, precision=EXACT) - manifold.offset
-        cells = pool(_unit(embedded)[None], _GRID**2 * embedded.shape[-1])
-        return _unit(cells).reshape(-1)
+        cells = pool(unit_vectors(embedded)[None], _GRID**2 * embedded.shape[-1])
+        return unit_vectors(cells).reshape(-1)
 
     return jax.lax.map(one, images, batch_size=most)
 
@@ -230,8 +231,3 @@ def _centred(images: np.ndarray | jax.Array) -> jax.Array:
     """Return grey levels [..., H, W, 3] as float32 around the mean colour of each image."""
     x = jnp.asarray(images, jnp.float32)
     return x - jnp.mean(x, axis=(-3, -2), keepdims=True)
-
-
-def _unit(vectors: jax.Array) -> jax.Array:
-    norm = jnp.linalg.norm(vectors, axis=-1, keepdims=True)
-    return vectors / jnp.maximum(norm, 1e-8)
