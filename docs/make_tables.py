@@ -317,6 +317,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "beyond the paper": partial(accuracies, "modern_cifar10"),
     "ablations": ablations,
     "baselines": partial(knn_and_linear, "cifar10_10000"),
+    "without a network": partial(knn_and_linear, "cifar10_5000"),
     "solvers": solvers,
     "solvers in training": solvers_in_training,
     "steps": steps,
