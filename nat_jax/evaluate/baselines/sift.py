@@ -117,8 +117,8 @@ def dense_sift(image: jax.Array, cell: int, step: int) -> jax.Array:
         step: pixels between patches; the first one touches the corner.
 
     Returns:
-        float32[rows, cols, 128] of unit length: cells row by row, directions from that of rising x
-        towards that of rising y. Zero where the patch is flat.
+        float32[rows, cols, 128], of unit length, or zero where the patch is flat. Cells stand row
+        by row; directions begin with that of rising x and turn towards that of rising y.
     """
     down, right = jnp.gradient(image)
     # A gradient counts for the two nearest of eight directions.

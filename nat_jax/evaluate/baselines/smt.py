@@ -94,7 +94,7 @@ class SparseManifold:
             images: uint8[B, H, W, 3] of at least `size` pixels a side.
 
         Returns:
-            float32[B, 16 m]: unit vectors, one for each cell of a 4 x 4 grid.
+            float32[B, 16 m], a unit vector for each cell of a 4 x 4 grid.
 
         Raises:
             InputError: the images are smaller than a patch.
