@@ -77,11 +77,11 @@ def last_convolutions() -> str:
     ).replace("| all |", "| CIFAR-10 |")
 
 
-def baselines() -> str:
-    """Return kNN for three k, and the linear probe, of all networks on 10,000 images."""
+def knn_and_linear(stem: str) -> str:
+    """Return kNN for three k, and the linear probe, of all networks of two results."""
     columns = ("k=1", "k=20", "k=200", "linear_probe")
     found: dict[tuple[str, str], dict[str, float]] = {}
-    for name in ("cifar10_10000_knn", "cifar10_10000_linear_probe"):
+    for name in (f"{stem}_knn", f"{stem}_linear_probe"):
         for row in scores(name):
             if row["probe"] in columns and row["labels"] in ("weighted votes", "all"):
                 found.setdefault((row["layer"], row["network"]), {})[row["probe"]] = row["mean"]
@@ -92,7 +92,7 @@ def baselines() -> str:
         bold = [cells[column] == best[column] for column in columns]
         lines.append(
             [
-                NONE if layer in ("pixels", "patches") else layer,
+                NONE if layer in result_rows.NO_NETWORK else layer,
                 network_name(network),
                 *(f"**{text}**" if top else text for text, top in zip(shown, bold, strict=True)),
             ]
@@ -101,7 +101,8 @@ def baselines() -> str:
 
 
 def _order(layer: str) -> int:
-    return ("pixels", "patches", "z").index(layer) if not layer.startswith("conv") else 3
+    known = [*result_rows.NO_NETWORK, "z"]
+    return known.index(layer) if layer in known else len(known)
 
 
 def ablations() -> str:
@@ -315,7 +316,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "last convolutions": last_convolutions,
     "beyond the paper": partial(accuracies, "modern_cifar10"),
     "ablations": ablations,
-    "baselines": baselines,
+    "baselines": partial(knn_and_linear, "cifar10_10000"),
+    "without a network": partial(knn_and_linear, "cifar10_5000"),
     "solvers": solvers,
     "solvers in training": solvers_in_training,
     "steps": steps,

@@ -12,7 +12,7 @@ import pytest
 
 from nat_jax import models, optim, targets, train_step
 from nat_jax.assign._problem import enable_x64
-from nat_jax.evaluate import patches
+from nat_jax.evaluate.baselines import codebooks
 from nat_jax.evaluate.features import FeatureSet
 from nat_jax.evaluate.probes import lbfgs, ridge, sgd
 from nat_jax.evaluate.probes.knn import _merge
@@ -94,7 +94,7 @@ PROGRAMS = {
     "sgd": probe(Linear(F, CLASSES, 0.9, 1e-4)),
     "ridge": (products, (X, LABELS, WHOLE, VECTOR, VECTOR)),
     "knn": (_merge, (array("float32", B, 2), array("int32", B, 2), X, X, WHOLE, WHOLE)),
-    "k-means": (patches._nearest, (X, X)),
+    "k-means": (codebooks._nearest, (X, X)),
 }
 
 

@@ -8,7 +8,7 @@ import functools
 import importlib.metadata
 import logging
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ from nat_jax import __version__, report
 from nat_jax import config as configs
 from nat_jax.errors import InputError
 from nat_jax.evaluate import features, retrieval
+from nat_jax.evaluate.baselines import BASELINES
 from nat_jax.evaluate.networks import trained_name
-from nat_jax.evaluate.patches import PatchDictionary, learn_patches
 from nat_jax.evaluate.probe_data import TRAIN, FeatureExtractor, ProbeData, check_learnable
 from nat_jax.evaluate.protocols import PROTOCOLS, Scored, TaskInputs
 from nat_jax.evaluate.store import FeatureStore, fingerprint
@@ -30,7 +30,7 @@ from nat_jax.input.reader import ImageCache
 from nat_jax.input.sources import Source
 from nat_jax.models import Model
 from nat_jax.models.frozen import FrozenModel, resolve_layers
-from nat_jax.report.rows import PATCHES, PIXELS, UNTRAINED, Row, aggregate, headline
+from nat_jax.report.rows import NO_NETWORK, UNTRAINED, Row, aggregate, headline
 from nat_jax.runtime import atomic_files
 from nat_jax.training import workdir as workdirs
 
@@ -119,8 +119,9 @@ class Evaluator:
         """Return everything that two numbers must share to be compared."""
         settings = configs.to_dict(self.inputs.settings)
         keys = [*_COMMON, *(["baselines"] if self._task in PROTOCOLS else ())]
-        if "baselines" in keys and "patches" in settings["baselines"]:
-            keys.append("patch_centroids")
+        if "baselines" in keys:
+            learned = [BASELINES[w].setting for w in settings["baselines"] if w in BASELINES]
+            keys += dict.fromkeys(learned)
         data = self.inputs.data
         if self._task not in PROTOCOLS:
             stated = {key: settings[key] for key in ("queries", "neighbours")}
@@ -145,8 +146,10 @@ class Evaluator:
 
     def extractors(self, networks: Mapping[str, FrozenModel]) -> list[FeatureExtractor]:
         """Return the extractors of ``eval.baselines`` and of some networks."""
-        baselines = {"pixels": self._pixels, "patches": self._patches}
-        chosen = [baselines[name]() for name in self.inputs.settings.baselines]
+        chosen = [
+            self._learned(word) if word in BASELINES else self._pixels()
+            for word in self.inputs.settings.baselines
+        ]
         return chosen + [self.extractor(name, network) for name, network in networks.items()]
 
     def extractor(
@@ -170,36 +173,40 @@ class Evaluator:
         """Return the extractor of raw pixels, pooled as maps are."""
         most = self.inputs.settings.max_features
         return FeatureExtractor(
-            PIXELS,
+            NO_NETWORK["pixels"],
             ("pixels",),
             lambda _: lambda images: {"pixels": _raw_pixels(images, most)},
             self._transform,
             lambda: {"pixels": most},
         )
 
-    def _patches(self) -> FeatureExtractor:
-        """Return the extractor of whitened k-means patches, learned when they are first needed."""
+    def _learned(self, word: str) -> FeatureExtractor:
+        """Return the extractor of a baseline, learned when its features are first needed."""
         data, seed, transform = self.inputs.data, self.inputs.seed, self._transform
-        centroids = self.inputs.settings.patch_centroids
+        baseline = BASELINES[word]
+        size = self.inputs.settings[baseline.setting]
         stride = max(1, round(transform.size / _WINDOWS_PER_SIDE))
 
+        class Images:
+            def __iter__(self) -> Iterator[np.ndarray]:
+                batches = data.batches(data.train, transform)
+                return (np.asarray(batch["image"])[batch["weight"] > 0] for batch in batches)
+
         @functools.cache
-        def dictionary() -> PatchDictionary:
-            batches = data.batches(data.train, transform)
-            good = (np.asarray(batch["image"])[batch["weight"] > 0] for batch in batches)
-            return learn_patches(good, centroids=centroids, stride=stride, seed=seed)
+        def describe() -> Callable[[np.ndarray], jax.Array]:
+            return baseline.learn(Images(), size, stride=stride, seed=seed)
 
         learned_from = {
-            "patches": centroids,
+            word: size,
             "stride": stride,
             "seed": seed,
             "max_train": self.inputs.settings.max_train,
             **data.describe()[TRAIN],
         }
         return FeatureExtractor(
-            PATCHES,
-            ("patches",),
-            lambda _: lambda images: {"patches": dictionary()(images)},
+            NO_NETWORK[word],
+            (word,),
+            lambda _: lambda images: {word: describe()(images)},
             transform,
             lambda: learned_from,
         )

@@ -14,9 +14,20 @@ Choice = tuple[str, str, str]  # layer, probe, labels
 
 # Networks as rows name them; of several of one kind some have their folder's name after it, as in
 # "nat: FOLDER".
-PIXELS, PATCHES, UNTRAINED = "raw pixels", "k-means patches", "untrained"
+UNTRAINED = "untrained"
 NAT, SUPERVISED = "nat", {"square": "supervised_square", "softmax": "supervised_softmax"}
 TRAINED = (NAT, *SUPERVISED.values())
+
+# Baselines without a network, by their word in eval.baselines, which also names their layer.
+NO_NETWORK = {
+    "pixels": "raw pixels",
+    "patches": "k-means patches",
+    "som": "self-organising map",
+    "gas": "neural gas",
+    "smt": "sparse manifold",
+    "diffrac": "DIFFRAC",
+    "sift": "SIFT + Fisher vectors",
+}
 
 OWN = "own"  # the probe in rows of a supervised network's own decision, its largest output
 ALL_LABELS = "all"
@@ -71,7 +82,7 @@ def headline(
     Raises:
         ValueError: there is no row of such a network.
     """
-    baselines = (PIXELS, PATCHES, UNTRAINED)
+    baselines = (*NO_NETWORK.values(), UNTRAINED)
     own = [
         one
         for one in rows

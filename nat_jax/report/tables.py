@@ -9,9 +9,8 @@ from nat_jax.report.rows import (
     ALL_LABELS,
     KEYS,
     NAT,
+    NO_NETWORK,
     OWN,
-    PATCHES,
-    PIXELS,
     SUPERVISED,
     TRAINED,
     UNTRAINED,
@@ -24,8 +23,7 @@ from nat_jax.report.rows import (
 
 # Networks in the order in which tables list them.
 NETWORK_NAMES = {
-    PIXELS: "raw pixels",
-    PATCHES: "k-means patches",
+    **{name: name for name in NO_NETWORK.values()},
     UNTRAINED: "untrained",
     NAT: "NAT",
     SUPERVISED["square"]: "supervised, square loss",
@@ -33,8 +31,6 @@ NETWORK_NAMES = {
 }
 # Probes in the order in which the suite's tables list them.
 PROBE_NAMES = {OWN: "own", "mlp_probe": "MLP", "linear_probe": "linear", "knn": "kNN"}
-
-_NO_NETWORK = (PIXELS, PATCHES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +125,7 @@ def arrange(rows: Sequence[Row]) -> Table:
     def position(pair: tuple[str, str]) -> tuple[bool, bool, int, int]:
         layer, network = pair
         known = order.index(kind(network)) if kind(network) in order else len(order)
-        return network not in _NO_NETWORK, layer != "z", layers.index(layer), known
+        return network not in NO_NETWORK.values(), layer != "z", layers.index(layer), known
 
     probes = _unique(row["probe"] for row in rows)
     groups = {}
@@ -156,7 +152,7 @@ def _column(rows: Mapping[tuple[str, str], Row | None]) -> dict[tuple[str, str],
         base = rows.get((layer, UNTRAINED)) if kind(network) in TRAINED else None
         std = row.get("std")
         # Without a network most probes do not depend on the seed, and "± 0.0" would be noise.
-        fixed = network in _NO_NETWORK and std is not None and std < 1e-12
+        fixed = network in NO_NETWORK.values() and std is not None and std < 1e-12
         cells[layer, network] = Cell(
             mean=100 * row["mean"],
             std=None if std is None or fixed else 100 * std,
@@ -236,7 +232,7 @@ def outcome(rows: Sequence[Row]) -> str:
     if not any(row["network"] in TRAINED for row in rows):
         return "No trained network was evaluated."
     row, untrained = headline(rows)
-    pixels = same(rows, row, layer="pixels", network=PIXELS)
+    pixels = same(rows, row, layer="pixels", network=NO_NETWORK["pixels"])
     name = network_name(row["network"])
     text = f"{probe_name(row['probe'])} on {row['layer']}"
     text += "" if row["labels"] == ALL_LABELS else f" with {labels_title(row['labels'])}"
@@ -266,7 +262,7 @@ def network_name(network: str) -> str:
 
 def layer_name(line: Line) -> str:
     """Return a layer's name in tables; a dash for baselines without a network."""
-    return "–" if line.network in _NO_NETWORK else line.layer
+    return "–" if line.network in NO_NETWORK.values() else line.layer
 
 
 def labels_title(labels: str) -> str:

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from sklearn.cluster import KMeans
 
-from nat_jax.evaluate import patches
-from nat_jax.evaluate.patches import PatchDictionary, k_means, learn_patches, nearest_centroid
+from nat_jax.evaluate.baselines import patches
+from nat_jax.evaluate.baselines.codebooks import k_means, nearest_centroid
+from nat_jax.evaluate.baselines.patches import PatchDictionary, learn_patches
 
 
 def _images(count: int, seed: int = 0, side: int = 12) -> np.ndarray:
@@ -21,7 +22,7 @@ def dictionary() -> PatchDictionary:
 
 
 def test_patches_are_white(dictionary: PatchDictionary) -> None:
-    drawn = patches._sample([_images(400)], 4, seed=0).reshape(3200, -1)
+    drawn = patches.sample([_images(400)], 4, seed=0).reshape(3200, -1)
     normal = np.asarray(patches._normalised(drawn))
     np.testing.assert_allclose(normal.mean(axis=1), 0, atol=1e-5)
     np.testing.assert_allclose(normal.std(axis=1), 1, atol=0.1)
@@ -41,7 +42,7 @@ def _inertia(points: np.ndarray, centroids: np.ndarray) -> float:
 
 
 def test_k_means_comes_near_scikit_learn() -> None:
-    drawn = patches._sample([_images(400)], 4, seed=0).reshape(3200, -1)
+    drawn = patches.sample([_images(400)], 4, seed=0).reshape(3200, -1)
     points = np.asarray(patches._normalised(drawn))
     ours = _inertia(points, k_means(points, 30, 100, seed=0))
     reference = KMeans(30, n_init=3, init="random", random_state=0).fit(points)

@@ -251,7 +251,7 @@ def test_retrieval_needs_no_labels(trained, tmp_path):
         ("knn", dict(eval__knn_ks=(0,)), "eval.knn_ks: expected at least 1"),
         ("knn", dict(eval__layers=("conv7",)), "unknown layer 'conv7'. Known: last_conv"),
         ("knn", dict(network="nowhere"), "nowhere holds neither a run"),
-        ("knn", dict(eval__baselines=("sift",)), "eval.baselines: unknown 'sift'"),
+        ("knn", dict(eval__baselines=("hog",)), "eval.baselines: unknown 'hog'"),
         ("linear_probe", dict(eval__linear_fit="svm"), "eval.linear_fit: unknown 'svm'"),
         ("mlp_probe", dict(eval__mlp_init="zero"), "eval.mlp_init: unknown 'zero'"),
         ("mlp_probe", dict(eval__ten_crops="yes"), "eval.ten_crops: unknown 'yes'"),
