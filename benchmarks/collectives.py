@@ -118,7 +118,7 @@ def problem(step: Step, noise: targets.Targets, *, records: int, batch: int) -> 
     """
     state = jax.eval_shape(
         lambda: create_state(
-            step.model, step.optimizer, jnp.zeros(records, jnp.int32), jax.random.key(0)
+            step.model, step.optimizer, jnp.zeros(records, jnp.int32), jax.random.key(0), step.scope
         )
     )
     side = step.model.image_size

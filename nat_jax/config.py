@@ -209,6 +209,7 @@ def validate(config: ConfigDict, probes: Collection[str]) -> None:
     _check_data(config)
     _check_optimizer(config)
     _check_batch(config)
+    _check_scope(config)
     _check_solver_options(config)
     for amount in config.eval.few_labels:
         if not amount > 0 or (amount >= 1 and amount != int(amount)):
@@ -359,21 +360,56 @@ def _check_batch(config: ConfigDict) -> None:
         raise InputError("mesh.data and mesh.model: expected -1 for one at the most; got it twice")
 
 
+def _check_scope(config: ConfigDict) -> None:
+    """Check that nothing is set that matching of all images together does not use."""
+    if config.assign.scope == "batch":
+        return
+    flat = flatten(config)
+    for key, expected in {
+        "assign.solver": ("auction",),
+        "assign.block": (None,),
+        "assign.placement": ("auto", "device"),
+        "targets.kind": ("sphere", "basis"),
+    }.items():
+        if flat[key] not in expected:
+            raise InputError(
+                f"{key}: expected {' or '.join(map(repr, expected))} with assign.scope = 'dataset',"
+                " where nat_jax.assign.match_points matches all images on the devices; got "
+                f"{flat[key]!r}. Set --config.{key}={expected[0]} or --config.assign.scope=batch"
+            )
+    if not config.assign.reassign_every_epochs:
+        raise InputError(
+            "assign.reassign_every_epochs: expected 1 or more with assign.scope = 'dataset', which "
+            "keeps features for matching; got 0. To never match, set --config.assign.scope=batch"
+        )
+
+
 def _check_solver_options(config: ConfigDict) -> None:
     import jax
 
     from nat_jax import assign
 
-    known = inspect.signature(assign.SOLVERS[config.assign.solver]).parameters
-    mine = [name for name in known if name not in ("cost", "maximize", "prices")]
-    for name in config.assign.options:
-        if name not in mine:
+    name, solve = config.assign.solver, assign.SOLVERS[config.assign.solver]
+    known = inspect.signature(solve).parameters
+    mine = [key for key in known if key not in ("cost", "maximize", "prices")]
+    if config.assign.scope == "dataset":
+        name, solve, mine = "match_points", _match_no_points, ["budget"]
+    for option in config.assign.options:
+        if option not in mine:
             raise InputError(
-                f"assign.options: {config.assign.solver} has no option {name!r}. "
-                f"Known: {', '.join(mine) or 'none'}"
+                f"assign.options: {name} has no option {option!r}. Known: "
+                f"{', '.join(mine) or 'none'}"
             )
-    solve = functools.partial(assign.SOLVERS[config.assign.solver], **config.assign.options)
+    solve = functools.partial(solve, **config.assign.options)
     try:
         jax.eval_shape(solve, jax.ShapeDtypeStruct((0, 0), "float32"))  # runs the solver's checks
     except (TypeError, ValueError) as error:
         raise InputError(f"assign.options: {error}") from error
+
+
+def _match_no_points(cost: Any, **options: Any) -> Any:
+    import numpy as np
+
+    from nat_jax import assign
+
+    return assign.match_points(*np.zeros((2, 0, 1)), **options).col4row

@@ -150,16 +150,28 @@ _add(
 _add(
     "assign",
     TRAINING,
+    Key(
+        "scope",
+        "batch",
+        "batch: images of a batch are matched, in its step; dataset: all images, between epochs "
+        "(beyond the paper)",
+        "batch dataset",
+    ),
     Key("solver", "auction", "solver of the assignment problems", "assign.SOLVERS"),
-    Key("reassign_every_epochs", 3, "1: in every epoch; 3: the paper's; 0: never", least=0),
+    Key(
+        "reassign_every_epochs",
+        3,
+        "1: in every epoch; 3: the paper's; 0: never; with scope dataset after these epochs",
+        least=0,
+    ),
     Key("block", None, "images matched together; None: the batch"),
     Key(
         "storage",
         "auto",
-        "how the permutation is stored; auto: sharded from 2**24 records",
+        "how the permutation, and features kept, are stored; auto: sharded from 64 MiB",
         "auto replicated sharded",
     ),
-    Key("options", {}, "arguments of the solver, such as eps"),
+    Key("options", {}, "arguments of the solver, such as eps; with scope dataset: budget"),
 )
 _add(
     "assign",

@@ -28,8 +28,8 @@ from nat_jax.models.frozen import FrozenModel
 from nat_jax.report.rows import Row
 from nat_jax.runtime import consistency, preemption, sharding, startup
 from nat_jax.runtime.preemption import Preempted, StopOnSignal
-from nat_jax.train_step import Metrics, TrainState, batch_shardings
-from nat_jax.training import checkpoint, health, lock, metrics
+from nat_jax.train_step import Metrics, StateWithFeatures, TrainState, batch_shardings
+from nat_jax.training import checkpoint, dataset_matching, health, lock, metrics
 from nat_jax.training import workdir as workdirs
 from nat_jax.training.host_matching import SOLVER_SECONDS, compile_step
 from nat_jax.training.setup import (
@@ -177,13 +177,16 @@ def _log_health(run: Run) -> None:
         latest |= {name: value for name, value in row.items() if value is not None}
     last_epoch = (run.total_steps - 1) // run.steps_per_epoch
     every = run.config.assign.reassign_every_epochs
+    whole = run.step.scope == "dataset"
+    last_epoch -= whole  # after the last one nothing is matched
     sentences = health.sentences(
         latest,
-        n=run.step.block or run.config.batch_size,
+        n=len(run.sources.train) if whole else run.step.block or run.config.batch_size,
         dim=run.step.model.dim,
         kind=run.config.targets.kind,
         matched_epoch=last_epoch - last_epoch % every if every else None,
         steps=run.total_steps,
+        scope=run.step.scope,
     )
     workdirs.write_json(run.workdir / "results" / "health.json", sentences)
     for sentence in sentences:
@@ -247,6 +250,8 @@ class _Loop:
                 if self._judges_at(start):
                     self._judge(start, state)  # if the run was stopped before it could
                 for step in range(start, run.total_steps):
+                    if run.matches_all_before(step):
+                        state = self._match_all(step, state)
                     with self._timer.waiting():
                         batch = next(batches)
                     state = self._dispatch(step, state, batch)
@@ -296,6 +301,16 @@ class _Loop:
         self._in_flight.append((step, step_metrics))
         return state
 
+    def _match_all(self, step: int, state: TrainState) -> TrainState:
+        self._read(keep=0)  # nothing that is not finite is ever matched
+        assert isinstance(state, StateWithFeatures)
+        matched = dataset_matching.match_all(
+            self._run.step, state, self._run.targets, len(self._run.sources.train), seed=step
+        )
+        self._timer.solved(matched.metrics[dataset_matching.SECONDS])
+        self._matched = matched.metrics  # in the next row, so that none has two
+        return matched.state
+
     def _read(self, *, keep: int) -> None:
         """Read the results of dispatched steps until only ``keep`` are left in flight."""
         run = self._run
@@ -308,8 +323,9 @@ class _Loop:
                 seconds, self._began = time.perf_counter() - self._began, None
                 logger.info("the first step was done %.1f s after the start", seconds)
                 self._first_step = {"time/first_step_seconds": seconds}
-            solving = row.pop(SOLVER_SECONDS, None)
-            self._timer.step(run.config.batch_size, matched=run.reassigns(step), solving=solving)
+            if (solving := row.pop(SOLVER_SECONDS, None)) is not None:
+                self._timer.solved(solving)
+            self._timer.step(run.config.batch_size, matched=run.reassigns(step))
             if run.reassigns(step):
                 worst = max(row["assign/worst_status"], self._matched.get(_STATUS, 0.0))
                 self._matched = {k: v for k, v in row.items() if k.startswith(_MATCHING)}

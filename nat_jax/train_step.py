@@ -55,6 +55,19 @@ class TrainState:
     assignment: jax.Array
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StateWithFeatures(TrainState):
+    """The state where all images are matched between epochs, by features of earlier steps.
+
+    Attributes:
+        features: float16[N, D], as long as the assignment and sharded like it: the newest feature
+            of each image, 0 for one that has none yet.
+    """
+
+    features: jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
     """The settings of the train step; hashable, so that equal settings compile once.
@@ -68,6 +81,7 @@ class Step:
         solver: a key of ``assign.SOLVERS``.
         solver_options: keyword arguments of the solver, as sorted (name, value) pairs.
         block: images matched together; None for the complete global batch.
+        scope: "batch", or "dataset": steps keep features instead of matching.
         placement: "device" or "host", where matching is solved.
         storage: "replicated" or "sharded" over "data", how the assignment is kept.
     """
@@ -80,6 +94,7 @@ class Step:
     solver: str = "auction"
     solver_options: tuple[tuple[str, Any], ...] = ()
     block: int | None = None
+    scope: str = "batch"
     placement: str = "device"
     storage: str = "replicated"
 
@@ -130,7 +145,11 @@ class MatchProblem(NamedTuple):
 
 
 def create_state(
-    model: Model, optimizer: optim.Optimizer, assignment: jax.Array, key: jax.Array
+    model: Model,
+    optimizer: optim.Optimizer,
+    assignment: jax.Array,
+    key: jax.Array,
+    scope: str = "batch",
 ) -> TrainState:
     """Return the state before the first step.
 
@@ -139,22 +158,31 @@ def create_state(
         optimizer: the settings of SGD.
         assignment: int32[N], the first permutation.
         key: typed PRNG key; initialisation and dropout use independent halves.
+        scope: see ``Step``.
     """
     init_key, step_key = jax.random.split(key)
     params, batch_stats = model.init(init_key)
     opt_state = optim.make_optimizer(optimizer).init(params)
-    return TrainState(params, batch_stats, opt_state, jnp.int32(0), step_key, assignment)
+    state = TrainState(params, batch_stats, opt_state, jnp.int32(0), step_key, assignment)
+    if scope == "batch":
+        return state
+    return StateWithFeatures(
+        **vars(state), features=jnp.zeros((len(assignment), model.dim), jnp.float16)
+    )
 
 
 @functools.cache
 def state_shardings(step: Step) -> TrainState:
     """Return the sharding of every leaf of the state, as a ``TrainState``."""
     shapes = jax.eval_shape(
-        lambda: create_state(step.model, step.optimizer, jnp.zeros(1, jnp.int32), jax.random.key(0))
+        lambda: create_state(
+            step.model, step.optimizer, jnp.zeros(1, jnp.int32), jax.random.key(0), step.scope
+        )
     )
-    assignment = sharding.over_data if step.storage == "sharded" else sharding.replicated
+    by_image = (sharding.over_data if step.storage == "sharded" else sharding.replicated)(step.mesh)
+    names = ("assignment", "features") if step.scope == "dataset" else ("assignment",)
     return dataclasses.replace(
-        sharding.param_shardings(step.mesh, shapes), assignment=assignment(step.mesh)
+        sharding.param_shardings(step.mesh, shapes), **dict.fromkeys(names, by_image)
     )
 
 
@@ -187,6 +215,8 @@ def train_step(
         return post_match(step, state, targets, batch, problem, solve_sharded(step, problem.cost))
     result = forward(step, state, batch["image"])
     rows, weight = present(step, state, batch)
+    if isinstance(state, StateWithFeatures):
+        state = keep_features(state, batch, result.features)
     return update(step, state, result, targets.gather(rows), weight)
 
 
@@ -336,6 +366,17 @@ def scatter_assignment(state: TrainState, index: jax.Array, rows: jax.Array) -> 
     """Return the state in which the images ``index`` int32[B] own ``rows`` int32[B]."""
     assignment = state.assignment.at[index].set(rows, unique_indices=True)
     return dataclasses.replace(state, assignment=assignment)
+
+
+def keep_features(state: StateWithFeatures, batch: Batch, features: jax.Array) -> StateWithFeatures:
+    """Return the state with the features [B, D] or [B, V, D] of a batch as its images' newest.
+
+    Those of several views are kept as the direction of their mean. A record of weight 0 has none.
+    """
+    index, newest = batch["index"], _mean_direction(features).astype(jnp.float16)
+    newest = jnp.where(batch["weight"][:, None] > 0, newest, state.features[index])
+    kept = state.features.at[index].set(newest, unique_indices=True)
+    return dataclasses.replace(state, features=kept)
 
 
 def _blocks(step: Step, batch: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

@@ -13,7 +13,14 @@ from scipy.optimize import linear_sum_assignment
 
 from nat_jax import models, optim, targets
 from nat_jax.runtime import sharding
-from nat_jax.train_step import Step, TrainState, create_state, forward, state_shardings
+from nat_jax.train_step import (
+    StateWithFeatures,
+    Step,
+    TrainState,
+    create_state,
+    forward,
+    state_shardings,
+)
 from nat_jax.training.host_matching import compile_step
 
 N, B, D = 203, 32, 6  # 203 rows do not divide by 8 devices
@@ -77,12 +84,15 @@ def first_state(model: models.Model, optimizer: optim.Optimizer) -> TrainState:
     return create(model, optimizer, jnp.zeros(0, jnp.int32), jax.random.key(0))
 
 
-def make_state(step: Step) -> TrainState:
-    """Return the same state on any mesh, its permutation the identity."""
+def make_state(step: Step, features: np.ndarray | None = None) -> TrainState:
+    """Return the same state on any mesh, its permutation the identity, with features [N, D]."""
     _, length = sharding.permutation_storage(step.storage, N, step.mesh)
     state = dataclasses.replace(
         first_state(step.model, step.optimizer), assignment=jnp.arange(length, dtype=jnp.int32)
     )
+    if features is not None:
+        padded = jnp.zeros((length, D), jnp.float16).at[:N].set(features)
+        state = StateWithFeatures(**vars(state), features=padded)
     copied = jax.tree.map(jnp.copy, state)  # what is made from it is donated
     return jax.device_put(copied, state_shardings(step))
 
@@ -126,6 +136,14 @@ def _similarity(
     good = batch["weight"] > 0
     similarity[~(np.eye(B, dtype=bool) | np.outer(good, good))] = -1e3
     return similarity
+
+
+def make_features(without: Sequence[int] = ()) -> np.ndarray:
+    """Return unit features float16[N, D], of nearby directions, 0 for the images without one."""
+    features = np.random.default_rng(1).normal(0.3, size=(N, D))
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    features[list(without)] = 0
+    return features.astype(np.float16)
 
 
 def margins(similarity: np.ndarray) -> np.ndarray:

@@ -1,7 +1,6 @@
 """Starts nat_jax in several processes on this host, as the tests see it from outside."""
 
 import contextlib
-import dataclasses
 import os
 import signal
 import socket
@@ -15,6 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 from project import ROOT
+
+from nat_jax.runtime import sharding
 
 HERE = ROOT / "tests" / "multi_process"
 CONFIG = f"--config={HERE / 'tiny.py'}"
@@ -164,11 +165,12 @@ def start(
 
 
 def leaves_of(state: Any) -> dict[str, np.ndarray]:
-    """Return the leaves of a train state by name, that of its key as integers."""
-    flat = jax.tree_util.tree_flatten_with_path(
-        dataclasses.replace(state, key=jax.random.key_data(state.key))
-    )[0]
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat}
+    """Return the leaves of a train state by name, that of its key as integers.
+
+    All processes must call this.
+    """
+    flat = jax.tree_util.tree_flatten_with_path(sharding.to_host(state))[0]
+    return {jax.tree_util.keystr(path): leaf for path, leaf in flat}
 
 
 def state(workdir: Path, process: int = 0) -> dict[str, np.ndarray]:

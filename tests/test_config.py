@@ -95,6 +95,27 @@ def test_a_mistake_is_named(key, value, message):
         config.validate(c, evaluate.PROBES)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("assign.solver", "scipy", "assign.solver: expected 'auction' with .*; got 'scipy'. Set "),
+        ("assign.block", 64, "assign.block: expected None with .*match_points.*; got 64. Set --c"),
+        ("assign.placement", "host", "expected 'auto' or 'device' with .*; got 'host'"),
+        ("targets.kind", "labels", "targets.kind: expected 'sphere' or 'basis' with .*'labels'"),
+        ("assign.reassign_every_epochs", 0, "expected 1 or more with .*; got 0. To never match"),
+        ("assign.options.eps", 0.1, "match_points has no option 'eps'. Known: budget"),
+        ("assign.options.budget", -1, "assign.options: budget must not be negative, got -1"),
+    ],
+)
+def test_what_matching_of_all_images_does_not_use_is_named(key, value, message):
+    c = valid()
+    c.assign.scope = "dataset"
+    config.validate(c, evaluate.PROBES)
+    set_key(c, key, value)
+    with pytest.raises(InputError, match=message):
+        config.validate(c, evaluate.PROBES)
+
+
 def test_an_unknown_key_is_named_with_the_known_ones():
     c = valid()
     with pytest.raises(AttributeError, match="lr"):

@@ -116,6 +116,42 @@ def test_resuming_gives_the_same_bits(finished, tmp_path, monkeypatch):
     assert quiet == again
 
 
+ALL_IMAGES = dict(
+    assign__scope="dataset",
+    assign__reassign_every_epochs=1,
+    batch_size=64,
+    data__per_class=32,  # so that all images have a feature after an epoch: one problem to compile
+    eval__probes=(),
+)
+
+
+@pytest.mark.slow
+def test_all_images_are_matched_between_epochs_and_after_a_kill_again(tmp_path, monkeypatch):
+    """The kill is between a matching and the next save."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    state = train.train_and_evaluate(tiny(**ALL_IMAGES), whole)
+    assert state.features.dtype == np.float16 and state.features.shape == (320, 6)
+    np.testing.assert_array_equal(np.sort(state.assignment), np.arange(320))
+    assert "assign/cosine_after" not in rows_of(whole)[1]  # nothing was to be matched yet
+    matched = [row for row in rows_of(whole) if "assign/cosine_after" in row]
+    assert [row["step"] for row in matched] == [6, 12]  # after epochs of 5 steps
+    for row in matched:
+        assert row["assign/cosine_after"] > row["assign/cosine_before"] + 0.1
+        assert {"time/match_seconds", "time/match_share", "assign/moved"} <= row.keys()
+    text = " ".join(health_of(whole))
+    assert "before re-matching after epoch 1, features" in text and "effective rank" in text
+
+    interrupted_at(monkeypatch, killed, 10, **ALL_IMAGES)
+    with pytest.raises(ValueError, match="holds a run with assign.scope = 'dataset'; this one has"):
+        train.train_and_evaluate(tiny(**ALL_IMAGES | dict(assign__scope="batch")), killed)
+    assert_same(state, train.train_and_evaluate(tiny(**ALL_IMAGES), killed))
+    quiet = [
+        [{k: v for k, v in row.items() if "time/" not in k} for row in rows_of(folder)]
+        for folder in (whole, killed)
+    ]
+    assert quiet[0] == quiet[1]
+
+
 def test_a_run_whose_lock_is_gone_saves_nothing_more(finished, tmp_path, monkeypatch):
     _, state = finished
     real = train._Loop._dispatch

@@ -59,7 +59,7 @@ def panels(runs: Runs, *, chance: float | None = None, dim: int | None = None) -
         Panel(
             "Loss",
             "Half the squared distance to the targets; 1 is no relation, 0 a match. "
-            "Lower in epochs that re-match.",
+            "Lower after images are re-matched.",
             {"train/loss": ""},
             low=0.0,
         ),
@@ -73,7 +73,7 @@ def panels(runs: Runs, *, chance: float | None = None, dim: int | None = None) -
         ),
         Panel(
             "Images that moved",
-            "Share of a re-matched batch that took another target.",
+            "Share of the re-matched images that took another target.",
             {"assign/moved": ""},
             low=0.0,
             high=1.0,

@@ -99,14 +99,21 @@ def _facts(contents: Contents) -> Iterator[tuple[str, Any]]:
     )
     yield "trained", f"{last['epoch']:g} epochs, {last['step']:,} steps" if last else ""
     yield "seeds", ", ".join(map(str, contents.setting("seeds") or ()))
-    matched = contents.setting("assign.block") or contents.setting("batch_size")
+    matched = _matched_together(contents)
     yield "matched together", f"{matched:,} images" if matched else ""
     yield "device", run.get("devices")
 
 
+def _matched_together(contents: Contents) -> int | None:
+    """Return how many images are matched together; None if it is not known."""
+    if contents.setting("assign.scope") == "dataset":
+        return (contents.result or {}).get("run", {}).get("num_records")
+    return contents.setting("assign.block") or contents.setting("batch_size")
+
+
 def _chance(contents: Contents) -> float | None:
     """Return the cosine that matching reaches without learning; None if it is not known."""
-    matched = contents.setting("assign.block") or contents.setting("batch_size")
+    matched = _matched_together(contents)
     dim = contents.setting("model.dim")
     # The formula is for random directions; rows of the canonical basis are none.
     if contents.setting("targets.kind") != "sphere" or not matched or not dim:

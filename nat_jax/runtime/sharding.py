@@ -23,8 +23,8 @@ from nat_jax.errors import InputError
 # saves less memory than its collectives cost time.
 SPLIT_FROM = 2**20
 
-# "auto" shards a permutation of at least this many entries (64 MiB) over "data".
-_PERMUTATION_FROM = 2**24
+# "auto" shards a permutation over "data" if it has this many bytes, with the features kept for it.
+_SHARDED_FROM = 2**26
 
 # Sharded permutations are as long as the next multiple of this number, whatever the devices: a
 # checkpoint then fits any number of them that divides it. Costs 1.7 MB at the most.
@@ -130,7 +130,9 @@ def param_shardings(mesh: Mesh, shapes: Any) -> Any:
     return jax.tree.map(place, shapes)
 
 
-def permutation_storage(storage: str, num_records: int, mesh: Mesh) -> tuple[str, int]:
+def permutation_storage(
+    storage: str, num_records: int, mesh: Mesh, *, dim: int = 0
+) -> tuple[str, int]:
     """Return how a permutation of the records is stored, and its length.
 
     A sharded one is padded. Entry i >= ``num_records`` is i, and stays so: no record has that
@@ -140,6 +142,7 @@ def permutation_storage(storage: str, num_records: int, mesh: Mesh) -> tuple[str
         storage: "auto", "replicated" or "sharded".
         num_records: N.
         mesh: the devices.
+        dim: dimension of the float16 features that are kept for each record, if any.
 
     Returns:
         "replicated" and N, or "sharded" and the padded length.
@@ -148,7 +151,8 @@ def permutation_storage(storage: str, num_records: int, mesh: Mesh) -> tuple[str
         InputError: the padded length is beyond int32, or does not divide by the devices.
     """
     if storage == "auto":
-        storage = "sharded" if num_records >= _PERMUTATION_FROM else "replicated"
+        size = num_records * (4 + 2 * dim)
+        storage = "sharded" if size >= _SHARDED_FROM else "replicated"
     if storage == "replicated":
         return storage, num_records
     length = -(-num_records // PERMUTATION_UNIT) * PERMUTATION_UNIT

@@ -1,7 +1,7 @@
-"""Proof that an assignment is a permutation, and its checksum, computed shard by shard.
+"""Proof that an assignment is a permutation, and checksums, computed shard by shard.
 
-Neither sorts, makes a 64-bit copy or gathers a sharded assignment: each process reads the shards it
-holds, and stores and exchanges one bit a row.
+Neither sorts, makes a 64-bit copy or gathers a sharded array: each process reads the shards it
+holds, and for the proof stores and exchanges one bit a row.
 
 The bits are added rather than or-ed. Row r adds ``1 << r % 8`` to byte ``r // 8``, modulo 256, over
 all shards and processes. Powers of two up to 128 that add up to 255 modulo 256 are at least eight:
@@ -11,6 +11,7 @@ fill N / 8 bytes, so **if every byte is 255 at the end, every row occurs exactly
 entry was out of range. Collectives on every kind of device can add; not all can or.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -58,43 +59,46 @@ def permutation_error(assignment: jax.Array | np.ndarray) -> str | None:
     return f"of its rows 0..{size - 1} at least {wrong} are missing or owned by several images"
 
 
-def checksum(assignment: jax.Array | np.ndarray) -> int:
-    """Return a 64-bit checksum of the (image, row) pairs, the same for every sharding.
+def checksum(by_image: jax.Array | np.ndarray) -> int:
+    """Return a 64-bit checksum of the assignment or the features, the same for every sharding.
 
-    It is a sum of hashes of the pairs. If the assignment is sharded over processes, all get the
-    same number, and all must call this.
+    It is a sum of hashes of (place, value) pairs. If the array is sharded over processes, all get
+    the same number, and all must call this.
     """
     total = 0
-    for start, rows in _blocks(assignment):
-        image = np.arange(start, start + rows.size, dtype=np.uint64)
-        total += int(mix64((image << np.uint64(32)) | rows.astype(np.uint32)).sum())
+    for start, values in _blocks(by_image):
+        place = np.arange(start, start + values.size, dtype=np.uint64)
+        bits = 8 * values.itemsize
+        total += int(mix64((place << np.uint64(bits)) | values.view(f"uint{bits}")).sum())
     total %= 2**64
-    if not _is_across_processes(assignment):
+    if not _is_across_processes(by_image):
         return total
     halves = multihost_utils.process_allgather(np.array([total % 2**32, total >> 32], np.uint32))
     return sum(int(low) + (int(high) << 32) for low, high in np.asarray(halves)) % 2**64
 
 
-def _is_across_processes(assignment: Any) -> bool:
+def _is_across_processes(by_image: Any) -> bool:
     """Return whether other processes hold entries that this one does not."""
-    if not isinstance(assignment, jax.Array):
+    if not isinstance(by_image, jax.Array):
         return False
-    return not (assignment.is_fully_addressable or assignment.is_fully_replicated)
+    return not (by_image.is_fully_addressable or by_image.is_fully_replicated)
 
 
-def _blocks(assignment: Any) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield the entries that this process accounts for, each once: (first image, rows)."""
-    for start, rows in _shards(assignment):
-        for at in range(0, rows.size, _BLOCK):
-            yield start + at, rows[at : at + _BLOCK]
+def _blocks(by_image: Any) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the entries that this process accounts for, each once: (first place, flat values)."""
+    for image, shard in _shards(by_image):
+        values = shard.reshape(-1)
+        start = image * math.prod(shard.shape[1:])
+        for at in range(0, values.size, _BLOCK):
+            yield start + at, values[at : at + _BLOCK]
 
 
-def _shards(assignment: Any) -> Iterator[tuple[int, np.ndarray]]:
-    if not isinstance(assignment, jax.Array):
-        yield 0, np.asarray(assignment)
+def _shards(by_image: Any) -> Iterator[tuple[int, np.ndarray]]:
+    if not isinstance(by_image, jax.Array):
+        yield 0, np.asarray(by_image)
         return
-    across, done = _is_across_processes(assignment), set()
-    for shard in assignment.addressable_shards:
+    across, done = _is_across_processes(by_image), set()
+    for shard in by_image.addressable_shards:
         start = shard.index[0].start or 0
         # Several processes may hold copies of a shard; the one with the first accounts for it.
         if start not in done and not (across and shard.replica_id):

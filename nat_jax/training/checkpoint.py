@@ -4,9 +4,9 @@ A checkpoint is the training state and a JSON record. Orbax writes both in the b
 temporary folder and renames it when all is on disk, so a killed save leaves the older checkpoints
 as they were. Orbax does not notice a flipped bit in array data: the record therefore holds a digest
 of every leaf, and a checkpoint that does not match is never restored. The state is hashed on the
-host before its save continues in the background, and after it is restored. The assignment, the one
-leaf that grows with the data set, is hashed and proven to be a permutation shard by shard
-(``nat_jax.training.assignment_state``) and never gathered.
+host before its save continues in the background, and after it is restored. What grows with the data
+set, the assignment and the features kept for it, is hashed shard by shard and never gathered, as
+the assignment is proven to be a permutation (``nat_jax.training.assignment_state``).
 """
 
 import hashlib
@@ -390,7 +390,7 @@ def _describe(leaf: Any) -> dict[str, Any]:
 
 
 def _digest(name: str, leaf: Any) -> str:
-    if name == "assignment":
+    if name in ("assignment", "features"):
         return f"{assignment_state.checksum(leaf):016x}"
     # reshape first: a uint8 view needs a last axis, which a scalar has not
     data = np.ascontiguousarray(sharding.to_host(leaf)).reshape(-1).view(np.uint8)

@@ -44,17 +44,20 @@ def sentences(
     kind: str = "sphere",
     matched_epoch: int | None = None,
     steps: int | None = None,
+    scope: str = "batch",
 ) -> list[str]:
     """Describe the health of a run in sentences; problems begin with "warning:".
 
     Args:
         row: the latest value of each metric; values that are missing or not finite are left out,
             but a loss that is not finite is reported.
-        n: images that are matched together (``assign.block``, or the global batch).
+        n: images that are matched together (``assign.block``, the global batch, or all).
         dim: D, the feature dimension.
         kind: of the targets; the chance level is known for "sphere" only.
-        matched_epoch: the last epoch that reassigned its batches, counted from 0.
+        matched_epoch: the last epoch that reassigned its batches, or after which all images were
+            matched, counted from 0.
         steps: how many were trained; features of fewer than 100 are still those of the start.
+        scope: ``assign.scope``.
     """
     finite = {k: v for k, v in row.items() if v is not None and math.isfinite(v)}
     found = []
@@ -62,7 +65,7 @@ def sentences(
         found.append("warning: the loss is not finite; lower optim.learning_rate")
     spread, collapsed = _feature_health(finite, n, dim, steps)
     if not collapsed:
-        found += _matching_health(finite, n, dim, kind, matched_epoch)
+        found += _matching_health(finite, n, dim, kind, matched_epoch, scope)
     found += spread
     if finite.get("assign/worst_status", 0):
         found.append(
@@ -73,18 +76,25 @@ def sentences(
 
 
 def _matching_health(
-    row: Mapping[str, float], n: int, dim: int, kind: str, matched_epoch: int | None
+    row: Mapping[str, float],
+    n: int,
+    dim: int,
+    kind: str,
+    matched_epoch: int | None,
+    scope: str,
 ) -> list[str]:
+    what, preposition = ("all images", "after") if scope == "dataset" else ("batches", "in")
     if not {"assign/cosine_before", "assign/cosine_after"} <= row.keys():
-        return []
+        never = "all images are re-matched between epochs only: train for more than one (epochs)"
+        return [never] if scope == "dataset" else []
     before, after = row["assign/cosine_before"], row["assign/cosine_after"]
-    when = "" if matched_epoch is None else f" in epoch {matched_epoch}"
+    when = "" if matched_epoch is None else f" {preposition} epoch {matched_epoch}"
     text = (
         f"before re-matching{when}, features pointed to the targets that their images already "
         f"owned with cosine {before:.3f} (without learning 0)"
     )
     if matched_epoch == 0:
-        found = ["batches were re-matched in epoch 0 only, which is too early to judge"]
+        found = [f"{what} were re-matched{when} only, which is too early to judge"]
     elif kind != "sphere":
         found = [text]
     elif before < max(_ABOVE_CHANCE, 3 / math.sqrt(n * dim)):

@@ -163,11 +163,8 @@ class Timer:
         self._paused += time.perf_counter() - start
         self._last_step = None
 
-    def step(self, images: int, *, matched: bool, solving: float | None = None) -> None:
-        """Count a finished step over ``images`` images; ``matched`` if it reassigned rows.
-
-        ``solving``: seconds that the host solved while the devices waited, if the host solves.
-        """
+    def step(self, images: int, *, matched: bool) -> None:
+        """Count a finished step over ``images`` images; ``matched`` if it reassigned rows."""
         now = time.perf_counter()
         if self._last_step is not None:
             self._durations[matched].append(now - self._last_step)
@@ -175,17 +172,19 @@ class Timer:
         self._images += images
         self._steps += 1
         self._matched += matched
-        if solving is not None:
-            self._solving = (self._solving or 0.0) + solving
+
+    def solved(self, seconds: float) -> None:
+        """Count seconds of matching in which no step ran."""
+        self._solving = (self._solving or 0.0) + seconds
 
     def window(self) -> dict[str, float]:
         """Return the measurements since the last call, and start a new window.
 
         Returns:
             time/images_per_second; time/data_share, the share of time spent waiting for data; and
-            time/match_share, the share of time that the host spent solving; if the devices solve,
-            the share that matching added, from the median durations of steps with and without it,
-            once both have been seen.
+            time/match_share, the share of time for matching between steps or on the host; if the
+            devices match in their steps, the share that matching added, from the median durations
+            of steps with and without it, once both have been seen.
         """
         elapsed = max(time.perf_counter() - self._start - self._paused, 1e-9)
         row = {

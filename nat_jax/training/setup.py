@@ -54,10 +54,22 @@ class Run:
 
         With labels, the assignment is unused.
         """
-        every = self.config.assign.reassign_every_epochs
-        if self.step.supervised or not every:
+        if self.step.supervised or self.step.scope == "dataset":
             return False
-        return step // self.steps_per_epoch % every == 0
+        return self._is_due(step // self.steps_per_epoch)
+
+    def matches_all_before(self, step: int) -> bool:
+        """Return whether all images are matched before a step, the first after epoch 0, 3, 6, ...
+
+        They are not after the last epoch, as nothing would be trained with the result; a run that
+        is extended does it first.
+        """
+        epochs, done = divmod(step, self.steps_per_epoch)
+        return self.step.scope == "dataset" and not done and epochs > 0 and self._is_due(epochs - 1)
+
+    def _is_due(self, epoch: int) -> bool:
+        every = self.config.assign.reassign_every_epochs
+        return every > 0 and epoch % every == 0
 
     def identity(self) -> dict[str, Any]:
         """Return the entries of a checkpoint's ``meta`` that must equal this run's."""
@@ -113,6 +125,7 @@ def set_up(
     )
     platform = mesh.devices.flat[0].platform
     model = make_model(config, platform)
+    whole = config.assign.scope == "dataset"
     step = Step(
         model=model,
         optimizer=optimizer,
@@ -122,8 +135,11 @@ def set_up(
         solver=config.assign.solver,
         solver_options=tuple(sorted(config.assign.options.items())),
         block=config.assign.block,
+        scope=config.assign.scope,
         placement=host_matching.resolve(config.assign.placement, platform),
-        storage=sharding.permutation_storage(config.assign.storage, len(sources.train), mesh)[0],
+        storage=sharding.permutation_storage(
+            config.assign.storage, len(sources.train), mesh, dim=config.model.dim if whole else 0
+        )[0],
     )
     noise, storage = targets.make_targets(
         config.targets.kind,
@@ -221,7 +237,9 @@ def first_state(step: Step, kind: str, number: int) -> Callable[[jax.Array], Tra
         assignment = targets.initial_assignment(
             kind, number, jax.random.fold_in(key, 2), length=length
         )
-        return create_state(step.model, step.optimizer, assignment, jax.random.fold_in(key, 0))
+        return create_state(
+            step.model, step.optimizer, assignment, jax.random.fold_in(key, 0), step.scope
+        )
 
     return jax.jit(create, out_shardings=state_shardings(step))
 

@@ -62,6 +62,17 @@ def test_a_step_exchanges_what_is_known(settings: dict, reassign: bool, expected
     assert others == expected
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", ["replicated", "sharded"])
+def test_a_step_that_keeps_features_exchanges_those_of_the_batch(storage: str) -> None:
+    whole = given(scope="dataset", storage=storage)
+    (compiled,) = compile_all(whole, reassign=False, options=FAST)
+    found = read(compiled.program.as_text(), whole.sizes)
+    carried = [part.carries for each in found for part in each.parts]
+    assert {reading.RECORDS, reading.UNKNOWN}.isdisjoint(carried), found
+    assert 1 <= carried.count(reading.FEATURES) <= 3, found
+
+
 def gathers_images(step, state, new, metrics, batch):
     images = jax.lax.with_sharding_constraint(batch["image"], sharding.replicated(step.mesh))
     return new, metrics | {"brightest": jnp.sort(images.reshape(-1))[-9]}

@@ -9,15 +9,26 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
-from one_step import Outcome, assert_agree, clear, make_state, make_step, one_step
+from one_step import (
+    N,
+    Outcome,
+    assert_agree,
+    clear,
+    make_batch,
+    make_features,
+    make_state,
+    make_step,
+    make_targets,
+    one_step,
+)
 from project import ROOT
 
 from nat_jax import config, train
 from nat_jax.input.device_images import DeviceImages
 from nat_jax.input.reader import ImageCache
 from nat_jax.runtime import sharding
-from nat_jax.train_step import state_shardings
-from nat_jax.training import metrics
+from nat_jax.train_step import keep_features, state_shardings
+from nat_jax.training import dataset_matching, metrics
 from nat_jax.training.checkpoint import Checkpoints
 from nat_jax.training.setup import initial_state, open_sources, set_up
 
@@ -130,6 +141,31 @@ def test_a_checkpoint_fits_any_mesh(tmp_path):
         for left, right in zip(*map(jax.tree.leaves, (state, restored)), strict=True):
             if not jax.dtypes.issubdtype(left.dtype, jax.dtypes.prng_key):
                 np.testing.assert_array_equal(left, right)
+
+
+def test_all_images_are_matched_alike():
+    """The features of a batch are kept as NumPy does it, and all images matched as on one device.
+
+    The permutation and the features are replicated, or padded and sharded.
+    """
+    found = []
+    for shape, storage in (((1, 1), "replicated"), ((4, 2), "sharded")):
+        kept, batch = make_features(without=range(50)), make_batch(bad=(3,))
+        newest = make_features()[::-1][: len(batch["index"])].copy()
+        step = make_step(mesh_of(*shape), scope="dataset", storage=storage)
+        keep = jax.jit(keep_features, out_shardings=state_shardings(step))
+        state = keep(make_state(step, kept), sharding.global_batch(batch, step.mesh), newest)
+        good = batch["weight"] > 0
+        kept[batch["index"][good]] = newest[good]
+        np.testing.assert_array_equal(np.asarray(state.features)[:N], kept)
+        matched, _ = dataset_matching.match_all(step, state, make_targets(step), N, seed=0)
+        assert jax.tree.map(lambda leaf: leaf.sharding, matched) == state_shardings(step)
+        rows = np.asarray(matched.assignment)
+        np.testing.assert_array_equal(rows[N:], np.arange(N, len(rows)))
+        np.testing.assert_array_equal(np.sort(rows), np.arange(len(rows)))
+        found.append(rows[:N])
+    assert np.mean(found[0] != np.arange(N)) > 0.5
+    np.testing.assert_array_equal(found[0], found[1])
 
 
 def test_images_on_the_devices_are_split_like_the_batch():

@@ -11,7 +11,7 @@ import pytest
 from processes import HERE, LOST, Run, assert_close, assert_same_bits, leaves_of, state
 
 from nat_jax import train
-from nat_jax.training import lock
+from nat_jax.training import assignment_state, checkpoint, lock
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,26 @@ def test_what_is_written_once_is_written_once(two):
     assert result["run"]["processes"] == 2
     assert run.output(0).count("report: ") == 1
     assert run.lines(1) == []
+
+
+@pytest.mark.slow
+def test_one_process_matches_all_images_for_both(start, tmp_path):
+    """The permutation and the features are sharded over both."""
+    workdir = tmp_path / "run"
+    changes = {"scope": "dataset", "storage": "sharded", "reassign_every_epochs": "1"}
+    arguments = [f"--config.assign.{key}={value}" for key, value in changes.items()]
+    start(workdir, *arguments, processes=2, devices=2).finish()
+    assert_same_bits(state(workdir, 0), state(workdir, 1))
+    rows = state(workdir)[".assignment"]
+    np.testing.assert_array_equal(np.sort(rows), np.arange(len(rows)))
+    assert state(workdir)[".features"].shape == (len(rows), 6)
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    matched = [row for row in map(json.loads, lines) if "assign/cosine_after" in row]
+    assert [row["step"] for row in matched] == [6, 11, 16, 21]  # after epochs of 5 steps
+    assert all(row["assign/cosine_after"] > row["assign/cosine_before"] for row in matched)
+    digests = checkpoint.Checkpoints(workdir / "checkpoints", read_only=True).digests()
+    expected = state(workdir)[".features"]
+    assert digests["features"] == f"{assignment_state.checksum(expected):016x}"
 
 
 def assert_lost(run: Run, victim: int, seconds: float) -> None:

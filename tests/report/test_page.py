@@ -202,6 +202,13 @@ def test_several_seeds(tmp_path: Path) -> None:
     assert accuracies == [(0.0, 0.77), (4.5, 0.8), (9.5, 0.91)]
 
 
+@pytest.mark.parametrize(("scope", "images"), [("batch", "64"), ("dataset", "1,437")])
+def test_how_many_images_are_matched_together(workdir: Path, scope: str, images: str) -> None:
+    _put(workdir / "config.json", CONFIG | {"assign": {"scope": scope, "block": None}})
+    facts = re.sub(r"<[^>]+>|\s+", " ", _page(workdir))
+    assert re.search(rf"matched together\s+{images} images", facts)
+
+
 def test_text_of_files_is_escaped(workdir: Path) -> None:
     source = "folder:<script>alert(1)</script>"
     _put(workdir / "config.json", {**CONFIG, "data": {"source": source}})

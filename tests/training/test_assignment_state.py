@@ -62,6 +62,16 @@ def test_the_checksum_depends_on_every_entry_and_its_place() -> None:
     assert len(found) == 1 + 3 * 32
 
 
+def test_the_checksum_of_features_depends_on_every_entry_and_its_place() -> None:
+    features = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float16)
+    expected = checksum(features)
+    assert checksum(jnp.asarray(features)) == expected
+    changed = features.copy()
+    changed.view(np.uint16)[4, 2] ^= 1
+    others = (changed, features[::-1], features[:, ::-1], features.T)
+    assert len({expected, *(checksum(np.ascontiguousarray(each)) for each in others)}) == 5
+
+
 def test_the_checksum_is_what_checkpoints_hold() -> None:
     assert checksum(np.arange(5, dtype=np.int32)[::-1]) == 14695296419211670275
 

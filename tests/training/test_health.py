@@ -96,6 +96,17 @@ def test_a_matching_in_the_first_epoch_only_is_not_judged() -> None:
     assert "in epoch 3" in later and "it is learning" in later
 
 
+def test_matching_of_all_images_has_words_of_its_own() -> None:
+    def text(row: dict[str, float], epoch: int) -> str:
+        return "\n".join(
+            health.sentences(row, n=1437, dim=10, matched_epoch=epoch, scope="dataset")
+        )
+
+    assert "before re-matching after epoch 3," in text(GOOD, 3)
+    assert "all images were re-matched after epoch 0 only" in text(GOOD, 0)
+    assert "between epochs only: train for more than one" in text({}, -3)
+
+
 def test_what_is_missing_is_not_judged() -> None:
     assert health.sentences({}, n=256, dim=10) == []
     assert health.sentences({"features/effective_rank": math.nan}, n=256, dim=10) == []
