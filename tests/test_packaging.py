@@ -29,8 +29,8 @@ DISTRIBUTIONS = {
     "tensorflow_datasets": "tensorflow-datasets",
 }
 
-# Required by a dependency that does not declare it; of scikit-learn only a data file is read.
-NOT_IMPORTED = {"flatbuffers", "importlib-resources", "scikit-learn"}
+# Required by a dependency that does not declare it.
+NOT_IMPORTED = {"flatbuffers", "importlib-resources"}
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.optimize
 
 from nat_jax.errors import InputError
 from nat_jax.evaluate.baselines.codebooks import EXACT, k_means, nearest_centroid, sums_by_owner
@@ -132,12 +131,14 @@ def _ridge(x: np.ndarray, variance: np.ndarray, cluster: np.ndarray, clusters: i
 
 def _of_equal_sizes(scores: np.ndarray, order: np.ndarray) -> np.ndarray:
     """Return clusters int[N] of the largest total score [N, K], of equal sizes block by block."""
+    from scipy.optimize import linear_sum_assignment  # takes long to import
+
     cluster = np.empty(len(scores), np.int64)
     count = scores.shape[1]
     for start in range(0, len(order), _BLOCK):
         rows = order[start : start + _BLOCK]
         each = -(-len(rows) // count)
-        _, column = scipy.optimize.linear_sum_assignment(-np.repeat(scores[rows], each, axis=1))
+        _, column = linear_sum_assignment(-np.repeat(scores[rows], each, axis=1))
         cluster[rows] = column // each
     return cluster
 

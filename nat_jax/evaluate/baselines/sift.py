@@ -17,8 +17,6 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.mixture import GaussianMixture
 
 from nat_jax.errors import InputError
 from nat_jax.evaluate.baselines.codebooks import EXACT
@@ -75,6 +73,10 @@ def learn_fisher_vectors(
     Raises:
         InputError: no Gaussian, images without room for a descriptor, or too few of them.
     """
+    # scikit-learn takes long to import.
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture
+
     if gaussians < 1:
         raise InputError(f"sift: gaussians: expected at least 1, got {gaussians}")
     found = _sample(batches, stride, seed)
