@@ -125,6 +125,12 @@ def nearest_centroid(points: np.ndarray, centroids: np.ndarray) -> tuple[np.ndar
     return tuple(np.concatenate(column) for column in zip(*parts, strict=True))  # type: ignore
 
 
+@jax.jit
+def gram(x: jax.Array) -> jax.Array:
+    """Return the products of the columns of points, float32[d, d] of [N, d]."""
+    return jnp.matmul(x.T, x, precision=EXACT)
+
+
 def square_distances(points: jax.Array, centroids: np.ndarray | jax.Array) -> jax.Array:
     """Return float32[..., K], never negative, of points [..., d]."""
     products = jnp.matmul(points, centroids.T, precision=EXACT)

@@ -18,7 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from nat_jax.errors import InputError
-from nat_jax.evaluate.baselines.codebooks import EXACT, k_means, nearest_centroid, sums_by_owner
+from nat_jax.evaluate.baselines.codebooks import (
+    EXACT,
+    gram,
+    k_means,
+    nearest_centroid,
+    sums_by_owner,
+)
 from nat_jax.evaluate.baselines.patches import PatchDictionary, first_images, learn_patches
 from nat_jax.evaluate.features import inverse_deviation, padded_rows
 
@@ -91,7 +97,7 @@ def learn_diffrac(
     x -= mean
     scale = np.asarray(inverse_deviation(mean, np.square(x).mean(axis=0)))
     x *= scale
-    variance, axes = np.linalg.eigh(np.asarray(_gram(x), np.float64) / len(x))
+    variance, axes = np.linalg.eigh(np.asarray(gram(x), np.float64) / len(x))
     # In these coordinates of unit variance, the first ones vary most, and ridge is a product.
     kept = variance[::-1] > 1e-6
     if not kept.any():
@@ -141,11 +147,6 @@ def _of_equal_sizes(scores: np.ndarray, order: np.ndarray) -> np.ndarray:
         _, column = linear_sum_assignment(-np.repeat(scores[rows], each, axis=1))
         cluster[rows] = column // each
     return cluster
-
-
-@jax.jit
-def _gram(x: jax.Array) -> jax.Array:
-    return jnp.matmul(x.T, x, precision=EXACT)
 
 
 @jax.jit

@@ -8,7 +8,7 @@ are the bar that features of a network without labels have to clear.
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -56,8 +56,8 @@ class PatchDictionary:
             InputError: the images are smaller than a patch.
         """
         check_images(images, self.size)
-        counts = [(side - self.size) // self.stride + 1 for side in images.shape[1:3]]
-        most = max(1, _WINDOWS // (counts[0] * counts[1]))
+        rows, cols = window_counts(images.shape[1:3], self.size, self.stride)
+        most = max(1, _WINDOWS // (rows * cols))
         return _describe(self, jnp.asarray(images), most)
 
 
@@ -108,12 +108,14 @@ def learn_patches(
     )
 
 
-def check_images(images: np.ndarray | jax.Array, size: int) -> None:
-    """Raise InputError where images are smaller than a patch."""
+def check_images(
+    images: np.ndarray | jax.Array, size: int, *, what: str = "patches", advice: str = ""
+) -> None:
+    """Raise InputError where images are smaller than `size`; `advice` ends the message."""
     if images.ndim != 4 or images.shape[3] != 3 or min(images.shape[1:3]) < size:
         raise InputError(
-            f"patches: expected images [B, H, W, 3] of at least {size} pixels a side, got shape "
-            f"{images.shape}"
+            f"{what}: expected images [B, H, W, 3] of at least {size} pixels a side, got shape "
+            f"{images.shape}{advice}"
         )
 
 
@@ -145,9 +147,15 @@ def sample(batches: Iterable[np.ndarray], size: int, seed: int) -> np.ndarray:
     return np.concatenate(parts)
 
 
+def window_counts(sides: Sequence[int], size: int, stride: int) -> tuple[int, int]:
+    """Return how many windows fit into an image of some height and width: rows and columns."""
+    height, width = sides
+    return (height - size) // stride + 1, (width - size) // stride + 1
+
+
 def windows(image: jax.Array, size: int, stride: int) -> jax.Array:
     """Return all patches of an image [H, W, 3], one in a row: [rows, cols, 3 size^2]."""
-    rows, cols = ((side - size) // stride + 1 for side in image.shape[:2])
+    rows, cols = window_counts(image.shape[:2], size, stride)
     high, wide = (stride * (count - 1) + 1 for count in (rows, cols))
     pixels = [
         image[i : i + high : stride, j : j + wide : stride]

@@ -20,7 +20,7 @@ import numpy as np
 
 from nat_jax.errors import InputError
 from nat_jax.evaluate.baselines.codebooks import EXACT
-from nat_jax.evaluate.baselines.patches import first_images, unit_vectors
+from nat_jax.evaluate.baselines.patches import check_images, first_images, unit_vectors
 from nat_jax.evaluate.features import padded_rows
 from nat_jax.input import counter_random
 
@@ -168,11 +168,7 @@ def _sample(batches: Iterable[np.ndarray], stride: int, seed: int) -> np.ndarray
 
 def _check(images: np.ndarray | jax.Array, stride: int) -> None:
     side = 4 * stride * min(_CELLS)
-    if images.ndim != 4 or images.shape[3] != 3 or min(images.shape[1:3]) < side:
-        raise InputError(
-            f"sift: expected images [B, H, W, 3] of at least {side} pixels a side, got shape "
-            f"{images.shape}; raise data.image_size"
-        )
+    check_images(images, side, what="sift", advice="; raise data.image_size")
 
 
 @functools.partial(jax.jit, static_argnames="stride")

@@ -22,12 +22,13 @@ import scipy.linalg
 import scipy.sparse
 
 from nat_jax.errors import InputError
-from nat_jax.evaluate.baselines.codebooks import EXACT
+from nat_jax.evaluate.baselines.codebooks import EXACT, gram
 from nat_jax.evaluate.baselines.patches import (
     check_images,
     first_images,
     sample,
     unit_vectors,
+    window_counts,
     windows,
     zca,
 )
@@ -176,7 +177,7 @@ def _moments(
         # The sums over cells: entries of one cell and atom are added up.
         sums = scipy.sparse.csr_array((ones, (cell[patch], atom)), (cells, count)).toarray()
         members = np.bincount(cell, minlength=cells)[:, None].astype(np.float32)
-        between += np.asarray(_products(sums / np.sqrt(np.maximum(members, 1))))
+        between += np.asarray(gram(sums / np.sqrt(np.maximum(members, 1))))
         total, patches = total + sums.sum(axis=0, dtype=np.float64), patches + len(cell)
     average = total / patches
     outer = np.outer(average, average)
@@ -204,11 +205,6 @@ def _codes(coder: Coder, images: jax.Array, most: int) -> jax.Array:
     return jax.lax.map(coder, images, batch_size=most)
 
 
-@jax.jit
-def _products(x: jax.Array) -> jax.Array:
-    return jnp.matmul(x.T, x, precision=EXACT)
-
-
 @functools.partial(jax.jit, static_argnames="most")
 def _describe(manifold: SparseManifold, images: jax.Array, most: int) -> jax.Array:
     """Describe images [B, H, W, 3], `most` at a time."""
@@ -223,7 +219,7 @@ def _describe(manifold: SparseManifold, images: jax.Array, most: int) -> jax.Arr
 
 
 def _at_a_time(coder: Coder, images: np.ndarray | jax.Array) -> int:
-    rows, cols = ((side - coder.size) // coder.stride + 1 for side in images.shape[1:3])
+    rows, cols = window_counts(images.shape[1:3], coder.size, coder.stride)
     return max(1, _COSINES // (rows * cols * len(coder.atoms)))
 
 
